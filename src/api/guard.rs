@@ -1,0 +1,243 @@
+//! Who and what may come in: path ids, and bodies of bounded size, of the right type, that are strict JSON.
+
+use std::fmt;
+
+use axum::body::{Body, HttpBody};
+use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::http::header::CONTENT_TYPE;
+use axum::http::request::Parts;
+use bytes::{Bytes, BytesMut};
+use http_body_util::BodyExt;
+use serde::Deserialize;
+use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value, json};
+use tokio::time::{Duration, timeout};
+
+use crate::error::{Error, Issue};
+
+/// The largest body of a request that changes a server, and of a run, in bytes.
+const MAX_BODY: usize = 1024 * 1024;
+const MAX_RUN_BODY: usize = 4 * MAX_BODY;
+/// How much of a body that is too large is read all the same, so that its sender gets to reading the answer.
+const MAX_REFUSED: usize = 16 * 1024 * 1024;
+/// How long a body may take to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// The parameters of a path. An id of any other shape than ours names nothing: 404 (CONTRACT row 9).
+pub struct Ids<T>(pub T);
+
+impl<T: DeserializeOwned + Send + PathIds, S: Send + Sync> FromRequestParts<S> for Ids<T> {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let Path(ids) = Path::<T>::from_request_parts(parts, state).await.map_err(|_| Error::NoServer)?;
+        if ids.all(is_id) { Ok(Self(ids)) } else { Err(Error::NoServer) }
+    }
+}
+
+/// One id, or a server's and a tool's.
+pub trait PathIds {
+    fn all(&self, test: impl Fn(&str) -> bool) -> bool;
+}
+
+impl PathIds for String {
+    fn all(&self, test: impl Fn(&str) -> bool) -> bool {
+        test(self)
+    }
+}
+
+impl PathIds for (String, String) {
+    fn all(&self, test: impl Fn(&str) -> bool) -> bool {
+        test(&self.0) && test(&self.1)
+    }
+}
+
+fn is_id(text: &str) -> bool {
+    text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+}
+
+/// The JSON body of a create or an update: an object without NUL characters.
+pub struct JsonBody(pub Map<String, Value>);
+
+impl<S: Send + Sync> FromRequest<S> for JsonBody {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, _state: &S) -> Result<Self, Error> {
+        let is_json = is_json(&request);
+        let body = read(request, MAX_BODY).await?;
+        if !is_json {
+            return Err(Error::UnsupportedMediaType);
+        }
+        let object = object(&body)?;
+        let mut loc = vec![json!("body")];
+        for (key, value) in &object {
+            loc.push(json!(shown(key)));
+            refuse_nul(key, value, &mut loc)?;
+            loc.pop();
+        }
+        Ok(Self(object))
+    }
+}
+
+/// The JSON body of a run; none at all, of whatever type, is an empty object.
+pub struct RunBody(pub Map<String, Value>);
+
+impl<S: Send + Sync> FromRequest<S> for RunBody {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, _state: &S) -> Result<Self, Error> {
+        let is_json = is_json(&request);
+        let body = read(request, MAX_RUN_BODY).await?;
+        match (body.is_empty(), is_json) {
+            (true, _) => Ok(Self(Map::new())),
+            (false, true) => object(&body).map(Self),
+            (false, false) => Err(Error::UnsupportedMediaType),
+        }
+    }
+}
+
+fn is_json(request: &Request) -> bool {
+    let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json")
+}
+
+async fn read(request: Request, limit: usize) -> Result<Bytes, Error> {
+    timeout(BODY_TIMEOUT, collect(request.into_body(), limit)).await.unwrap_or(Err(Error::BodyIncomplete))
+}
+
+async fn collect(mut body: Body, limit: usize) -> Result<Bytes, Error> {
+    let mut bytes = BytesMut::with_capacity(body.size_hint().lower().min(limit as u64) as usize);
+    let mut refused = 0;
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(|_| Error::BodyIncomplete)?.into_data() else { continue };
+        if refused > 0 || bytes.len() + data.len() > limit {
+            refused += data.len();
+            if refused > MAX_REFUSED {
+                break;
+            }
+        } else {
+            bytes.extend_from_slice(&data);
+        }
+    }
+    if refused > 0 { Err(Error::BodyTooLarge { limit }) } else { Ok(bytes.freeze()) }
+}
+
+fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {
+    let body_issue = |msg: String| Error::Invalid(vec![Issue { loc: vec![json!("body")], msg }]);
+    match serde_json::from_slice(body) {
+        Ok(Strict(Value::Object(object))) => Ok(object),
+        Ok(_) => Err(body_issue("The request body must be a JSON object.".to_owned())),
+        Err(error) => {
+            let place = format!("line {} column {}", error.line(), error.column());
+            // Only our own message is shown: it names a key, where serde_json's could quote the body.
+            let reason = error.to_string();
+            Err(body_issue(match reason.strip_prefix(DUPLICATE) {
+                Some(rest) => {
+                    let key = rest.split(" at line ").next().unwrap_or_default();
+                    format!("The key {key} stands twice in one object ({place}).")
+                }
+                None => format!("The request body is not valid JSON ({place})."),
+            }))
+        }
+    }
+}
+
+/// PostgreSQL has no text with NUL, and neither has an argument, an environment variable or a header.
+fn refuse_nul(key: &str, value: &Value, loc: &mut Vec<Value>) -> Result<(), Error> {
+    if key.contains('\0') || value.as_str().is_some_and(|text| text.contains('\0')) {
+        return Err(Error::invalid(loc.clone(), "A NUL character is not allowed here."));
+    }
+    let mut inside = |step: Value, key: &str, value| {
+        loc.push(step);
+        refuse_nul(key, value, loc)?;
+        loc.pop();
+        Ok(())
+    };
+    match value {
+        Value::Array(items) => items.iter().enumerate().try_for_each(|(index, item)| inside(json!(index), "", item)),
+        Value::Object(map) => map.iter().try_for_each(|(key, value)| inside(json!(shown(key)), key, value)),
+        _ => Ok(()),
+    }
+}
+
+/// A key as an answer may show it: escaped, and no longer than 64 characters.
+pub fn shown(key: &str) -> String {
+    key.chars().take(64).flat_map(char::escape_debug).collect()
+}
+
+const DUPLICATE: &str = "duplicate key ";
+
+/// A JSON value in which no object has a key twice: with two, client and server could each mean another one.
+struct Strict(Value);
+
+impl<'de> Deserialize<'de> for Strict {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        StrictSeed.deserialize(deserializer).map(Self)
+    }
+}
+
+struct StrictSeed;
+
+impl<'de> DeserializeSeed<'de> for StrictSeed {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for StrictSeed {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(Number::from_f64(value).map_or(Value::Null, Value::Number))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut array = Vec::new();
+        while let Some(item) = items.next_element_seed(StrictSeed)? {
+            array.push(item);
+        }
+        Ok(array.into())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut map = Map::new();
+        while let Some(key) = entries.next_key::<String>()? {
+            let value = entries.next_value_seed(StrictSeed)?;
+            if map.contains_key(&key) {
+                return Err(A::Error::custom(format!("{DUPLICATE}{}", shown(&key))));
+            }
+            map.insert(key, value);
+        }
+        Ok(map.into())
+    }
+}

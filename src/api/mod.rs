@@ -1,0 +1,95 @@
+//! Speaks HTTP: the route table, in the order of `openapi.yaml`, and the layers around it.
+
+mod guard;
+mod servers;
+mod status;
+mod tools;
+mod wire;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::handler::Handler;
+use axum::http::{HeaderName, HeaderValue, Method};
+use axum::middleware::{Next, from_fn};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodFilter, MethodRouter, on};
+use tower_http::catch_panic::CatchPanicLayer;
+use tracing::Instrument;
+use uuid::Uuid;
+
+use crate::app::App;
+use crate::error::Error;
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// One row of the route table.
+pub struct Route {
+    pub method: Method,
+    /// The path as `openapi.yaml` has it; with and without a slash at its end it is the same (CONTRACT row 1).
+    pub path: &'static str,
+    handler: MethodRouter<App>,
+}
+
+fn route<H: Handler<T, App>, T: 'static>(method: Method, path: &'static str, handler: H) -> Route {
+    let filter = MethodFilter::try_from(method.clone()).expect("the table uses standard methods");
+    Route { method, path, handler: on(filter, handler) }
+}
+
+/// Every route there is.
+pub fn routes() -> Vec<Route> {
+    const ALL: &str = "/v1/mcp-servers/";
+    const ONE: &str = "/v1/mcp-servers/{mcp_server_id}";
+    vec![
+        route(Method::POST, ALL, servers::create),
+        route(Method::GET, ALL, servers::list),
+        route(Method::GET, ONE, servers::retrieve),
+        route(Method::PATCH, ONE, servers::update),
+        route(Method::DELETE, ONE, servers::delete),
+        route(Method::PATCH, "/v1/mcp-servers/{mcp_server_id}/refresh", servers::refresh),
+        route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools", tools::list),
+        route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}", tools::retrieve),
+        route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/run", tools::run),
+        route(Method::GET, "/v1/health/", status::health),
+        route(Method::GET, "/v1/ready", status::ready),
+        route(Method::GET, "/openapi.yaml", status::openapi),
+        route(Method::GET, "/docs", status::docs),
+        route(Method::GET, "/docs/{file}", status::docs_file),
+    ]
+}
+
+/// The routes with everything around them: request id and log outermost, then panics, then the handlers.
+pub fn router(app: App) -> Router {
+    let mut router = Router::new();
+    for Route { path, handler, .. } in routes() {
+        let bare = path.trim_end_matches('/');
+        router = router.route(bare, handler.clone()).route(&format!("{bare}/"), handler);
+    }
+    router
+        .fallback(|| async { Error::NoRoute })
+        .method_not_allowed_fallback(|| async { Error::MethodNotAllowed })
+        .layer(CatchPanicLayer::custom(|_| Error::Internal("a handler panicked".into()).into_response()))
+        .layer(from_fn(identify))
+        .with_state(app)
+}
+
+/// Gives each request an id, logs its end, and turns a handler's [`Error`] into its answer.
+async fn identify(request: Request, next: Next) -> Response {
+    let id = Uuid::new_v4().to_string();
+    let span = tracing::info_span!(
+        "request",
+        request.id = %id,
+        http.method = %request.method(),
+        http.path = request.uri().path(),
+    );
+    let started = std::time::Instant::now();
+    async {
+        let mut response = Error::finish(next.run(request).await, &id);
+        let value = HeaderValue::from_str(&id).expect("a UUID is a legal header value");
+        response.headers_mut().insert(X_REQUEST_ID, value);
+        let status = response.status().as_u16();
+        tracing::debug!(http.status = status, duration.ms = started.elapsed().as_millis() as u64, "request answered");
+        response
+    }
+    .instrument(span)
+    .await
+}

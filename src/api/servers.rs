@@ -1,0 +1,115 @@
+//! `/v1/mcp-servers/`: register, list, retrieve, change, delete, refresh.
+
+use axum::Json;
+use axum::extract::{Query, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
+use chrono::TimeDelta;
+use serde::Deserialize;
+use serde_json::json;
+use uuid::Uuid;
+
+use crate::app::App;
+use crate::error::Error;
+use crate::mcp::{AgentId, SyncError};
+use crate::model::{Server, State as ServerState};
+use crate::store::{self, ServerUpdate};
+
+use super::guard::{Ids, JsonBody};
+use super::wire::{CreateServer, ServerObject, UpdateServer};
+
+/// How old a server may be to be taken for the outcome of an earlier try of the same create: an SDK gives up waiting
+/// after 60 s, and tries three times.
+const REPEATED_CREATE: TimeDelta = TimeDelta::minutes(5);
+
+pub async fn create(State(app): State<App>, headers: HeaderMap, JsonBody(body): JsonBody) -> Result<Response, Error> {
+    let request = CreateServer::read(body)?;
+    let id = format!("mcp_server-{}", Uuid::new_v4());
+    let server = match app.store.create_server(&id, &request.server_name, &request.connector).await {
+        Ok(server) => server,
+        Err(store::Error::NameTaken) => earlier_try(&app, &headers, &request).await?.ok_or(Error::NameTaken)?,
+        Err(error) => return Err(error.into()),
+    };
+    tracing::info!(server.id, server.r#type = server.server_type.as_str(), "server registered");
+    if server.last_synced_at.is_none() {
+        // Its failure is in the server's status, which is the answer.
+        let _ = app.mcp.sync_in_background(server.clone(), app.settings.upstream.create_sync_timeout).await;
+    }
+    let stored = app.store.server(&server.id).await?;
+    let mut server = stored.ok_or(Error::NoServer)?;
+    if server.state == ServerState::NeverConnected {
+        server.error = Some("The server is still being connected; its tools will appear when it answers.".to_owned());
+    }
+    Ok(Json(ServerObject::from(&server)).into_response())
+}
+
+/// The server that an earlier try of the same create made, when the SDK says that this is a repetition (CONTRACT row 4).
+async fn earlier_try(app: &App, headers: &HeaderMap, request: &CreateServer) -> Result<Option<Server>, Error> {
+    let retries = headers.get("x-stainless-retry-count").and_then(|count| count.to_str().ok()?.parse::<u32>().ok());
+    if retries.unwrap_or(0) == 0 {
+        return Ok(None);
+    }
+    let server = app.store.server_by_name(&request.server_name).await?;
+    Ok(server.filter(|server| {
+        server.config.0.as_ref().ok() == Some(&request.connector)
+            && server.revision == 1
+            && store::now() - server.created_at < REPEATED_CREATE
+    }))
+}
+
+pub async fn list(State(app): State<App>) -> Result<Response, Error> {
+    let servers = app.store.servers().await?;
+    Ok(Json(servers.iter().map(ServerObject::from).collect::<Vec<_>>()).into_response())
+}
+
+pub async fn retrieve(State(app): State<App>, Ids(id): Ids<String>) -> Result<Response, Error> {
+    let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
+    Ok(Json(ServerObject::from(&server)).into_response())
+}
+
+pub async fn update(State(app): State<App>, Ids(id): Ids<String>, JsonBody(body): JsonBody) -> Result<Response, Error> {
+    let request = UpdateServer::read(body)?;
+    let mut reconfigured = false;
+    let change = |server: &Server| -> Result<ServerUpdate, Error> {
+        let server_name = request.server_name.clone().unwrap_or_else(|| server.server_name.clone());
+        let connector = request.connector(server)?;
+        reconfigured = connector.is_some();
+        Ok(ServerUpdate { server_name, connector })
+    };
+    let server = app.store.update_server(&id, change).await?.ok_or(Error::NoServer)?;
+    if reconfigured {
+        app.mcp.forget(&id);
+    }
+    Ok(Json(ServerObject::from(&server)).into_response())
+}
+
+pub async fn delete(State(app): State<App>, Ids(id): Ids<String>) -> Result<StatusCode, Error> {
+    if !app.store.delete_server(&id).await? {
+        return Err(Error::NoServer);
+    }
+    app.mcp.forget(&id);
+    tracing::info!(server.id = id, "server deleted");
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[derive(Deserialize)]
+pub struct RefreshQuery {
+    agent_id: Option<String>,
+}
+
+pub async fn refresh(
+    State(app): State<App>,
+    Ids(id): Ids<String>,
+    query: Result<Query<RefreshQuery>, axum::extract::rejection::QueryRejection>,
+) -> Result<Response, Error> {
+    let bad_agent = || Error::invalid(vec![json!("query"), json!("agent_id")], "This is no legal agent id.");
+    // JavaScript SDKs send a null as an empty value (CONTRACT §1.2).
+    let agent = query.map_err(|_| bad_agent())?.0.agent_id.filter(|agent| !agent.is_empty());
+    let agent = agent.map(|agent| AgentId::new(&agent).ok_or_else(bad_agent)).transpose()?;
+    let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
+    match app.mcp.sync_tools(&server, agent.as_ref()).await {
+        Ok(changes) => Ok(Json(changes).into_response()),
+        Err(SyncError::Server(source)) => Err(Error::Refresh { server_name: server.server_name, source }),
+        Err(SyncError::Store(error)) => Err(error.into()),
+    }
+}

@@ -1,0 +1,685 @@
+//! Letta's JSON, exactly: what a client sends becomes a model, a model becomes what a client reads (CONTRACT Part I).
+//!
+//! Both generations of bodies are read here: `{server_name, config: {…}}` of every stable SDK, and the flat body of the
+//! pre-releases. All that is wrong with a body is told at once, by place and never by value.
+
+use http::{HeaderName, HeaderValue};
+use serde::Serialize;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
+use url::Url;
+
+use crate::error::{Error, Issue};
+use crate::mcp::{Outcome, definition, json_schema};
+use crate::model::{Connector, Remote, Secret, SecretMap, Server, ServerType, State, Stdio, Tool, clear, sha256_hex};
+
+use super::guard::shown;
+
+const MAX_NAME_CHARS: usize = 255;
+const MAX_COMMAND_BYTES: usize = 4096;
+const MAX_URL_BYTES: usize = 2048;
+const MAX_VALUE_BYTES: usize = 32 * 1024;
+const MAX_ITEMS: usize = 256;
+
+/// Letta's default user, which every tool was made by.
+const USER: &str = "user-00000000-0000-4000-8000-000000000000";
+
+/// Header fields that belong to HTTP or MCP itself and cannot be configured.
+const RESERVED_HEADERS: [&str; 14] = [
+    "accept",
+    "connection",
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "keep-alive",
+    "last-event-id",
+    "mcp-method",
+    "mcp-name",
+    "mcp-protocol-version",
+    "mcp-session-id",
+    "te",
+    "transfer-encoding",
+    "upgrade",
+];
+
+/// The body of a create.
+pub struct CreateServer {
+    pub server_name: String,
+    pub connector: Connector,
+}
+
+impl CreateServer {
+    pub fn read(body: Map<String, Value>) -> Result<Self, Error> {
+        let mut reader = Reader::default();
+        let (name, fields) = ConnectorFields::read_body(body, false, &mut reader);
+        if name.is_none() && !reader.has_issue_at("server_name") {
+            reader.issue(&["body", "server_name"], "This field is required.");
+        }
+        let connector = fields.build(&mut reader);
+        match (name, connector) {
+            (Some(server_name), Some(connector)) if reader.issues.is_empty() => Ok(Self { server_name, connector }),
+            _ => Err(Error::Invalid(reader.issues)),
+        }
+    }
+}
+
+/// The body of an update: absent and null keep what is there, `""` and `{}` clear (CONTRACT row 8).
+pub struct UpdateServer {
+    pub server_name: Option<String>,
+    fields: ConnectorFields,
+}
+
+impl UpdateServer {
+    pub fn read(body: Map<String, Value>) -> Result<Self, Error> {
+        let mut reader = Reader::default();
+        let (server_name, fields) = ConnectorFields::read_body(body, true, &mut reader);
+        if reader.issues.is_empty() { Ok(Self { server_name, fields }) } else { Err(Error::Invalid(reader.issues)) }
+    }
+
+    /// The configuration that `server` gets; `None` when the body changes none.
+    pub fn connector(self, server: &Server) -> Result<Option<Connector>, Error> {
+        if self.fields.is_empty() {
+            return Ok(None);
+        }
+        let mut reader = Reader::default();
+        let current = server.config.0.as_ref().ok().cloned().map(ConnectorFields::from);
+        let connector = self.fields.over(current, server.server_type).build(&mut reader);
+        match connector {
+            Some(connector) if reader.issues.is_empty() => {
+                Ok(Some(connector).filter(|new| server.config.0.as_ref().ok() != Some(new)))
+            }
+            _ => Err(Error::Invalid(reader.issues)),
+        }
+    }
+}
+
+/// Collects what is wrong with a body.
+#[derive(Default)]
+struct Reader {
+    issues: Vec<Issue>,
+}
+
+impl Reader {
+    fn issue(&mut self, loc: &[&str], msg: &str) {
+        self.issues.push(Issue { loc: loc.iter().map(|step| json!(step)).collect(), msg: msg.to_owned() });
+    }
+
+    fn has_issue_at(&self, key: &str) -> bool {
+        self.issues.iter().any(|issue| issue.loc.last() == Some(&json!(key)))
+    }
+}
+
+/// One level of a body, whose keys are taken one by one; what is left is unknown.
+struct Level<'a> {
+    loc: Vec<&'a str>,
+    map: Map<String, Value>,
+}
+
+impl<'a> Level<'a> {
+    /// The value of a key; null is absent.
+    fn take(&mut self, key: &str) -> Option<Value> {
+        self.map.shift_remove(key).filter(|value| !value.is_null())
+    }
+
+    fn at(&self, key: &'a str) -> Vec<&'a str> {
+        self.loc.iter().copied().chain([key]).collect()
+    }
+
+    fn text(&mut self, key: &'a str, reader: &mut Reader) -> Option<String> {
+        match self.take(key)? {
+            Value::String(text) => Some(text),
+            _ => {
+                reader.issue(&self.at(key), "This must be a string.");
+                None
+            }
+        }
+    }
+
+    fn list(&mut self, key: &'a str, reader: &mut Reader) -> Option<Vec<String>> {
+        let msg = "This must be a list of at most 256 strings.";
+        let Value::Array(items) = self.take(key)? else {
+            reader.issue(&self.at(key), msg);
+            return None;
+        };
+        let texts: Option<Vec<_>> = items
+            .into_iter()
+            .map(|item| match item {
+                Value::String(text) if text.len() <= MAX_VALUE_BYTES => Some(text),
+                _ => None,
+            })
+            .collect();
+        let texts = texts.filter(|texts| texts.len() <= MAX_ITEMS);
+        if texts.is_none() {
+            reader.issue(&self.at(key), msg);
+        }
+        texts
+    }
+
+    fn secrets(&mut self, key: &'a str, reader: &mut Reader) -> Option<SecretMap> {
+        let msg = "This must be an object of at most 256 strings.";
+        let Value::Object(map) = self.take(key)? else {
+            reader.issue(&self.at(key), msg);
+            return None;
+        };
+        if map.len() > MAX_ITEMS {
+            reader.issue(&self.at(key), msg);
+            return None;
+        }
+        let mut secrets = SecretMap::new();
+        for (name, value) in map {
+            match value {
+                Value::String(text) if text.len() <= MAX_VALUE_BYTES => {
+                    secrets.insert(name, text.into());
+                }
+                _ => {
+                    let (mut loc, name) = (self.at(key), shown(&name));
+                    loc.push(&name);
+                    reader.issue(&loc, "This must be a string.");
+                }
+            }
+        }
+        Some(secrets)
+    }
+
+    fn refuse_rest(self, reader: &mut Reader) {
+        for key in self.map.keys() {
+            let (mut loc, key) = (self.loc.clone(), shown(key));
+            loc.push(&key);
+            reader.issue(&loc, "This field is not known here.");
+        }
+    }
+}
+
+/// The two shapes a body can have.
+#[derive(Clone, Copy, PartialEq)]
+enum Shape {
+    Config,
+    Flat,
+}
+
+/// The parts of a connector as a body names them, each absent until given.
+struct ConnectorFields {
+    shape: Shape,
+    server_type: Option<ServerType>,
+    command: Option<String>,
+    args: Option<Vec<String>>,
+    env: Option<SecretMap>,
+    server_url: Option<String>,
+    auth_header: Option<String>,
+    auth_token: Option<Secret>,
+    custom_headers: Option<SecretMap>,
+}
+
+impl From<Connector> for ConnectorFields {
+    fn from(connector: Connector) -> Self {
+        let mut fields = Self::none(Shape::Config);
+        fields.server_type = Some(connector.server_type());
+        match connector {
+            Connector::Stdio(Stdio { command, args, env }) => {
+                (fields.command, fields.args, fields.env) = (Some(command), Some(args), env);
+            }
+            Connector::Sse(remote) | Connector::StreamableHttp(remote) => {
+                fields.server_url = Some(remote.server_url);
+                fields.auth_header = remote.auth_header;
+                fields.auth_token = remote.auth_token;
+                fields.custom_headers = remote.custom_headers;
+            }
+        }
+        fields
+    }
+}
+
+impl ConnectorFields {
+    fn none(shape: Shape) -> Self {
+        Self {
+            shape,
+            server_type: None,
+            command: None,
+            args: None,
+            env: None,
+            server_url: None,
+            auth_header: None,
+            auth_token: None,
+            custom_headers: None,
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.server_type.is_none() && !self.is_stdio() && !self.is_remote()
+    }
+
+    fn is_stdio(&self) -> bool {
+        self.command.is_some() || self.args.is_some() || self.env.is_some()
+    }
+
+    fn is_remote(&self) -> bool {
+        self.server_url.is_some()
+            || self.auth_header.is_some()
+            || self.auth_token.is_some()
+            || self.custom_headers.is_some()
+    }
+
+    /// Reads a body of either shape: the server's name, if it is given, and the fields of its connector.
+    fn read_body(mut body: Map<String, Value>, update: bool, reader: &mut Reader) -> (Option<String>, Self) {
+        let config = body.shift_remove("config").filter(|config| !config.is_null());
+        let mut top = Level { loc: vec!["body"], map: body };
+        let name = top.text("server_name", reader).and_then(|name| valid_name(&name, reader));
+        let (shape, mut level) = match config {
+            None => (Shape::Flat, Level { loc: vec!["body"], map: std::mem::take(&mut top.map) }),
+            Some(Value::Object(map)) => (Shape::Config, Level { loc: vec!["body", "config"], map }),
+            Some(_) => {
+                reader.issue(&["body", "config"], "This must be an object.");
+                (Shape::Config, Level { loc: vec!["body", "config"], map: Map::new() })
+            }
+        };
+        // With `config`, whatever else stands beside it belongs to the other shape or to none.
+        top.refuse_rest(reader);
+        let fields = Self {
+            shape,
+            server_type: read_type(&mut level, reader),
+            command: level.text("command", reader),
+            args: level.list("args", reader),
+            env: level.secrets("env", reader),
+            server_url: level.text("server_url", reader),
+            auth_header: level.text("auth_header", reader),
+            auth_token: read_token(&mut level, update, reader),
+            custom_headers: level.secrets("custom_headers", reader),
+        };
+        level.refuse_rest(reader);
+        (name, fields)
+    }
+
+    /// These fields over the present ones. Fields of the other family than the one asked for are not carried over:
+    /// a stdio server that becomes a remote one starts with nothing.
+    fn over(self, current: Option<Self>, current_type: ServerType) -> Self {
+        let becomes_stdio = match self.server_type {
+            Some(given) => given == ServerType::Stdio,
+            None if self.is_stdio() => true,
+            None if self.is_remote() => false,
+            None => current_type == ServerType::Stdio,
+        };
+        let same_family = becomes_stdio == (current_type == ServerType::Stdio);
+        let kept_type = same_family.then_some(current_type);
+        let old = current.filter(|_| same_family).unwrap_or_else(|| Self::none(self.shape));
+        Self {
+            shape: self.shape,
+            server_type: self.server_type.or(kept_type),
+            command: self.command.or(old.command),
+            args: self.args.or(old.args),
+            env: self.env.or(old.env),
+            server_url: self.server_url.or(old.server_url),
+            auth_header: self.auth_header.or(old.auth_header),
+            auth_token: self.auth_token.or(old.auth_token),
+            custom_headers: self.custom_headers.or(old.custom_headers),
+        }
+    }
+
+    /// The connector these fields make, if they make one; a missing type is found from the fields (CONTRACT row 2).
+    fn build(self, reader: &mut Reader) -> Option<Connector> {
+        let base = match self.shape {
+            Shape::Config => vec!["body", "config"],
+            Shape::Flat => vec!["body"],
+        };
+        let at = |key: &'static str| base.iter().copied().chain([key]).collect::<Vec<_>>();
+        let server_type = match (self.server_type, self.is_stdio(), self.is_remote()) {
+            (Some(server_type), ..) => server_type,
+            (None, true, true) => {
+                reader.issue(&at("server_url"), "command and server_url exclude each other; give one of them.");
+                return None;
+            }
+            (None, true, false) => ServerType::Stdio,
+            (None, false, true) if self.shape == Shape::Flat => ServerType::Sse,
+            (None, false, true) => ServerType::StreamableHttp,
+            (None, false, false) => {
+                // A body with a misspelt or mistyped field has been told so already.
+                if reader.issues.iter().all(|issue| issue.loc.last() == Some(&json!("server_name"))) {
+                    reader.issue(&base, "Give a command (stdio) or a server_url (sse, streamable_http).");
+                }
+                return None;
+            }
+        };
+        match server_type {
+            ServerType::Stdio => {
+                let foreign = [
+                    ("server_url", self.server_url.is_some()),
+                    ("auth_header", self.auth_header.is_some()),
+                    ("auth_token", self.auth_token.is_some()),
+                    ("custom_headers", self.custom_headers.is_some()),
+                ];
+                refuse_foreign(&foreign, "A stdio server has no such field.", at, reader);
+                let command = self.command.filter(|command| !command.trim().is_empty());
+                if command.as_ref().is_none_or(|command| command.len() > MAX_COMMAND_BYTES) {
+                    if !reader.has_issue_at("command") {
+                        reader.issue(&at("command"), "A stdio server needs a command of 1 to 4096 characters.");
+                    }
+                }
+                let env = self.env.filter(|env| !env.is_empty());
+                for name in env.iter().flat_map(SecretMap::keys).filter(|name| name.is_empty() || name.contains('=')) {
+                    let (mut loc, name) = (at("env"), shown(name));
+                    loc.push(&name);
+                    reader.issue(&loc, "The name of an environment variable is not empty and has no \"=\".");
+                }
+                Some(Connector::Stdio(Stdio { command: command?, args: self.args.unwrap_or_default(), env }))
+            }
+            ServerType::Sse | ServerType::StreamableHttp => {
+                let foreign =
+                    [("command", self.command.is_some()), ("args", self.args.is_some()), ("env", self.env.is_some())];
+                refuse_foreign(&foreign, "Only a stdio server has this field.", at, reader);
+                let remote = Remote {
+                    server_url: valid_url(self.server_url, &at("server_url"), reader)?,
+                    auth_header: self.auth_header.filter(|name| !name.is_empty()),
+                    auth_token: self.auth_token.filter(|token| !token.expose().is_empty()),
+                    custom_headers: self.custom_headers.filter(|headers| !headers.is_empty()),
+                };
+                check_headers(&remote, at, reader);
+                Some(if server_type == ServerType::Sse {
+                    Connector::Sse(remote)
+                } else {
+                    Connector::StreamableHttp(remote)
+                })
+            }
+        }
+    }
+}
+
+/// `mcp_server_type` and `type` are the same word of two generations; given both, they must agree.
+fn read_type(level: &mut Level<'_>, reader: &mut Reader) -> Option<ServerType> {
+    let mut found: Option<ServerType> = None;
+    for key in ["mcp_server_type", "type"] {
+        let Some(text) = level.text(key, reader) else { continue };
+        match ServerType::try_from(text) {
+            Ok(server_type) if found.is_none_or(|other| other == server_type) => found = Some(server_type),
+            Ok(_) => reader.issue(&level.at(key), "mcp_server_type and type differ; give one of them."),
+            Err(_) => reader.issue(&level.at(key), "This must be stdio, sse or streamable_http."),
+        }
+    }
+    found
+}
+
+/// In an update `token` is another name for `auth_token`.
+fn read_token(level: &mut Level<'_>, update: bool, reader: &mut Reader) -> Option<Secret> {
+    let auth_token = level.text("auth_token", reader);
+    let token = if update { level.text("token", reader) } else { None };
+    if auth_token.is_some() && token.is_some() {
+        reader.issue(&level.at("token"), "token and auth_token are the same field; give one of them.");
+    }
+    auth_token.or(token).map(Secret::from)
+}
+
+fn refuse_foreign(
+    fields: &[(&'static str, bool)],
+    msg: &str,
+    at: impl Fn(&'static str) -> Vec<&'static str>,
+    reader: &mut Reader,
+) {
+    for (key, _) in fields.iter().filter(|(_, given)| *given) {
+        reader.issue(&at(key), msg);
+    }
+}
+
+fn valid_name(name: &str, reader: &mut Reader) -> Option<String> {
+    let control = name.chars().any(char::is_control);
+    let name = name.trim();
+    if control || name.is_empty() || name.chars().count() > MAX_NAME_CHARS {
+        reader.issue(&["body", "server_name"], "A name has 1 to 255 characters and no control characters.");
+        return None;
+    }
+    Some(name.to_owned())
+}
+
+fn valid_url(url: Option<String>, loc: &[&str], reader: &mut Reader) -> Option<String> {
+    let Some(url) = url else {
+        if !reader.has_issue_at("server_url") {
+            reader.issue(loc, "This server needs a server_url.");
+        }
+        return None;
+    };
+    // The URL parser forgives white space and control characters; the next program to read them may not.
+    let clean = url.len() <= MAX_URL_BYTES && !url.chars().any(|c| c.is_control() || c.is_whitespace() || c == '\\');
+    let parsed = Url::parse(&url).ok().filter(|parsed| matches!(parsed.scheme(), "http" | "https"));
+    if !clean || parsed.is_none_or(|parsed| !parsed.has_host() || parsed.fragment().is_some()) {
+        reader.issue(loc, "This must be an http or https URL with a host, of at most 2048 characters.");
+        return None;
+    }
+    Some(url)
+}
+
+/// Every header must be legal HTTP, none may be one that HTTP or MCP sets itself, and none may come twice.
+fn check_headers(remote: &Remote, at: impl Fn(&'static str) -> Vec<&'static str>, reader: &mut Reader) {
+    let refusal = |name: &str| match HeaderName::from_bytes(name.as_bytes()) {
+        Err(_) => Some("This is no legal name of an HTTP header."),
+        Ok(name) if RESERVED_HEADERS.contains(&name.as_str()) => Some("This header is set by Portolan itself."),
+        Ok(_) => None,
+    };
+    if let Some(msg) = remote.auth_header.as_deref().and_then(refusal) {
+        reader.issue(&at("auth_header"), msg);
+    }
+    if remote.auth_token.as_ref().is_some_and(|token| !is_header_value(token)) {
+        reader.issue(&at("auth_token"), "This is no legal value of an HTTP header.");
+    }
+    let token_header = remote.auth_token.is_some().then(|| remote.auth_header.as_deref().unwrap_or("Authorization"));
+    let mut seen: Vec<String> = token_header.map(str::to_ascii_lowercase).into_iter().collect();
+    for (name, value) in remote.custom_headers.iter().flatten() {
+        let twice = seen.contains(&name.to_ascii_lowercase());
+        seen.push(name.to_ascii_lowercase());
+        let msg = refusal(name)
+            .or_else(|| (!is_header_value(value)).then_some("This is no legal value of an HTTP header."))
+            .or_else(|| twice.then_some("This header is given twice."));
+        if let Some(msg) = msg {
+            let (mut loc, name) = (at("custom_headers"), shown(name));
+            loc.push(&name);
+            reader.issue(&loc, msg);
+        }
+    }
+}
+
+fn is_header_value(value: &Secret) -> bool {
+    HeaderValue::from_str(value.expose()).is_ok() && value.expose().len() <= MAX_VALUE_BYTES
+}
+
+/// The body of a run: `{"args": {…}}`, `{}`, or nothing.
+pub fn run_arguments(mut body: Map<String, Value>) -> Result<Map<String, Value>, Error> {
+    let arguments = match body.shift_remove("args") {
+        None => Map::new(),
+        Some(Value::Object(arguments)) => arguments,
+        Some(_) => return Err(Error::invalid(vec![json!("body"), json!("args")], "This must be an object.")),
+    };
+    match body.keys().next() {
+        None => Ok(arguments),
+        Some(key) => Err(Error::invalid(vec![json!("body"), json!(shown(key))], "This field is not known here.")),
+    }
+}
+
+/// A server as Letta shows it, then what Portolan adds (CONTRACT row 5).
+#[derive(Serialize)]
+pub struct ServerObject<'a> {
+    mcp_server_type: ServerType,
+    #[serde(flatten)]
+    connector: ConnectorObject<'a>,
+    id: &'a str,
+    server_name: &'a str,
+    r#type: ServerType,
+    created_at: String,
+    updated_at: String,
+    status: Status<'a>,
+}
+
+#[derive(Serialize)]
+#[serde(untagged)]
+enum ConnectorObject<'a> {
+    Stdio {
+        command: &'a str,
+        args: &'a [String],
+        #[serde(serialize_with = "clear_map")]
+        env: &'a Option<SecretMap>,
+    },
+    Remote {
+        server_url: &'a str,
+        auth_header: Option<&'a str>,
+        #[serde(serialize_with = "clear_option")]
+        auth_token: &'a Option<Secret>,
+        #[serde(serialize_with = "clear_map")]
+        custom_headers: &'a Option<SecretMap>,
+    },
+}
+
+fn clear_map<S: serde::Serializer>(map: &&Option<SecretMap>, out: S) -> Result<S::Ok, S::Error> {
+    clear::option_map(map, out)
+}
+
+fn clear_option<S: serde::Serializer>(secret: &&Option<Secret>, out: S) -> Result<S::Ok, S::Error> {
+    clear::option(secret, out)
+}
+
+#[derive(Serialize)]
+struct Status<'a> {
+    state: State,
+    error: Option<std::borrow::Cow<'a, str>>,
+    tool_count: i64,
+    last_synced_at: Option<String>,
+}
+
+impl<'a> From<&'a Server> for ServerObject<'a> {
+    fn from(server: &'a Server) -> Self {
+        let (state, error) = match &server.config.0 {
+            Ok(_) => (server.state, server.error.as_deref().map(Into::into)),
+            Err(unreadable) => (State::Unreachable, Some(unreadable.to_string().into())),
+        };
+        let connector = match (&server.config.0, server.server_type) {
+            (Ok(Connector::Stdio(Stdio { command, args, env })), _) => ConnectorObject::Stdio { command, args, env },
+            (Ok(Connector::Sse(remote) | Connector::StreamableHttp(remote)), _) => ConnectorObject::Remote {
+                server_url: &remote.server_url,
+                auth_header: remote.auth_header.as_deref(),
+                auth_token: &remote.auth_token,
+                custom_headers: &remote.custom_headers,
+            },
+            (Err(_), ServerType::Stdio) => ConnectorObject::Stdio { command: "", args: &[], env: &None },
+            (Err(_), ServerType::Sse | ServerType::StreamableHttp) => {
+                ConnectorObject::Remote { server_url: "", auth_header: None, auth_token: &None, custom_headers: &None }
+            }
+        };
+        Self {
+            mcp_server_type: server.server_type,
+            connector,
+            id: &server.id,
+            server_name: &server.server_name,
+            r#type: server.server_type,
+            created_at: rfc3339(server.created_at),
+            updated_at: rfc3339(server.updated_at),
+            status: Status {
+                state,
+                error,
+                tool_count: server.tool_count,
+                last_synced_at: server.last_synced_at.map(rfc3339),
+            },
+        }
+    }
+}
+
+fn rfc3339(time: chrono::DateTime<chrono::Utc>) -> String {
+    time.to_rfc3339_opts(chrono::SecondsFormat::Micros, true)
+}
+
+/// A tool as Letta shows it (CONTRACT §4.1), with the untouched MCP definition under `metadata_.mcp.definition`.
+#[derive(Serialize)]
+pub struct ToolObject<'a> {
+    id: &'a str,
+    tool_type: &'static str,
+    description: Option<String>,
+    source_type: &'static str,
+    name: &'a str,
+    tags: [String; 1],
+    source_code: String,
+    json_schema: Value,
+    args_json_schema: Map<String, Value>,
+    return_char_limit: u32,
+    pip_requirements: (),
+    npm_requirements: (),
+    default_requires_approval: (),
+    enable_parallel_execution: bool,
+    created_by_id: &'static str,
+    last_updated_by_id: &'static str,
+    metadata_: Metadata<'a>,
+    project_id: (),
+}
+
+#[derive(Serialize)]
+struct Metadata<'a> {
+    mcp: Origin<'a>,
+    tool_hash: String,
+}
+
+#[derive(Serialize)]
+struct Origin<'a> {
+    server_name: &'a str,
+    server_id: &'a str,
+    definition: Option<&'a RawValue>,
+}
+
+impl<'a> ToolObject<'a> {
+    pub fn new(server: &'a Server, tool: &'a Tool) -> Self {
+        let parts = definition(tool);
+        // What Letta stores as the code of every MCP tool; its own clients show it.
+        let source_code = format!(
+            "def {}(**kwargs):\n    raise RuntimeError(\"Something went wrong - we should never be using the \
+             persisted source code for MCP. Please reach out to Letta team\")",
+            tool.name
+        );
+        let hash = sha256_hex(&format!("{source_code}|python|"));
+        Self {
+            id: &tool.id,
+            tool_type: "external_mcp",
+            json_schema: json_schema(&tool.name, parts.description.as_deref(), &parts.input_schema),
+            description: parts.description,
+            source_type: "python",
+            name: &tool.name,
+            tags: [format!("mcp:{}", server.server_name)],
+            source_code,
+            args_json_schema: Map::new(),
+            return_char_limit: 50_000,
+            pip_requirements: (),
+            npm_requirements: (),
+            default_requires_approval: (),
+            enable_parallel_execution: false,
+            created_by_id: USER,
+            last_updated_by_id: USER,
+            metadata_: Metadata {
+                mcp: Origin {
+                    server_name: &server.server_name,
+                    server_id: &server.id,
+                    definition: serde_json::from_str(&tool.definition).ok(),
+                },
+                tool_hash: hash[..12].to_owned(),
+            },
+            project_id: (),
+        }
+    }
+}
+
+/// What came of a run, with Letta's six keys and Portolan's two (CONTRACT row 13).
+#[derive(Serialize)]
+pub struct ToolExecutionResult {
+    status: &'static str,
+    func_return: String,
+    agent_state: (),
+    stdout: (),
+    stderr: (),
+    sandbox_config_fingerprint: (),
+    result: Option<Box<RawValue>>,
+    duration_ms: f64,
+}
+
+impl From<Outcome> for ToolExecutionResult {
+    fn from(outcome: Outcome) -> Self {
+        Self {
+            status: if outcome.is_error { "error" } else { "success" },
+            func_return: outcome.text,
+            agent_state: (),
+            stdout: (),
+            stderr: (),
+            sandbox_config_fingerprint: (),
+            result: outcome.result,
+            duration_ms: (outcome.duration.as_secs_f64() * 1_000_000.0).round() / 1_000.0,
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Every setting, one struct per concern. A field's doc comment is its line in `--help`; each is a flag and an
+//! environment variable alike, and the flag wins.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::model::Secret;
+
+/// Portolan: the MCP-servers part of the Letta API, served from your own machine.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    #[command(flatten)]
+    pub settings: Settings,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Serve the API (what happens without a command, too)
+    Serve,
+}
+
+#[derive(Args, Clone, Debug)]
+pub struct Settings {
+    #[command(flatten)]
+    pub entry: Entry,
+    #[command(flatten)]
+    pub storage: Storage,
+    #[command(flatten)]
+    pub logs: Logs,
+    #[command(flatten)]
+    pub upstream: Upstream,
+}
+
+/// Where clients come in.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Clients")]
+pub struct Entry {
+    /// Address and port to listen on; port 0 takes a free one and prints it
+    #[arg(long, env = "PORTOLAN_LISTEN", default_value = "127.0.0.1:8283", global = true, value_name = "ADDRESS")]
+    pub listen: String,
+    /// How long a stop waits for requests that are being answered
+    #[arg(long, env = "PORTOLAN_DRAIN_TIMEOUT", default_value = "25s", value_parser = duration, global = true, value_name = "TIME")]
+    pub drain_timeout: Duration,
+}
+
+/// What Portolan keeps, and where.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Storage")]
+pub struct Storage {
+    /// Folder for everything Portolan keeps on disk; made with mode 0700 when missing
+    #[arg(long, env = "PORTOLAN_DATA_DIR", default_value = "./portolan-data", global = true, value_name = "FOLDER")]
+    pub data_dir: PathBuf,
+    /// Database, postgres://… or sqlite:FILE; without it, SQLite in the data folder
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_parser = secret, global = true, value_name = "URL")]
+    pub database_url: Option<Secret>,
+}
+
+/// What Portolan tells its administrator.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Logs")]
+pub struct Logs {
+    /// What to log on standard error: a level (error, warn, info, debug, trace), or levels per module as in
+    /// `info,portolan::mcp=debug`
+    #[arg(long, env = "PORTOLAN_LOG", default_value = "info", global = true, value_name = "FILTER")]
+    pub log: String,
+}
+
+/// The MCP servers that Portolan connects to.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "MCP servers")]
+pub struct Upstream {
+    /// How long a TCP and TLS connection to a server may take
+    #[arg(long, env = "PORTOLAN_CONNECT_TIMEOUT", default_value = "5s", value_parser = duration, global = true, value_name = "TIME")]
+    pub connect_timeout: Duration,
+    /// How long a server may take from being connected or started to being ready
+    #[arg(long, env = "PORTOLAN_HANDSHAKE_TIMEOUT", default_value = "15s", value_parser = duration, global = true, value_name = "TIME")]
+    pub handshake_timeout: Duration,
+    /// How long a server may take to list all its tools
+    #[arg(long, env = "PORTOLAN_LIST_TIMEOUT", default_value = "30s", value_parser = duration, global = true, value_name = "TIME")]
+    pub list_timeout: Duration,
+    /// How long the answer to a create waits for the first list of tools; the list goes on without it
+    #[arg(long, env = "PORTOLAN_CREATE_SYNC_TIMEOUT", default_value = "20s", value_parser = duration, global = true, value_name = "TIME")]
+    pub create_sync_timeout: Duration,
+    /// How long one run of a tool may take
+    #[arg(long, env = "PORTOLAN_RUN_TIMEOUT", default_value = "5m", value_parser = duration, global = true, value_name = "TIME")]
+    pub run_timeout: Duration,
+    /// The largest line, event or body taken from a server, in bytes
+    #[arg(long, env = "PORTOLAN_MAX_MESSAGE_BYTES", default_value_t = 16 * 1024 * 1024, global = true, value_name = "BYTES")]
+    pub max_message_bytes: usize,
+    /// Split each argument of a stdio server at white space, as Letta did; for rows written for Letta
+    #[arg(long, env = "PORTOLAN_LEGACY_ARG_SPLIT", global = true)]
+    pub legacy_arg_split: bool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(time) if time.is_zero() => Err("it must be longer than nothing".to_owned()),
+        Ok(time) => Ok(time),
+        Err(_) => Err("write a number and a unit, for example 500ms, 20s or 5m".to_owned()),
+    }
+}
+
+fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
+    Ok(text.to_owned().into())
+}

@@ -1,0 +1,165 @@
+//! The one error that leaves Portolan over HTTP. This file alone picks status codes, writes error bodies (CONTRACT
+//! row 20) and logs causes.
+//!
+//! A handler returns [`Error`]; it travels in the response's extensions to [`Error::render`], which knows the request id.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::http::header::{ALLOW, HeaderName, RETRY_AFTER};
+use axum::http::{HeaderValue, StatusCode};
+use axum::response::{IntoResponse, Response};
+use serde_json::{Value, json};
+
+use crate::{mcp, store};
+
+/// What a Letta SDK reads before it repeats a request by itself (CONTRACT, "The rule").
+const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
+
+/// One thing that is wrong with a request body, and where: `loc` is `body`, then keys and indexes.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct Issue {
+    pub loc: Vec<Value>,
+    pub msg: String,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("There is no such path here.")]
+    NoRoute,
+    #[error("This path does not know the method.")]
+    MethodNotAllowed,
+    #[error("There is no MCP server with this id.")]
+    NoServer,
+    #[error("This MCP server has no tool with this id.")]
+    NoTool,
+    #[error("An MCP server with this name exists already; choose another name.")]
+    NameTaken,
+    #[error("The request body is larger than {limit} bytes, the most that this path takes.")]
+    BodyTooLarge { limit: usize },
+    #[error("The request body did not arrive.")]
+    BodyIncomplete,
+    #[error("The request body must be JSON, sent with the content type application/json.")]
+    UnsupportedMediaType,
+    #[error("{}", summary(.0))]
+    Invalid(Vec<Issue>),
+    #[error("Could not connect to MCP server {server_name} to resync tools")]
+    Refresh { server_name: String, source: mcp::Error },
+    #[error("Failed to connect to MCP server.")]
+    Connect(#[source] mcp::Error),
+    #[error("The database is not available; try again in a moment.")]
+    Unavailable(#[source] store::Error),
+    #[error("Something went wrong inside Portolan; its log names this request id.")]
+    Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+fn summary(issues: &[Issue]) -> String {
+    match issues {
+        [] => "The request is not valid.".to_owned(),
+        [only] => only.msg.clone(),
+        [first, rest @ ..] => format!("{} ({} more in errors.)", first.msg, rest.len()),
+    }
+}
+
+impl From<store::Error> for Error {
+    fn from(error: store::Error) -> Self {
+        match error {
+            store::Error::NameTaken => Self::NameTaken,
+            store::Error::Unavailable(_) => Self::Unavailable(error),
+            store::Error::Refused(_) => Self::Internal(error.into()),
+        }
+    }
+}
+
+impl Error {
+    /// A body with one thing wrong.
+    pub fn invalid(loc: Vec<Value>, msg: impl Into<String>) -> Self {
+        Self::Invalid(vec![Issue { loc, msg: msg.into() }])
+    }
+
+    fn status(&self) -> (StatusCode, &'static str) {
+        match self {
+            Self::NoRoute | Self::NoServer | Self::NoTool => (StatusCode::NOT_FOUND, "not_found"),
+            Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Self::NameTaken => (StatusCode::CONFLICT, "name_taken"),
+            Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
+            Self::BodyIncomplete => (StatusCode::BAD_REQUEST, "body_incomplete"),
+            Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
+            Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_request"),
+            // Letta's own status for a server that a refresh cannot reach (CONTRACT row 11).
+            Self::Refresh { .. } => (StatusCode::NOT_FOUND, "mcp_server_unavailable"),
+            Self::Connect(_) => (StatusCode::BAD_GATEWAY, "mcp_connection_error"),
+            Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+            Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
+        }
+    }
+
+    /// The answer to request `request_id`.
+    pub fn render(&self, request_id: &str) -> Response {
+        let (status, code) = self.status();
+        if status.is_server_error() {
+            tracing::error!(error = %self, cause = %causes(self), code, "request failed");
+        }
+        let mut body = json!({ "detail": self.to_string(), "code": code, "request_id": request_id });
+        match self {
+            Self::Invalid(issues) => body["errors"] = json!(issues),
+            Self::Refresh { source, .. } => {
+                body["detail"] = json!({
+                    "code": "MCPServerUnavailable", "message": self.to_string(), "error": source.to_string(),
+                });
+            }
+            Self::Connect(source) => {
+                body["detail"] = json!(source.to_string());
+                body["error"] = json!({ "type": code, "message": self.to_string(), "detail": source.to_string() });
+            }
+            _ => {}
+        }
+        let mut response = (status, Json(body)).into_response();
+        let headers = response.headers_mut();
+        match self {
+            Self::NameTaken | Self::Refresh { .. } | Self::Connect(_) | Self::Internal(_) => {
+                headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
+            }
+            Self::Unavailable(_) => {
+                headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
+            }
+            _ => {}
+        }
+        response
+    }
+}
+
+impl IntoResponse for Error {
+    /// A bare response that carries the error; [`Error::finish`] turns it into the answer.
+    fn into_response(self) -> Response {
+        let mut response = self.status().0.into_response();
+        response.extensions_mut().insert(Arc::new(self));
+        response
+    }
+}
+
+impl Error {
+    /// Replaces a response that carries an error by the error's answer; others pass.
+    pub fn finish(mut response: Response, request_id: &str) -> Response {
+        let Some(error) = response.extensions_mut().remove::<Arc<Self>>() else { return response };
+        let mut answer = error.render(request_id);
+        if let Some(allow) = response.headers().get(ALLOW) {
+            answer.headers_mut().insert(ALLOW, allow.clone());
+        }
+        answer
+    }
+}
+
+/// The chain of causes below an error, for the log.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut text = String::new();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        if !text.is_empty() {
+            text.push_str(": ");
+        }
+        text.push_str(&cause.to_string());
+        next = cause.source();
+    }
+    text
+}

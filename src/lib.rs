@@ -1,0 +1,41 @@
+//! Portolan, the MCP-servers part of the Letta API on your own machine: clients register MCP servers over REST, Portolan
+//! keeps live sessions to them and their tool lists, and runs their tools.
+//!
+//! # The house
+//!
+//! A folder is a layer, a file is one thing.
+//!
+//! | file | what it is for |
+//! |---|---|
+//! | `main` | parse the command line, run one command, set the exit code |
+//! | [`config`] | every setting; its doc comments are `--help` |
+//! | [`app`] | what handlers share; open, serve, drain, close |
+//! | [`serve`] | the accept loop and the drain |
+//! | [`model`] | plain data, also the table rows |
+//! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
+//! | [`telemetry`] | logs |
+//! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON), one file per group of routes |
+//! | [`mcp`] | speaks MCP: `pool` and `session`, the transports `stdio`, `http` and `sse`, `egress`, `ledger` (raw results), `events`, `schema` |
+//! | [`store`] | speaks SQL: one file per table |
+//!
+//! # Who may import whom
+//!
+//! `main` → `app`; `app` → `serve`, `api`, `mcp`, `store`; `api` → `mcp` (its front door), `store`; `mcp` → `store`;
+//! `store` → nothing of ours; all of them → `model`, `config`. axum stays in `app`, `serve`, `api` and `error`; rmcp in
+//! `mcp`; sqlx in `store`, and its derive in `model`. A test reads the `use` lines and keeps this true.
+//!
+//! # One request
+//!
+//! `POST …/tools/{tool_id}/run`: route table → `guard` (ids, body) → `api::tools::run` reads server and tool →
+//! [`mcp::Mcp::run_tool`] → `pool` hands out the live session, or opens one → `session` sends the call with a deadline
+//! → `ledger` keeps the result as the server wrote it → `wire::ToolExecutionResult`.
+
+pub mod api;
+pub mod app;
+pub mod config;
+pub mod error;
+pub mod mcp;
+pub mod model;
+pub mod serve;
+pub mod store;
+pub mod telemetry;

@@ -1,0 +1,227 @@
+//! What is known of each tool request on one session: whether it was sent, and its result exactly as the server wrote it.
+//!
+//! rmcp's typed results drop unknown fields and fail a whole list for one odd tool, so the transports hand every inbound
+//! text to the ledger first: the results of `tools/list` and `tools/call` are kept raw here, and rmcp only learns that an
+//! answer came. Whether a request was sent decides between "never ran" and "may have run" when a session is lost.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use rmcp::model::{ClientJsonRpcMessage, ClientRequest, ErrorData, RequestId, ServerJsonRpcMessage, ServerResult};
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+/// Clones share one ledger. An entry lives from the sending of its request until [`Ledger::close`].
+#[derive(Clone, Default)]
+pub struct Ledger(Arc<Mutex<HashMap<i64, Entry>>>);
+
+struct Entry {
+    method: Method,
+    sent: bool,
+    result: Option<Box<RawValue>>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Method {
+    List,
+    Call,
+}
+
+/// What the ledger knows of a request whose time is over.
+pub struct Closed {
+    /// At least a part of it may have reached the server.
+    pub sent: bool,
+    pub result: Option<Box<RawValue>>,
+}
+
+/// The parts of an inbound message that say what it answers.
+#[derive(Deserialize)]
+struct Envelope<'a> {
+    id: Option<Id<'a>>,
+    #[serde(borrow)]
+    method: Option<&'a RawValue>,
+    #[serde(borrow)]
+    result: Option<&'a RawValue>,
+}
+
+/// Ours are numbers; some servers send them back as strings.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Id<'a> {
+    Number(i64),
+    Text(#[serde(borrow)] std::borrow::Cow<'a, str>),
+    Other(serde::de::IgnoredAny),
+}
+
+impl Id<'_> {
+    fn number(&self) -> Option<i64> {
+        match self {
+            Self::Number(number) => Some(*number),
+            Self::Text(text) => text.parse().ok(),
+            Self::Other(_) => None,
+        }
+    }
+}
+
+impl Ledger {
+    fn entries(&self) -> MutexGuard<'_, HashMap<i64, Entry>> {
+        self.0.lock().expect("no code panics while it holds the ledger")
+    }
+
+    /// Opens an entry if `message` is a request for tools; to be called before it is sent.
+    pub fn open(&self, message: &ClientJsonRpcMessage) {
+        let ClientJsonRpcMessage::Request(request) = message else { return };
+        let method = match request.request {
+            ClientRequest::ListToolsRequest(_) => Method::List,
+            ClientRequest::CallToolRequest(_) => Method::Call,
+            _ => return,
+        };
+        if let RequestId::Number(id) = request.id {
+            self.entries().insert(id, Entry { method, sent: false, result: None });
+        }
+    }
+
+    /// Notes that the request's bytes are on their way, or (`false`) that none of them left.
+    pub fn mark_sent(&self, id: Option<i64>, sent: bool) {
+        let Some(id) = id else { return };
+        if let Some(entry) = self.entries().get_mut(&id) {
+            entry.sent = sent;
+        }
+    }
+
+    /// Ends the entry of a request and tells what is known of it.
+    pub fn close(&self, id: &RequestId) -> Closed {
+        let entry = match id {
+            RequestId::Number(id) => self.entries().remove(id),
+            RequestId::String(_) => None,
+        };
+        // No entry: rmcp never handed the request to the transport.
+        entry.map_or(Closed { sent: false, result: None }, |entry| Closed { sent: entry.sent, result: entry.result })
+    }
+
+    /// Reads one inbound text: what rmcp shall see of it, one message (or several, for a JSON-RPC batch of revision
+    /// 2025-03-26). What is no JSON-RPC is dropped, unless it answers one of our requests: that request then fails at
+    /// once rather than at its deadline.
+    pub fn read(&self, text: &[u8]) -> Vec<ServerJsonRpcMessage> {
+        if text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
+            let parts: Vec<&RawValue> = serde_json::from_slice(text).unwrap_or_default();
+            return parts.into_iter().filter_map(|part| self.read_one(part.get().as_bytes())).collect();
+        }
+        self.read_one(text).into_iter().collect()
+    }
+
+    fn read_one(&self, text: &[u8]) -> Option<ServerJsonRpcMessage> {
+        let envelope: Option<Envelope<'_>> = serde_json::from_slice(text).ok();
+        let answers = envelope.as_ref().filter(|envelope| envelope.method.is_none());
+        let id = answers.and_then(|envelope| envelope.id.as_ref()?.number());
+        if let (Some(id), Some(result)) = (id, answers.and_then(|envelope| envelope.result))
+            && self.keep(id, result) == Some(Method::Call)
+        {
+            return Some(ServerJsonRpcMessage::response(ServerResult::empty(()), RequestId::Number(id)));
+        }
+        match serde_json::from_slice(text) {
+            Ok(message) => Some(message),
+            Err(_) => {
+                tracing::debug!(message.bytes = text.len(), "dropped a message that is no JSON-RPC 2.0");
+                let unreadable = ErrorData::internal_error("The server's answer is no JSON-RPC 2.0.", None);
+                id.map(|id| ServerJsonRpcMessage::error(unreadable, Some(RequestId::Number(id))))
+            }
+        }
+    }
+
+    /// As [`Ledger::read`] for one text that rmcp parses itself: the result of a call is replaced by an empty one.
+    pub fn thin(&self, text: String) -> String {
+        let Ok(envelope) = serde_json::from_str::<Envelope<'_>>(&text) else { return text };
+        let (None, Some(id), Some(result)) =
+            (envelope.method, envelope.id.as_ref().and_then(Id::number), envelope.result)
+        else {
+            return text;
+        };
+        match self.keep(id, result) {
+            Some(Method::Call) => format!(r#"{{"jsonrpc":"2.0","id":{id},"result":{{}}}}"#),
+            _ => text,
+        }
+    }
+
+    /// Keeps the first result of an open request; a second one is a replay and changes nothing.
+    fn keep(&self, id: i64, result: &RawValue) -> Option<Method> {
+        let mut entries = self.entries();
+        let entry = entries.get_mut(&id)?;
+        if entry.result.is_none() {
+            entry.result = Some(result.to_owned());
+        }
+        Some(entry.method)
+    }
+}
+
+/// The number of a request, for [`Ledger::mark_sent`]; other messages have none.
+pub fn request_number(message: &ClientJsonRpcMessage) -> Option<i64> {
+    match message {
+        ClientJsonRpcMessage::Request(request) => match request.id {
+            RequestId::Number(id) => Some(id),
+            RequestId::String(_) => None,
+        },
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use rmcp::model::{CallToolRequest, CallToolRequestParams};
+
+    fn ledger_with_call(id: i64) -> Ledger {
+        let ledger = Ledger::default();
+        let request = ClientRequest::CallToolRequest(CallToolRequest::new(CallToolRequestParams::new("t")));
+        ledger.open(&ClientJsonRpcMessage::request(request, RequestId::Number(id)));
+        ledger
+    }
+
+    fn raw(ledger: &Ledger, id: i64) -> Option<String> {
+        ledger.close(&RequestId::Number(id)).result.map(|raw| raw.get().to_owned())
+    }
+
+    #[test]
+    fn a_result_is_kept_to_the_letter_and_rmcp_sees_an_empty_one() {
+        let ledger = ledger_with_call(3);
+        let seen = ledger.read(br#" {"jsonrpc":"2.0","id":"3","result":{ "n": 123456789012345678901234567890 }}"#);
+        assert!(matches!(&seen[..], [ServerJsonRpcMessage::Response(answer)] if answer.id == RequestId::Number(3)));
+        assert_eq!(raw(&ledger, 3).unwrap(), r#"{ "n": 123456789012345678901234567890 }"#);
+    }
+
+    #[test]
+    fn a_replay_does_not_change_a_result() {
+        let ledger = ledger_with_call(1);
+        ledger.thin(r#"{"jsonrpc":"2.0","id":1,"result":{"first":1}}"#.to_owned());
+        ledger.thin(r#"{"jsonrpc":"2.0","id":1,"result":{"second":1}}"#.to_owned());
+        assert_eq!(raw(&ledger, 1).unwrap(), r#"{"first":1}"#);
+    }
+
+    #[test]
+    fn thinned_text_is_still_an_answer_for_rmcp() {
+        let ledger = ledger_with_call(1);
+        let text = ledger.thin(r#"{"jsonrpc":"2.0","id":1,"result":{"content":[]}}"#.to_owned());
+        assert!(matches!(serde_json::from_str(&text).unwrap(), ServerJsonRpcMessage::Response(_)));
+        let other = r#"{"jsonrpc":"2.0","id":2,"result":{"content":[]}}"#;
+        assert_eq!(ledger.thin(other.to_owned()), other, "an answer to nobody passes as it is");
+    }
+
+    #[test]
+    fn an_unreadable_answer_fails_its_request_at_once() {
+        let ledger = ledger_with_call(7);
+        let seen = ledger.read(br#"{"id":7}"#);
+        assert!(matches!(&seen[..], [ServerJsonRpcMessage::Error(error)] if error.id == Some(RequestId::Number(7))));
+        assert!(ledger.read(b"starting up...").is_empty());
+    }
+
+    #[test]
+    fn a_batch_is_taken_apart() {
+        let ledger = ledger_with_call(1);
+        let seen = ledger.read(
+            br#"[{"jsonrpc":"2.0","id":1,"result":{}},{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}]"#,
+        );
+        assert_eq!(seen.len(), 2);
+        assert_eq!(raw(&ledger, 1).unwrap(), "{}");
+    }
+}

@@ -1,0 +1,294 @@
+//! The data Portolan keeps, as plain values that are also the rows of its tables.
+//!
+//! Nothing in here speaks HTTP, MCP or SQL. A [`Secret`] leaves this form only through
+//! [`Secret::expose`], so that every place that reads one can be found.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use chrono::{DateTime, Utc};
+use secrecy::{ExposeSecret, SecretString};
+use serde::{Deserialize, Serialize, Serializer};
+use sha2::{Digest, Sha256};
+use sqlx::FromRow;
+
+/// A value that must not be printed: its `Debug` hides it and it has no `Display` and no `Serialize`.
+#[derive(Clone, Deserialize)]
+#[serde(from = "String")]
+pub struct Secret(SecretString);
+
+impl Secret {
+    /// The value in clear.
+    pub fn expose(&self) -> &str {
+        self.0.expose_secret()
+    }
+}
+
+impl From<String> for Secret {
+    fn from(value: String) -> Self {
+        Self(value.into())
+    }
+}
+
+impl PartialEq for Secret {
+    fn eq(&self, other: &Self) -> bool {
+        self.expose() == other.expose()
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(…)")
+    }
+}
+
+/// SHA-256 of a text, in hexadecimal.
+pub fn sha256_hex(text: &str) -> String {
+    Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Named secrets: environment variables of a child process, or HTTP header fields.
+pub type SecretMap = BTreeMap<String, Secret>;
+
+/// Explicit exits for secrets: only a field that names one of these in `serialize_with` is written in clear.
+pub mod clear {
+    use super::*;
+
+    pub fn option<S: Serializer>(value: &Option<Secret>, out: S) -> Result<S::Ok, S::Error> {
+        value.as_ref().map(Secret::expose).serialize(out)
+    }
+
+    pub fn option_map<S: Serializer>(value: &Option<SecretMap>, out: S) -> Result<S::Ok, S::Error> {
+        match value {
+            Some(map) => out.collect_map(map.iter().map(|(name, secret)| (name, secret.expose()))),
+            None => out.serialize_none(),
+        }
+    }
+}
+
+/// How an MCP server is reached; the value of `mcp_server_type` on the wire and of `servers.type` in the database.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServerType {
+    /// A command that Portolan starts, speaking MCP on its standard input and output.
+    Stdio,
+    /// The HTTP+SSE transport of MCP revision 2024-11-05.
+    Sse,
+    /// The streamable HTTP transport of MCP revision 2025-03-26 and later.
+    StreamableHttp,
+}
+
+impl ServerType {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Stdio => "stdio",
+            Self::Sse => "sse",
+            Self::StreamableHttp => "streamable_http",
+        }
+    }
+}
+
+impl TryFrom<String> for ServerType {
+    type Error = UnknownValue;
+
+    fn try_from(value: String) -> Result<Self, UnknownValue> {
+        [Self::Stdio, Self::Sse, Self::StreamableHttp]
+            .into_iter()
+            .find(|known| known.as_str() == value)
+            .ok_or(UnknownValue)
+    }
+}
+
+/// A command to start.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub struct Stdio {
+    pub command: String,
+    pub args: Vec<String>,
+    #[serde(serialize_with = "clear::option_map")]
+    pub env: Option<SecretMap>,
+}
+
+/// A URL to connect to, and what to send with every request there.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub struct Remote {
+    pub server_url: String,
+    pub auth_header: Option<String>,
+    #[serde(serialize_with = "clear::option")]
+    pub auth_token: Option<Secret>,
+    #[serde(serialize_with = "clear::option_map")]
+    pub custom_headers: Option<SecretMap>,
+}
+
+/// How to connect to one MCP server. Its serialized form, secrets in clear, is the column `servers.config`.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum Connector {
+    Stdio(Stdio),
+    Sse(Remote),
+    StreamableHttp(Remote),
+}
+
+impl Connector {
+    pub fn server_type(&self) -> ServerType {
+        match self {
+            Self::Stdio(_) => ServerType::Stdio,
+            Self::Sse(_) => ServerType::Sse,
+            Self::StreamableHttp(_) => ServerType::StreamableHttp,
+        }
+    }
+}
+
+impl fmt::Debug for Connector {
+    /// Only the type: commands, URLs and headers can carry secrets.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.server_type().as_str())
+    }
+}
+
+/// The configuration of a server as its row holds it: a row whose text cannot be read is still a server that can be
+/// listed, changed and deleted (CONTRACT row 10).
+#[derive(Clone, Debug)]
+pub struct Config(pub Result<Connector, Unreadable>);
+
+/// The stored configuration is not one this version understands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("The stored configuration of this server cannot be read; set it again with PATCH, or delete the server.")]
+pub struct Unreadable;
+
+impl From<String> for Config {
+    fn from(text: String) -> Self {
+        Self(serde_json::from_str(&text).map_err(|_| Unreadable))
+    }
+}
+
+/// What is known of a server's reachability; `status.state` on the wire (CONTRACT row 5).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    NeverConnected,
+    Ready,
+    Unreachable,
+    AuthRequired,
+}
+
+impl State {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NeverConnected => "never_connected",
+            Self::Ready => "ready",
+            Self::Unreachable => "unreachable",
+            Self::AuthRequired => "auth_required",
+        }
+    }
+}
+
+impl TryFrom<String> for State {
+    type Error = UnknownValue;
+
+    fn try_from(value: String) -> Result<Self, UnknownValue> {
+        [Self::NeverConnected, Self::Ready, Self::Unreachable, Self::AuthRequired]
+            .into_iter()
+            .find(|known| known.as_str() == value)
+            .ok_or(UnknownValue)
+    }
+}
+
+/// Which handshake a server understands. Found on the first connect and remembered, because finding it can cost 10 s
+/// with a server that ignores unknown methods (MCP 2026-07-28, backward compatibility).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Era {
+    /// `initialize`, up to revision 2025-11-25.
+    Initialize,
+    /// `server/discover` and metadata on each request, from revision 2026-07-28.
+    Discover,
+}
+
+impl Era {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Initialize => "initialize",
+            Self::Discover => "discover",
+        }
+    }
+
+    /// The era of a stored name; an unknown one is found again on the next connect.
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Initialize, Self::Discover].into_iter().find(|era| era.as_str() == name)
+    }
+}
+
+/// A text in the database that no version up to this one writes there.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("the database holds a value that this version does not know")]
+pub struct UnknownValue;
+
+/// A registered MCP server.
+#[derive(Clone, Debug, FromRow)]
+pub struct Server {
+    /// `mcp_server-<uuid4>`
+    pub id: String,
+    pub server_name: String,
+    #[sqlx(rename = "type", try_from = "String")]
+    pub server_type: ServerType,
+    #[sqlx(try_from = "String")]
+    pub config: Config,
+    /// Grows by one with each change of `config`; a session opened for an older revision is not used any more.
+    pub revision: i64,
+    /// The name of its [`Era`], once a connect succeeded.
+    pub era: Option<String>,
+    #[sqlx(try_from = "String")]
+    pub state: State,
+    /// Why `state` is not `ready`, in one sentence.
+    pub error: Option<String>,
+    /// When its tools were last listed with success.
+    pub last_synced_at: Option<DateTime<Utc>>,
+    pub created_at: DateTime<Utc>,
+    pub updated_at: DateTime<Utc>,
+    pub tool_count: i64,
+}
+
+/// A tool of a registered MCP server.
+#[derive(Clone, Debug, FromRow)]
+pub struct Tool {
+    /// `tool-<uuid4>`; kept as long as the server offers a tool of this name.
+    pub id: String,
+    pub server_id: String,
+    pub name: String,
+    /// Its place in the server's own list, from 0.
+    pub position: i64,
+    /// The MCP tool definition, byte for byte as the server sent it (JSON).
+    pub definition: String,
+}
+
+/// A tool as a server offers it now.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Offered {
+    pub name: String,
+    /// The MCP tool definition, byte for byte (JSON).
+    pub definition: String,
+}
+
+/// A tool whose definition is not what it was, and the keys of the definition that differ.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Changed {
+    pub name: String,
+    pub what: Vec<String>,
+}
+
+/// A tool that a server offers and Portolan cannot keep.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Skipped {
+    pub name: String,
+    pub reason: String,
+}
+
+/// What a sync did to the tools of a server, by name; the answer of refresh (CONTRACT row 11).
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct ToolChanges {
+    pub deleted: Vec<String>,
+    pub updated: Vec<String>,
+    pub added: Vec<String>,
+    pub unchanged: u64,
+    pub skipped: Vec<Skipped>,
+    pub changed: Vec<Changed>,
+}

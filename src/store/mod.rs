@@ -1,0 +1,196 @@
+//! Speaks SQL and nothing else: one [`Store`] over PostgreSQL or SQLite, the same statements on both.
+//!
+//! A lookup that finds nothing is `None`, never an error. Every text that goes in has been checked for NUL at the door:
+//! SQLite would keep one, PostgreSQL refuses it.
+
+mod servers;
+mod tools;
+
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
+
+use chrono::{DateTime, SubsecRound, Utc};
+use sqlx::migrate::MigrateError;
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{ConnectOptions, Connection};
+
+pub use servers::{Reached, ServerUpdate};
+
+/// How long a statement may wait for a connection, and a connection for the database.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+const SQLITE_CONNECTIONS: u32 = 8;
+const POSTGRES_CONNECTIONS: u32 = 16;
+
+/// Where servers and tools are kept. Clones share one pool.
+#[derive(Clone, Debug)]
+pub enum Store {
+    Postgres(PgPool),
+    Sqlite(SqlitePool),
+}
+
+/// Runs the same code on the pool of either database.
+macro_rules! on_db {
+    ($store:expr, $pool:ident => $body:expr) => {
+        match $store {
+            $crate::store::Store::Postgres($pool) => $body,
+            $crate::store::Store::Sqlite($pool) => $body,
+        }
+    };
+}
+use on_db;
+
+/// A statement that did not succeed.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Another server has this name already.
+    #[error("the name is taken")]
+    NameTaken,
+    /// The database cannot be reached or is too busy; nothing is known to be wrong with the statement.
+    #[error("the database is not available")]
+    Unavailable(#[source] sqlx::Error),
+    #[error("the database refused a statement")]
+    Refused(#[source] sqlx::Error),
+}
+
+impl From<sqlx::Error> for Error {
+    fn from(error: sqlx::Error) -> Self {
+        /// PostgreSQL: connection, resources and operator intervention classes (SQLSTATE 08, 53, 57).
+        const AWAY: [&str; 3] = ["08", "53", "57"];
+        /// SQLite: SQLITE_BUSY and SQLITE_LOCKED.
+        const LOCKED: [&str; 2] = ["5", "6"];
+        let away = match &error {
+            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
+            sqlx::Error::Database(refusal) => refusal.code().is_some_and(|code| {
+                LOCKED.contains(&code.as_ref()) || (code.len() == 5 && AWAY.iter().any(|class| code.starts_with(class)))
+            }),
+            _ => false,
+        };
+        if away { Self::Unavailable(error) } else { Self::Refused(error) }
+    }
+}
+
+/// Why a database cannot be used; each message is one sentence for the person who starts Portolan.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error(
+        "The database URL must start with postgres: or sqlite: (for example postgres://user@host/portolan or sqlite:portolan.db)."
+    )]
+    Scheme,
+    #[error("The database URL cannot be read: {0}.")]
+    Url(String),
+    #[error("An in-memory SQLite database cannot be used; give a file, for example sqlite:portolan.db.")]
+    InMemory,
+    #[error("Cannot open {place}: {reason}.")]
+    Connect { place: String, reason: String },
+    #[error("Cannot bring {place} to the schema of this version: {reason}.")]
+    Migrate { place: String, reason: String },
+}
+
+impl Store {
+    /// Opens the database that `url` names, or `portolan.db` in `data_dir` without one, and brings its schema up to date.
+    pub async fn open(url: Option<&str>, data_dir: &Path) -> Result<Self, OpenError> {
+        match url {
+            None => Self::open_sqlite(SqliteConnectOptions::new().filename(data_dir.join("portolan.db"))).await,
+            Some(url) if url.starts_with("sqlite:") => {
+                if url.contains(":memory:") || url.contains("mode=memory") {
+                    return Err(OpenError::InMemory);
+                }
+                let options = SqliteConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
+                Self::open_sqlite(options).await
+            }
+            Some(url) if url.starts_with("postgres:") || url.starts_with("postgresql:") => {
+                let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
+                Self::open_postgres(options).await
+            }
+            Some(_) => Err(OpenError::Scheme),
+        }
+    }
+
+    async fn open_sqlite(options: SqliteConnectOptions) -> Result<Self, OpenError> {
+        let place = format!("the SQLite database {}", options.get_filename().display());
+        let options = options
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .foreign_keys(true)
+            .busy_timeout(ACQUIRE_TIMEOUT)
+            .disable_statement_logging();
+        let pool = SqlitePoolOptions::new()
+            .max_connections(SQLITE_CONNECTIONS)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .connect_with(options)
+            .await
+            .map_err(|error| OpenError::Connect { place: place.clone(), reason: one_line(&error) })?;
+        migrated(place, sqlx::migrate!("migrations/sqlite").run(&pool).await)?;
+        Ok(Self::Sqlite(pool))
+    }
+
+    async fn open_postgres(options: PgConnectOptions) -> Result<Self, OpenError> {
+        let place = format!(
+            "the PostgreSQL database {:?} at {}:{}",
+            options.get_database().unwrap_or("(default)"),
+            options.get_host(),
+            options.get_port()
+        );
+        let options = options.application_name("portolan").disable_statement_logging();
+        // A pool retries a refused connection until its time is up and then says only that; one connection says why.
+        let refused = |reason| OpenError::Connect { place: place.clone(), reason };
+        let first = tokio::time::timeout(ACQUIRE_TIMEOUT, sqlx::PgConnection::connect_with(&options))
+            .await
+            .map_err(|_| refused(format!("it did not answer within {} s", ACQUIRE_TIMEOUT.as_secs())))?
+            .map_err(|error| refused(one_line(&error)))?;
+        // Best effort: the connection worked, how it ends changes nothing.
+        let _ = first.close().await;
+        let pool = PgPoolOptions::new()
+            .max_connections(POSTGRES_CONNECTIONS)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .connect_lazy_with(options);
+        migrated(place, sqlx::migrate!("migrations/postgres").run(&pool).await)?;
+        Ok(Self::Postgres(pool))
+    }
+
+    /// Whether the database answers; for `/v1/ready`.
+    pub async fn ping(&self) -> Result<(), Error> {
+        on_db!(self, pool => sqlx::query("SELECT 1").execute(pool).await.map(|_| ())?);
+        Ok(())
+    }
+
+    /// Ends all connections, after the statements that are running.
+    pub async fn close(&self) {
+        on_db!(self, pool => pool.close().await);
+    }
+
+    /// What the start-up lines say of this store: kind and place, no credentials.
+    pub fn describe(&self) -> String {
+        match self {
+            Self::Sqlite(pool) => format!("SQLite in {}", pool.connect_options().get_filename().display()),
+            Self::Postgres(pool) => {
+                let options = pool.connect_options();
+                format!("PostgreSQL at {}:{}", options.get_host(), options.get_port())
+            }
+        }
+    }
+}
+
+/// The time as both databases keep it: UTC, whole microseconds.
+pub fn now() -> DateTime<Utc> {
+    Utc::now().trunc_subsecs(6)
+}
+
+fn migrated(place: String, result: Result<(), MigrateError>) -> Result<(), OpenError> {
+    result.map_err(|error| OpenError::Migrate {
+        place,
+        reason: match error {
+            MigrateError::VersionMissing(_) | MigrateError::VersionMismatch(_) => {
+                "it was written by another version of Portolan; start that version or a newer one".to_owned()
+            }
+            other => one_line(&other),
+        },
+    })
+}
+
+fn one_line(error: &dyn std::error::Error) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ").trim_end_matches('.').to_owned()
+}

@@ -1,0 +1,142 @@
+//! The table `servers`.
+
+use crate::model::{Connector, Era, Server, State};
+
+use super::{Error, Store, now, on_db};
+
+/// The columns of [`Server`], after `SELECT` or `RETURNING`.
+macro_rules! columns {
+    () => {
+        "id, server_name, type, config, revision, era, state, error, last_synced_at, created_at, updated_at, \
+         (SELECT count(*) FROM tools WHERE tools.server_id = servers.id) AS tool_count"
+    };
+}
+
+/// What a change to a server writes.
+pub struct ServerUpdate {
+    pub server_name: String,
+    /// A new configuration; the state of the old one is forgotten with it.
+    pub connector: Option<Connector>,
+}
+
+/// What an attempt to reach a server found.
+pub struct Reached {
+    pub state: State,
+    pub error: Option<String>,
+    pub era: Option<Era>,
+}
+
+impl Store {
+    /// Adds a server with no tools, never connected. [`Error::NameTaken`] when another has its name.
+    pub async fn create_server(&self, id: &str, server_name: &str, connector: &Connector) -> Result<Server, Error> {
+        const SQL: &str = concat!(
+            "INSERT INTO servers (id, server_name, type, config, revision, state, created_at, updated_at) \
+             VALUES ($1, $2, $3, $4, 1, $5, $6, $6) RETURNING ",
+            columns!()
+        );
+        let config = to_text(connector);
+        on_db!(self, pool => sqlx::query_as(SQL)
+            .bind(id)
+            .bind(server_name)
+            .bind(connector.server_type().as_str())
+            .bind(config)
+            .bind(State::NeverConnected.as_str())
+            .bind(now())
+            .fetch_one(pool)
+            .await)
+        .map_err(taken)
+    }
+
+    /// All servers, oldest first. A row whose configuration cannot be read is among them (CONTRACT row 10).
+    pub async fn servers(&self) -> Result<Vec<Server>, Error> {
+        const SQL: &str = concat!("SELECT ", columns!(), " FROM servers ORDER BY created_at, id");
+        Ok(on_db!(self, pool => sqlx::query_as(SQL).fetch_all(pool).await)?)
+    }
+
+    pub async fn server(&self, id: &str) -> Result<Option<Server>, Error> {
+        const SQL: &str = concat!("SELECT ", columns!(), " FROM servers WHERE id = $1");
+        Ok(on_db!(self, pool => sqlx::query_as(SQL).bind(id).fetch_optional(pool).await)?)
+    }
+
+    pub async fn server_by_name(&self, server_name: &str) -> Result<Option<Server>, Error> {
+        const SQL: &str = concat!("SELECT ", columns!(), " FROM servers WHERE server_name = $1");
+        Ok(on_db!(self, pool => sqlx::query_as(SQL).bind(server_name).fetch_optional(pool).await)?)
+    }
+
+    /// Changes a server as `change` says of its present row, in one transaction that holds the row, so that of two
+    /// changes at once neither is lost. `None` when there is no such server; an error of `change` leaves it as it was.
+    pub async fn update_server<E: From<Error>>(
+        &self,
+        id: &str,
+        change: impl FnOnce(&Server) -> Result<ServerUpdate, E>,
+    ) -> Result<Option<Server>, E> {
+        // An UPDATE that changes nothing takes the row lock on PostgreSQL and the write lock on SQLite.
+        const LOCK: &str = concat!("UPDATE servers SET revision = revision WHERE id = $1 RETURNING ", columns!());
+        const RENAME: &str =
+            concat!("UPDATE servers SET server_name = $2, updated_at = $3 WHERE id = $1 RETURNING ", columns!());
+        const CONFIGURE: &str = concat!(
+            "UPDATE servers SET server_name = $2, updated_at = $3, type = $4, config = $5, revision = revision + 1, \
+             era = NULL, state = $6, error = NULL WHERE id = $1 RETURNING ",
+            columns!()
+        );
+        on_db!(self, pool => {
+            let mut transaction = pool.begin().await.map_err(Error::from)?;
+            let current = sqlx::query_as(LOCK).bind(id).fetch_optional(&mut *transaction).await.map_err(Error::from)?;
+            let Some(current) = current else { return Ok(None) };
+            let update = change(&current)?;
+            let changed = match &update.connector {
+                None => sqlx::query_as(RENAME)
+                    .bind(id)
+                    .bind(&update.server_name)
+                    .bind(now())
+                    .fetch_one(&mut *transaction)
+                    .await,
+                Some(connector) => sqlx::query_as(CONFIGURE)
+                    .bind(id)
+                    .bind(&update.server_name)
+                    .bind(now())
+                    .bind(connector.server_type().as_str())
+                    .bind(to_text(connector))
+                    .bind(State::NeverConnected.as_str())
+                    .fetch_one(&mut *transaction)
+                    .await,
+            };
+            let changed = changed.map_err(taken)?;
+            transaction.commit().await.map_err(Error::from)?;
+            Ok(Some(changed))
+        })
+    }
+
+    /// Removes a server and its tools; `false` when there is none.
+    pub async fn delete_server(&self, id: &str) -> Result<bool, Error> {
+        const SQL: &str = "DELETE FROM servers WHERE id = $1 RETURNING id";
+        let gone: Option<(String,)> = on_db!(self, pool => sqlx::query_as(SQL).bind(id).fetch_optional(pool).await)?;
+        Ok(gone.is_some())
+    }
+
+    /// Notes what an attempt to reach the server found, unless its configuration has changed since.
+    pub async fn record_reached(&self, id: &str, revision: i64, reached: &Reached) -> Result<(), Error> {
+        const SQL: &str = "UPDATE servers SET state = $3, error = $4, era = $5 WHERE id = $1 AND revision = $2";
+        on_db!(self, pool => sqlx::query(SQL)
+            .bind(id)
+            .bind(revision)
+            .bind(reached.state.as_str())
+            .bind(reached.error.as_deref())
+            .bind(reached.era.map(Era::as_str))
+            .execute(pool)
+            .await
+            .map(|_| ()))?;
+        Ok(())
+    }
+}
+
+fn to_text(connector: &Connector) -> String {
+    serde_json::to_string(connector).expect("a connector is strings and maps of strings")
+}
+
+fn taken(error: sqlx::Error) -> Error {
+    match error.as_database_error() {
+        Some(refusal) if refusal.is_unique_violation() => Error::NameTaken,
+        _ => error.into(),
+    }
+}
