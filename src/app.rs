@@ -42,11 +42,12 @@ impl App {
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
-    /// time, ends every session and child, and closes the database.
-    pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) {
+    /// time, ends every session and child, and closes the database. `false` when a session did not end in time.
+    pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> bool {
         serve::serve(listener, api::router(self.clone()), self.settings.entry.drain_timeout, shutdown).await;
-        self.mcp.close().await;
+        let clean = self.mcp.close().await;
         self.store.close().await;
+        clean
     }
 }
 

@@ -42,8 +42,11 @@ async fn serve(settings: Settings) -> Result<(), String> {
     );
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
-    app.serve(listener, shutdown).await;
-    Ok(())
+    if app.serve(listener, shutdown).await {
+        Ok(())
+    } else {
+        Err("A session did not end in time; it was cut.".to_owned())
+    }
 }
 
 /// SIGTERM or SIGINT stop Portolan gracefully; a second one stops it at once.

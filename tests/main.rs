@@ -1,1 +1,13 @@
-fn main() {}
+//! Portolan's promises, a file each, against a running Portolan and fake MCP servers.
+#![expect(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+mod fake;
+mod harness;
+
+mod bad_input;
+mod house;
+mod process;
+mod runs;
+mod servers;
+mod tools;
+mod transports;

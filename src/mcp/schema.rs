@@ -26,8 +26,8 @@ const INLINE_BYTES: usize = 512 * 1024;
 /// Bytes of a definition's `type` that references to it take over; a larger one, copied to each, could fill the memory.
 const TYPE_BYTES: usize = 256;
 
-/// Schemas visited and alternatives compared while inlining one tool, a fraction of a second of work. What is over stays
-/// as it is. Visits alone can grow without bound where bytes do not, as in a type that refers to itself only.
+/// Schemas visited and alternatives compared while inlining one tool, a fraction of a second of work. What is over
+/// stays as it is. Visits can multiply where bytes do not, as in a definition that is a reference to itself.
 const INLINE_STEPS: usize = 1_000_000;
 
 /// Bytes of all warnings of one tool. Each names its whole path, so they could be far larger than the schema.
@@ -49,7 +49,8 @@ const UNIONS: [&str; 3] = ["anyOf", "oneOf", "allOf"];
 /// | `$defs` or one of them no object, a `$ref` no string | as it is, and resolves to nothing | by the rest |
 /// | `minItems` no number | as it is | as if absent |
 ///
-/// An `anyOf` that is no list, which Letta takes apart into its letters or keys, stays as it is too and is INVALID.
+/// An `anyOf` that is no list, which Letta takes apart into its letters or keys, stays as it is too and is INVALID. Of
+/// alternatives that differ in `1` and `1.0`, or `1` and `true`, Letta takes one for the other; here they differ.
 pub fn json_schema(name: &str, description: Option<&str>, input_schema: &Value) -> Value {
     let parameters = parameters(input_schema);
     let is_empty = input_schema.as_object().is_some_and(Map::is_empty);

@@ -1,0 +1,83 @@
+//! The house stays as the crate doc says: who imports whom, and a route table that is the OpenAPI document's.
+
+use std::path::Path;
+
+use crate::harness::contract;
+
+#[test]
+fn the_route_table_is_the_documents() {
+    let table: Vec<_> =
+        portolan::api::routes().iter().map(|route| (route.method.to_string(), route.path.to_owned())).collect();
+    let mut documented = contract::operations();
+    let mut served = table.clone();
+    documented.sort();
+    served.sort();
+    assert_eq!(served, documented);
+}
+
+/// Which of our own modules, and which guarded crates, a module may name.
+const MAY_IMPORT: [(&str, &[&str]); 11] = [
+    ("main.rs", &["app", "config", "telemetry"]),
+    ("lib.rs", &[]),
+    ("app.rs", &["api", "config", "mcp", "serve", "store", "axum"]),
+    ("serve.rs", &["axum"]),
+    ("error.rs", &["mcp", "store", "axum"]),
+    ("config.rs", &["model"]),
+    ("model.rs", &["sqlx"]),
+    ("telemetry.rs", &[]),
+    ("api", &["app", "error", "mcp", "model", "store", "axum"]),
+    ("mcp", &["config", "model", "store", "rmcp"]),
+    ("store", &["model", "sqlx"]),
+];
+const OURS: [&str; 10] = ["api", "app", "config", "error", "mcp", "model", "serve", "store", "telemetry", "command"];
+const GUARDED: [&str; 3] = ["axum", "rmcp", "sqlx"];
+
+fn sources(folder: &Path, found: &mut Vec<std::path::PathBuf>) {
+    for entry in std::fs::read_dir(folder).unwrap().flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            sources(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+#[test]
+fn every_module_imports_only_what_the_map_allows() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    sources(&src, &mut files);
+    assert!(files.len() > 20);
+    for file in files {
+        let relative = file.strip_prefix(&src).unwrap();
+        let module = relative.iter().next().unwrap().to_str().unwrap();
+        let (_, allowed) = MAY_IMPORT.iter().find(|(name, _)| *name == module).unwrap_or_else(|| {
+            panic!("{module} is not on the map: add it to lib.rs and here");
+        });
+        let text = std::fs::read_to_string(&file).unwrap();
+        // `use crate::{a, b}` counts as both; paths inside code count too.
+        let code: String =
+            text.lines().filter(|line| !line.trim_start().starts_with("//")).collect::<Vec<_>>().join("\n");
+        let mut named: Vec<&str> = OURS
+            .into_iter()
+            .filter(|ours| {
+                code.contains(&format!("crate::{ours}"))
+                    || code.contains(&format!("portolan::{ours}"))
+                    || in_braces(&code, ours)
+            })
+            .collect();
+        named.extend(GUARDED.into_iter().filter(|name| code.contains(&format!("{name}::"))));
+        let stem = module.trim_end_matches(".rs");
+        for name in named {
+            assert!(name == stem || allowed.contains(&name), "{} may not name {name}", relative.display());
+        }
+    }
+}
+
+fn in_braces(code: &str, name: &str) -> bool {
+    code.split("use crate::{").skip(1).any(|rest| {
+        let list = rest.split('}').next().unwrap_or_default();
+        list.split(',').any(|part| part.trim().split("::").next() == Some(name))
+    })
+}

@@ -1,0 +1,215 @@
+//! The program: its first lines, its exit codes, its stop (DESIGN §1, app and main).
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::harness::{Database, client, fake_mcp, processes_naming};
+
+struct Program {
+    child: Child,
+    url: String,
+    lines: [String; 3],
+}
+
+fn command(folder: &Path, database: Option<&str>) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_portolan"));
+    command.env_remove("DATABASE_URL").env("PORTOLAN_LISTEN", "127.0.0.1:0").current_dir(folder);
+    if let Some(database) = database {
+        command.env("DATABASE_URL", database);
+    }
+    command
+}
+
+impl Program {
+    fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let lines = [(); 3].map(|()| lines.next().expect("three lines").unwrap());
+        let url = lines[0].split(' ').next_back().unwrap().to_owned();
+        Self { child, url, lines }
+    }
+
+    fn signal(&self, signal: &str) {
+        assert!(Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap().success());
+    }
+
+    fn exit_code(&mut self) -> Option<i32> {
+        let deadline = Instant::now() + Duration::from_secs(40);
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            assert!(Instant::now() < deadline, "it does not stop");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // After a failed assertion; a program that has exited is not harmed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Exit code and standard error of a start that fails.
+fn refusal(mut command: Command) -> (Option<i32>, String) {
+    let output = command.output().unwrap();
+    assert!(output.stdout.is_empty());
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_says_where_it_listens_what_it_keeps_and_where_the_docs_are() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    let mut program = Program::start(command(folder.path(), database.url().as_deref()));
+    let [listens, kept, docs] = program.lines.clone();
+    assert!(
+        listens.starts_with(&format!("Portolan {} listens on http://127.0.0.1:", env!("CARGO_PKG_VERSION"))),
+        "{listens}"
+    );
+    assert!(!listens.ends_with(":0"), "{listens}");
+    if database.url().is_some() {
+        assert!(kept.starts_with("Database: PostgreSQL at 127.0.0.1:"), "{kept}");
+    } else {
+        assert_eq!(kept, "Database: SQLite in ./portolan-data/portolan.db");
+    }
+    assert_eq!(docs, format!("API reference: {}/docs", program.url));
+    let data = folder.path().join("portolan-data");
+    let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&data).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o700);
+    let client = client();
+    for (path, kind, part) in [
+        ("/docs", "text/html; charset=utf-8", "swagger-ui"),
+        ("/docs/docs.js", "text/javascript; charset=utf-8", "/openapi.yaml"),
+        ("/docs/swagger-ui-bundle.js", "text/javascript; charset=utf-8", "SwaggerUI"),
+        ("/docs/swagger-ui.css", "text/css; charset=utf-8", ".swagger-ui"),
+        ("/openapi.yaml", "application/yaml", "openapi: 3.1"),
+    ] {
+        let answer = client.get(format!("{}{path}", program.url)).send().await.unwrap();
+        assert_eq!(
+            (answer.status().as_u16(), answer.headers()["content-type"].to_str().unwrap()),
+            (200, kind),
+            "{path}"
+        );
+        let text = answer.text().await.unwrap();
+        assert!(text.contains(part), "{path}");
+        assert!(path != "/docs" || !text.contains("//cdn"), "everything comes from here");
+    }
+    program.signal("-INT");
+    assert_eq!(program.exit_code(), Some(0));
+    // What was registered is there after a restart, here through the flag instead of the variable.
+    let mut again = command(folder.path(), database.url().as_deref());
+    again.env_remove("PORTOLAN_LISTEN").args(["serve", "--listen", "127.0.0.1:0", "--log", "warn"]);
+    let mut program = Program::start(again);
+    program.signal("-TERM");
+    assert_eq!(program.exit_code(), Some(0));
+    database.remove().await;
+}
+
+#[test]
+fn what_it_cannot_use_is_one_clear_sentence_and_no_zero() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "text").unwrap();
+    let spoilt = folder.path().join("spoilt.db");
+    std::fs::write(&spoilt, "this is no database, and it is long enough to be looked at as one".repeat(20)).unwrap();
+    for (database, part) in [
+        ("mysql://root:hunter2@127.0.0.1/x".to_owned(), "must start with postgres: or sqlite:"),
+        ("nonsense".to_owned(), "must start with postgres: or sqlite:"),
+        ("sqlite::memory:".to_owned(), "in-memory"),
+        ("sqlite:/nonexistent/folder/x.db".to_owned(), "Cannot open the SQLite database"),
+        (format!("sqlite:{}", spoilt.display()), "not a database"),
+        ("postgres://u:hunter2@127.0.0.1:1/x".to_owned(), "refused"),
+        ("postgres://u:hunter2@nonexistent.invalid/x".to_owned(), "Cannot open the PostgreSQL database"),
+        ("postgres://u:hunter2@127.0.0.1:notaport/x".to_owned(), "cannot be read"),
+    ] {
+        let (code, text) = refusal(command(folder.path(), Some(&database)));
+        assert_eq!(code, Some(1), "{database}");
+        assert!(text.contains(part), "{database}: {text}");
+        assert_eq!(text.trim_end().lines().count(), 1, "one sentence: {text}");
+        assert!(text.trim_end().ends_with('.') && !text.contains("hunter2"), "{text}");
+    }
+    let mut taken = command(folder.path(), None);
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    taken.args(["--listen", &listener.local_addr().unwrap().to_string()]);
+    let (code, text) = refusal(taken);
+    assert!(code == Some(1) && text.contains("Cannot listen on"), "{text}");
+    let mut no_folder = command(folder.path(), None);
+    no_folder.args(["--data-dir", &format!("{}/x", file.display())]);
+    let (code, text) = refusal(no_folder);
+    assert!(code == Some(1) && text.contains("Cannot make the data folder"), "{text}");
+    let mut no_time = command(folder.path(), None);
+    no_time.args(["--run-timeout", "soon"]);
+    let (code, text) = refusal(no_time);
+    assert!(code == Some(2) && text.contains("a number and a unit"), "{text}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_finishes_what_is_under_way_and_leaves_no_child() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    for signal in ["-TERM", "-INT"] {
+        let mut program = Program::start(command(folder.path(), database.url().as_deref()));
+        let client = client();
+        let script = folder.path().join(format!("{signal}.json"));
+        // This one outlives the end of its input and SIGTERM; only SIGKILL ends it.
+        let tools = json!([{"name": "slow", "inputSchema": {"type": "object"}}]);
+        std::fs::write(&script, json!({"stubborn": true, "tools": tools}).to_string()).unwrap();
+        let servers = format!("{}/v1/mcp-servers", program.url);
+        let body = json!({"server_name": signal, "config": {"command": fake_mcp(), "args": ["stdio", script]}});
+        let server: Value = client.post(&servers).json(&body).send().await.unwrap().json().await.unwrap();
+        assert_eq!(server["status"]["state"], "ready", "{server}");
+        let one = format!("{servers}/{}/tools", server["id"].as_str().unwrap());
+        let tools: Value = client.get(&one).send().await.unwrap().json().await.unwrap();
+        let run = format!("{one}/{}/run", tools[0]["id"].as_str().unwrap());
+        let runs: Vec<_> =
+            (0..10).map(|_| tokio::spawn(client.post(&run).json(&json!({"args": {"ms": 1500}})).send())).collect();
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        program.signal(signal);
+        for run in runs {
+            let answer: Value = run.await.unwrap().expect("it is answered").json().await.unwrap();
+            assert_eq!(answer["func_return"], "done", "{answer}");
+        }
+        assert_eq!(program.exit_code(), Some(0));
+        assert_eq!(processes_naming(&folder.path().to_string_lossy()), Vec::<u32>::new());
+        assert!(client.get(&servers).send().await.is_err());
+    }
+    database.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_does_not_wait_for_ever_and_a_second_signal_does_not_wait_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    for (second, code) in [(false, Some(0)), (true, Some(130))] {
+        let mut start = command(folder.path(), database.url().as_deref());
+        start.args(["--drain-timeout", if second { "1h" } else { "500ms" }]);
+        let mut program = Program::start(start);
+        let mut stream = std::net::TcpStream::connect(program.url.trim_start_matches("http://")).unwrap();
+        std::io::Write::write_all(
+            &mut stream,
+            b"POST /v1/mcp-servers HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{",
+        )
+        .unwrap();
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        program.signal("-TERM");
+        if second {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            assert!(program.child.try_wait().unwrap().is_none(), "it waits for the request");
+            program.signal("-TERM");
+        }
+        assert_eq!(program.exit_code(), code);
+        let mut rest = String::new();
+        // Cut: no answer, or a reset.
+        let _ = stream.read_to_string(&mut rest);
+        assert_eq!(rest, "");
+    }
+    database.remove().await;
+}
