@@ -9,7 +9,7 @@ fn the_route_table_is_the_documents() {
     let table: Vec<_> =
         portolan::api::routes().iter().map(|route| (route.method.to_string(), route.path.to_owned())).collect();
     let mut documented = contract::operations();
-    let mut served = table.clone();
+    let mut served = table;
     documented.sort();
     served.sort();
     assert_eq!(served, documented);

@@ -297,7 +297,9 @@ async fn of_two_changes_at_once_neither_is_lost() {
         let name = json!({ "server_name": format!("both {round}") });
         let (env, args, name) =
             tokio::join!(portolan.patch(&path, &env), portolan.patch(&path, &args), portolan.patch(&path, &name));
-        (env.expect(200), args.expect(200), name.expect(200));
+        for answer in [env, args, name] {
+            answer.expect(200);
+        }
         let server = portolan.get(&path).await.expect(200);
         assert_eq!(server["env"]["ROUND"], format!("{round}"));
         assert_eq!(server["args"], json!([format!("{round}")]));

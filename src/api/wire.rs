@@ -348,10 +348,9 @@ impl ConnectorFields {
                 ];
                 refuse_foreign(&foreign, "A stdio server has no such field.", at, reader);
                 let command = self.command.filter(|command| !command.trim().is_empty());
-                if command.as_ref().is_none_or(|command| command.len() > MAX_COMMAND_BYTES) {
-                    if !reader.has_issue_at("command") {
-                        reader.issue(&at("command"), "A stdio server needs a command of 1 to 4096 characters.");
-                    }
+                let usable = command.as_ref().is_some_and(|command| command.len() <= MAX_COMMAND_BYTES);
+                if !usable && !reader.has_issue_at("command") {
+                    reader.issue(&at("command"), "A stdio server needs a command of 1 to 4096 characters.");
                 }
                 let env = self.env.filter(|env| !env.is_empty());
                 for name in env.iter().flat_map(SecretMap::keys).filter(|name| name.is_empty() || name.contains('=')) {
@@ -434,10 +433,11 @@ fn valid_url(url: Option<String>, loc: &[&str], reader: &mut Reader) -> Option<S
         }
         return None;
     };
-    // The URL parser forgives white space and control characters; the next program to read them may not.
+    // The URL parser forgives white space, control characters and missing or extra slashes; the next one may not.
+    let slashes = url.split_once("://").is_some_and(|(_, rest)| !rest.starts_with('/'));
     let clean = url.len() <= MAX_URL_BYTES && !url.chars().any(|c| c.is_control() || c.is_whitespace() || c == '\\');
     let parsed = Url::parse(&url).ok().filter(|parsed| matches!(parsed.scheme(), "http" | "https"));
-    if !clean || parsed.is_none_or(|parsed| !parsed.has_host() || parsed.fragment().is_some()) {
+    if !clean || !slashes || parsed.is_none_or(|parsed| !parsed.has_host() || parsed.fragment().is_some()) {
         reader.issue(loc, "This must be an http or https URL with a host, of at most 2048 characters.");
         return None;
     }
@@ -474,7 +474,9 @@ fn check_headers(remote: &Remote, at: impl Fn(&'static str) -> Vec<&'static str>
 }
 
 fn is_header_value(value: &Secret) -> bool {
-    HeaderValue::from_str(value.expose()).is_ok() && value.expose().len() <= MAX_VALUE_BYTES
+    // ASCII alone: of other bytes servers make different texts (RFC 9110 §5.5).
+    let value = value.expose();
+    HeaderValue::from_str(value).is_ok() && value.is_ascii() && value.len() <= MAX_VALUE_BYTES
 }
 
 /// The body of a run: `{"args": {…}}`, `{}`, or nothing.

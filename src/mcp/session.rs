@@ -176,8 +176,8 @@ impl Session {
         let mut cursors = HashSet::new();
         let mut cursor: Option<String> = None;
         for _ in 0..MAX_PAGES {
-            let mut request = ListToolsRequest::default();
-            request.params = cursor.take().map(|cursor| PaginatedRequestParams::default().with_cursor(Some(cursor)));
+            let params = cursor.take().map(|cursor| PaginatedRequestParams::default().with_cursor(Some(cursor)));
+            let mut request = ListToolsRequest { params, ..ListToolsRequest::default() };
             if let Some(agent) = agent {
                 request.extensions.insert(agent.clone());
             }

@@ -129,7 +129,8 @@ class Portolan(Process):
         self.folder = pathlib.Path(folder)
         data = self.folder / "data"
         data.mkdir()
-        settings = {key: value for key, value in os.environ.items() if not key.startswith(("PORTOLAN_", "LETTA_", "MCP_"))}
+        ours = ("PORTOLAN_", "LETTA_", "MCP_", "DATABASE_URL")
+        settings = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         argv = [os.environ["PORTOLAN_BIN"], "--listen", "127.0.0.1:0", "--data-dir", str(data)]
         if url := os.environ.get("PORTOLAN_DATABASE_URL"):
             key = self.folder / "key"

@@ -96,7 +96,8 @@ export class Portolan extends Process {
   static async start() {
     const folder = fs.mkdtempSync(path.join(os.tmpdir(), "portolan-suite-"));
     fs.mkdirSync(path.join(folder, "data"));
-    const env = Object.fromEntries(Object.entries(process.env).filter(([key]) => !/^(PORTOLAN|LETTA|MCP|NODE)_/.test(key)));
+    const ours = /^(PORTOLAN_|LETTA_|MCP_|NODE_|DATABASE_URL)/;
+    const env = Object.fromEntries(Object.entries(process.env).filter(([key]) => !ours.test(key)));
     const args = ["--listen", "127.0.0.1:0", "--data-dir", path.join(folder, "data")];
     if (process.env.PORTOLAN_DATABASE_URL) {
       env.PORTOLAN_KEY_FILE = path.join(folder, "key");
