@@ -1,6 +1,8 @@
 //! Portolan, the MCP-servers part of the Letta API on your own machine: clients register MCP servers over REST, Portolan
 //! keeps live sessions to them and their tool lists, and runs their tools.
 //!
+//! "CONTRACT row N" in a comment is a row of `docs/CONTRACT.md`: the rules of the wire.
+//!
 //! # The house
 //!
 //! A folder is a layer, a file is one thing.

@@ -1,4 +1,4 @@
-//! The program: its first lines, its exit codes, its stop (DESIGN §1, app and main).
+//! The program: its first lines, its exit codes, its stop.
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! Three transports and every revision: how a server is found to speak what it speaks (DESIGN: era found and remembered).
+//! Three transports and every revision: how a server is found to speak what it speaks.
 
 use serde_json::{Value, json};
 

@@ -103,7 +103,7 @@ pub async fn refresh(
     query: Result<Query<RefreshQuery>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Error> {
     let bad_agent = || Error::invalid(vec![json!("query"), json!("agent_id")], "This is no legal agent id.");
-    // JavaScript SDKs send a null as an empty value (CONTRACT §1.2).
+    // JavaScript SDKs send a null as an empty value (docs/CONTRACT.md, what the SDKs send).
     let agent = query.map_err(|_| bad_agent())?.0.agent_id.filter(|agent| !agent.is_empty());
     let agent = agent.map(|agent| AgentId::new(&agent).ok_or_else(bad_agent)).transpose()?;
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;

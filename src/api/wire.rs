@@ -1,4 +1,4 @@
-//! Letta's JSON, exactly: what a client sends becomes a model, a model becomes what a client reads (CONTRACT Part I).
+//! Letta's JSON, exactly: what a client sends becomes a model, a model becomes what a client reads (docs/CONTRACT.md).
 //!
 //! Both generations of bodies are read here: `{server_name, config: {…}}` of every stable SDK, and the flat body of the
 //! pre-releases. All that is wrong with a body is told at once, by place and never by value.
@@ -582,7 +582,7 @@ fn rfc3339(time: chrono::DateTime<chrono::Utc>) -> String {
     time.to_rfc3339_opts(chrono::SecondsFormat::Micros, true)
 }
 
-/// A tool as Letta shows it (CONTRACT §4.1), with the untouched MCP definition under `metadata_.mcp.definition`.
+/// A tool as Letta shows it (CONTRACT row 12), with the untouched MCP definition under `metadata_.mcp.definition`.
 #[derive(Serialize)]
 pub struct ToolObject<'a> {
     id: &'a str,

@@ -42,7 +42,7 @@ const MAX_TEXT_BYTES: usize = 64 * 1024;
 /// How long the end of all sessions may take at a stop: a child gets two graces, rmcp its closing time.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The agent a refresh is made for; goes to the server as `X-Agent-Id` (CONTRACT §3.4).
+/// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug)]
 pub struct AgentId(HeaderValue);
 

@@ -1,5 +1,5 @@
 //! Turns the `inputSchema` of an MCP tool into the `json_schema` that Letta keeps for it, health included.
-//! Where Letta 0.16.8 has an answer, this one equals it byte for byte (CONTRACT §4.2; golden vectors in
+//! Where Letta 0.16.8 has an answer, this one equals it byte for byte (CONTRACT row 12; golden vectors in
 //! `tests/data`), up to the limits below. Where Letta throws and loses the tool, the tool is kept with what could be
 //! understood. Every schema gets an answer; the limits hold its work, its size and its stack small, however hostile
 //! the schema is, as long as the schema itself is small.
@@ -36,7 +36,7 @@ const WARNING_BYTES: usize = 64 * 1024;
 const UNIONS: [&str; 3] = ["anyOf", "oneOf", "allOf"];
 
 /// Letta's `json_schema` of one MCP tool: `name`, `description`, `parameters` and, unless `input_schema` is `{}`,
-/// `mcp:SCHEMA_STATUS` and `mcp:SCHEMA_WARNINGS` (CONTRACT §4.1, §4.2).
+/// `mcp:SCHEMA_STATUS` and `mcp:SCHEMA_WARNINGS` (CONTRACT row 12).
 ///
 /// What makes Letta throw is answered like this:
 ///
