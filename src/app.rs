@@ -2,21 +2,31 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::config::Settings;
+use crate::error::Error;
 use crate::mcp::Mcp;
 use crate::store::{OpenError, Store};
 use crate::{api, serve};
+
+/// How long the database may take to end its connections at a stop; a lock that somebody else holds can hold it up.
+const STORE_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Clones share everything.
 #[derive(Clone)]
 pub struct App {
     pub settings: Arc<Settings>,
+    /// Servers and tools.
     pub store: Store,
+    /// Sessions to the servers.
     pub mcp: Mcp,
+    tracker: TaskTracker,
 }
 
 /// Why Portolan does not start; each message is one sentence for the person who starts it.
@@ -32,13 +42,17 @@ pub enum StartError {
 
 impl App {
     /// Makes the data folder if it is missing and opens the database.
+    ///
+    /// # Errors
+    /// One sentence for the person who starts Portolan.
     pub async fn open(settings: Settings) -> Result<Self, StartError> {
         let folder = &settings.storage.data_dir;
         make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
         let url = settings.storage.database_url.as_ref().map(|url| url.expose());
         let store = Store::open(url, folder).await?;
-        let mcp = Mcp::new(store.clone(), settings.upstream.clone())?;
-        Ok(Self { settings: Arc::new(settings), store, mcp })
+        let tracker = TaskTracker::new();
+        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), tracker.clone())?;
+        Ok(Self { settings: Arc::new(settings), store, mcp, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
@@ -46,15 +60,27 @@ impl App {
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> bool {
         serve::serve(listener, api::router(self.clone()), self.settings.entry.drain_timeout, shutdown).await;
         let clean = self.mcp.close().await;
-        self.store.close().await;
-        clean
+        let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
+        clean && closed.is_ok()
+    }
+
+    /// Does `work` to its end even when the caller leaves: a change that is stored must also end its old session.
+    pub async fn to_the_end<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = Result<T, Error>> + Send + 'static,
+    ) -> Result<T, Error> {
+        self.tracker.spawn(work).await.unwrap_or_else(|broken| Err(Error::Internal(broken.into())))
     }
 }
 
-/// The folder holds other people's keys: only its owner gets in.
+/// The folder holds other people's keys: only its owner gets in. One that is there already keeps the mode it was given.
 fn make_private(folder: &Path) -> std::io::Result<()> {
-    if folder.is_dir() {
-        return Ok(());
+    if let Ok(metadata) = std::fs::metadata(folder) {
+        #[cfg(unix)]
+        if std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o077 != 0 {
+            tracing::warn!("the data folder can be read by others; chmod 700 keeps them out");
+        }
+        return if metadata.is_dir() { Ok(()) } else { Err(std::io::ErrorKind::NotADirectory.into()) };
     }
     let mut builder = std::fs::DirBuilder::new();
     #[cfg(unix)]

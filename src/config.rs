@@ -77,9 +77,12 @@ pub struct Upstream {
     /// How long a TCP and TLS connection to a server may take
     #[arg(long, env = "PORTOLAN_CONNECT_TIMEOUT", default_value = "5s", value_parser = duration, global = true, value_name = "TIME")]
     pub connect_timeout: Duration,
-    /// How long a server may take from being connected or started to being ready
+    /// How long a server that is connected to may take to be ready
     #[arg(long, env = "PORTOLAN_HANDSHAKE_TIMEOUT", default_value = "15s", value_parser = duration, global = true, value_name = "TIME")]
     pub handshake_timeout: Duration,
+    /// How long a server that is started may take to be ready; the first start of an npx server downloads it
+    #[arg(long, env = "PORTOLAN_START_TIMEOUT", default_value = "45s", value_parser = duration, global = true, value_name = "TIME")]
+    pub start_timeout: Duration,
     /// How long a server may take to list all its tools
     #[arg(long, env = "PORTOLAN_LIST_TIMEOUT", default_value = "30s", value_parser = duration, global = true, value_name = "TIME")]
     pub list_timeout: Duration,
@@ -97,9 +100,12 @@ pub struct Upstream {
     pub legacy_arg_split: bool,
 }
 
+/// Clocks overflow with times that nobody means.
+const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
+
 fn duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
-        Ok(time) if time.is_zero() => Err("it must be longer than nothing".to_owned()),
+        Ok(time) if time.is_zero() || time > LONGEST => Err("it must be more than zero and at most a day".to_owned()),
         Ok(time) => Ok(time),
         Err(_) => Err("write a number and a unit, for example 500ms, 20s or 5m".to_owned()),
     }

@@ -16,7 +16,7 @@ use crate::{mcp, store};
 /// What a Letta SDK reads before it repeats a request by itself (CONTRACT, "The rule").
 const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
-/// One thing that is wrong with a request body, and where: `loc` is `body`, then keys and indexes.
+/// One thing that is wrong with a request, and where: `loc` is `body` or `query`, then keys and indexes.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Issue {
     pub loc: Vec<Value>,
@@ -25,9 +25,9 @@ pub struct Issue {
 
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    #[error("There is no such path here.")]
+    #[error("This path does not exist.")]
     NoRoute,
-    #[error("This path does not know the method.")]
+    #[error("This path does not support this method.")]
     MethodNotAllowed,
     #[error("There is no MCP server with this id.")]
     NoServer,
@@ -37,7 +37,7 @@ pub enum Error {
     NameTaken,
     #[error("The request body is larger than {limit} bytes, the most that this path takes.")]
     BodyTooLarge { limit: usize },
-    #[error("The request body did not arrive.")]
+    #[error("The request body did not arrive completely.")]
     BodyIncomplete,
     #[error("The request body must be JSON, sent with the content type application/json.")]
     UnsupportedMediaType,
@@ -57,7 +57,7 @@ fn summary(issues: &[Issue]) -> String {
     match issues {
         [] => "The request is not valid.".to_owned(),
         [only] => only.msg.clone(),
-        [first, rest @ ..] => format!("{} ({} more in errors.)", first.msg, rest.len()),
+        [first, rest @ ..] => format!("{} ({} more problems are listed in errors.)", first.msg, rest.len()),
     }
 }
 
@@ -72,7 +72,7 @@ impl From<store::Error> for Error {
 }
 
 impl Error {
-    /// A body with one thing wrong.
+    /// A request with one thing wrong.
     pub fn invalid(loc: Vec<Value>, msg: impl Into<String>) -> Self {
         Self::Invalid(vec![Issue { loc, msg: msg.into() }])
     }
@@ -95,10 +95,15 @@ impl Error {
     }
 
     /// The answer to request `request_id`.
-    pub fn render(&self, request_id: &str) -> Response {
+    fn render(&self, request_id: &str) -> Response {
         let (status, code) = self.status();
-        if status.is_server_error() {
-            tracing::error!(error = %self, cause = %causes(self), code, "request failed");
+        match self {
+            // The server of a user is away; Portolan is well.
+            Self::Connect(_) => tracing::warn!(cause = %causes(self), code, "no session for a run"),
+            _ if status.is_server_error() => {
+                tracing::error!(error = %self, cause = %causes(self), code, "request failed")
+            }
+            _ => {}
         }
         let mut body = json!({ "detail": self.to_string(), "code": code, "request_id": request_id });
         match self {
@@ -127,18 +132,7 @@ impl Error {
         }
         response
     }
-}
 
-impl IntoResponse for Error {
-    /// A bare response that carries the error; [`Error::finish`] turns it into the answer.
-    fn into_response(self) -> Response {
-        let mut response = self.status().0.into_response();
-        response.extensions_mut().insert(Arc::new(self));
-        response
-    }
-}
-
-impl Error {
     /// Replaces a response that carries an error by the error's answer; others pass.
     pub fn finish(mut response: Response, request_id: &str) -> Response {
         let Some(error) = response.extensions_mut().remove::<Arc<Self>>() else { return response };
@@ -147,6 +141,15 @@ impl Error {
             answer.headers_mut().insert(ALLOW, allow.clone());
         }
         answer
+    }
+}
+
+impl IntoResponse for Error {
+    /// A bare response that carries the error; [`Error::finish`] turns it into the answer.
+    fn into_response(self) -> Response {
+        let mut response = self.status().0.into_response();
+        response.extensions_mut().insert(Arc::new(self));
+        response
     }
 }
 

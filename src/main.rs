@@ -8,7 +8,7 @@ use portolan::app::App;
 use portolan::config::{Cli, Command, Settings};
 use portolan::telemetry;
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 #[tokio::main]
@@ -33,39 +33,44 @@ async fn serve(settings: Settings) -> Result<(), String> {
     let unusable = |error| format!("Cannot listen on {listen}: {error}.");
     let listener = TcpListener::bind(&listen).await.map_err(unusable)?;
     let address = listener.local_addr().map_err(unusable)?;
-    let shutdown = stop_on_signals()?;
     let app = App::open(settings).await.map_err(|error| error.to_string())?;
     let lines = format!(
         "Portolan {} listens on http://{address}\nDatabase: {}\nAPI reference: http://{address}/docs\n",
         env!("CARGO_PKG_VERSION"),
         app.store.describe(),
     );
+    let mut signals = Signals::listen()?;
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
-    if app.serve(listener, shutdown).await {
-        Ok(())
-    } else {
-        Err("A session did not end in time; it was cut.".to_owned())
+    let shutdown = CancellationToken::new();
+    let serving = app.serve(listener, shutdown.clone());
+    let stopping = async {
+        signals.next().await;
+        shutdown.cancel();
+        signals.next().await;
+    };
+    tokio::select! {
+        clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned()) },
+        () = stopping => Err("Stopped at once by a second signal.".to_owned()),
     }
 }
 
-/// SIGTERM or SIGINT stop Portolan gracefully; a second one stops it at once.
-fn stop_on_signals() -> Result<CancellationToken, String> {
-    let listen = |kind| signal(kind).map_err(|error| format!("Cannot wait for signals: {error}."));
-    let (mut term, mut int) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
-    let shutdown = CancellationToken::new();
-    let asked = shutdown.clone();
-    tokio::spawn(async move {
-        for times in 1.. {
-            tokio::select! {
-                _ = term.recv() => {}
-                _ = int.recv() => {}
-            }
-            if times > 1 {
-                std::process::exit(130);
-            }
-            asked.cancel();
+/// SIGTERM and SIGINT: the first stops Portolan gracefully, the second at once.
+struct Signals {
+    term: Signal,
+    int: Signal,
+}
+
+impl Signals {
+    fn listen() -> Result<Self, String> {
+        let listen = |kind| signal(kind).map_err(|error| format!("Cannot wait for signals: {error}."));
+        Ok(Self { term: listen(SignalKind::terminate())?, int: listen(SignalKind::interrupt())? })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.term.recv() => {}
+            _ = self.int.recv() => {}
         }
-    });
-    Ok(shutdown)
+    }
 }

@@ -67,7 +67,7 @@ pub mod clear {
 }
 
 /// How an MCP server is reached; the value of `mcp_server_type` on the wire and of `servers.type` in the database.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ServerType {
     /// A command that Portolan starts, speaking MCP on its standard input and output.
@@ -86,16 +86,17 @@ impl ServerType {
             Self::StreamableHttp => "streamable_http",
         }
     }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Stdio, Self::Sse, Self::StreamableHttp].into_iter().find(|known| known.as_str() == name)
+    }
 }
 
-impl TryFrom<String> for ServerType {
-    type Error = UnknownValue;
-
-    fn try_from(value: String) -> Result<Self, UnknownValue> {
-        [Self::Stdio, Self::Sse, Self::StreamableHttp]
-            .into_iter()
-            .find(|known| known.as_str() == value)
-            .ok_or(UnknownValue)
+impl From<String> for ServerType {
+    /// The type of a row. One that only a newer version knows has a configuration that cannot be read either; it is
+    /// shown as some remote server.
+    fn from(name: String) -> Self {
+        Self::from_name(&name).unwrap_or(Self::StreamableHttp)
     }
 }
 
@@ -182,14 +183,13 @@ impl State {
     }
 }
 
-impl TryFrom<String> for State {
-    type Error = UnknownValue;
-
-    fn try_from(value: String) -> Result<Self, UnknownValue> {
-        [Self::NeverConnected, Self::Ready, Self::Unreachable, Self::AuthRequired]
+impl From<String> for State {
+    /// The state of a row; one that only a newer version knows is at least not ready.
+    fn from(name: String) -> Self {
+        [Self::NeverConnected, Self::Ready, Self::AuthRequired]
             .into_iter()
-            .find(|known| known.as_str() == value)
-            .ok_or(UnknownValue)
+            .find(|known| known.as_str() == name)
+            .unwrap_or(Self::Unreachable)
     }
 }
 
@@ -212,15 +212,10 @@ impl Era {
     }
 
     /// The era of a stored name; an unknown one is found again on the next connect.
-    pub fn from_name(name: &str) -> Option<Self> {
+    fn from_name(name: &str) -> Option<Self> {
         [Self::Initialize, Self::Discover].into_iter().find(|era| era.as_str() == name)
     }
 }
-
-/// A text in the database that no version up to this one writes there.
-#[derive(Clone, Copy, Debug, thiserror::Error)]
-#[error("the database holds a value that this version does not know")]
-pub struct UnknownValue;
 
 /// A registered MCP server.
 #[derive(Clone, Debug, FromRow)]
@@ -245,6 +240,13 @@ pub struct Server {
     pub created_at: DateTime<Utc>,
     pub updated_at: DateTime<Utc>,
     pub tool_count: i64,
+}
+
+impl Server {
+    /// Which handshake its last successful connect used.
+    pub fn era(&self) -> Option<Era> {
+        self.era.as_deref().and_then(Era::from_name)
+    }
 }
 
 /// A tool of a registered MCP server.

@@ -208,7 +208,7 @@ async fn what_is_no_json_object_is_refused_on_every_route() {
     let duplicate =
         portolan.request("POST", &run).header("content-type", "application/json").body(r#"{"args":{"a":1,"a":2}}"#);
     let detail = Answer::of("POST", &run, duplicate).await.expect(422)["detail"].take();
-    assert!(detail.as_str().unwrap().contains("key a stands twice"), "{detail}");
+    assert!(detail.as_str().unwrap().contains("key a appears twice"), "{detail}");
     for args in [
         json!({"args": null}),
         json!({"args": []}),

@@ -5,6 +5,7 @@ mod fake;
 mod harness;
 
 mod bad_input;
+mod children;
 mod house;
 mod process;
 mod runs;

@@ -188,7 +188,7 @@ async fn a_stop_finishes_what_is_under_way_and_leaves_no_child() {
 async fn a_stop_does_not_wait_for_ever_and_a_second_signal_does_not_wait_at_all() {
     let folder = tempfile::tempdir().unwrap();
     let database = Database::new().await;
-    for (second, code) in [(false, Some(0)), (true, Some(130))] {
+    for (second, code) in [(false, Some(0)), (true, Some(1))] {
         let mut start = command(folder.path(), database.url().as_deref());
         start.args(["--drain-timeout", if second { "1h" } else { "500ms" }]);
         let mut program = Program::start(start);

@@ -102,7 +102,7 @@ async fn an_unreachable_server_is_stored_and_the_answer_says_so() {
     let portolan = Portolan::start().await;
     for (name, config, part) in [
         ("refused", json!({"server_url":DEAD}), "refused"),
-        ("unknown", json!({"server_url":"http://nonexistent.invalid/mcp"}), "cannot be used"),
+        ("unknown", json!({"server_url":"http://nonexistent.invalid/mcp"}), "lookup"),
         ("sse", json!({"mcp_server_type":"sse","server_url":DEAD}), "refused"),
         ("missing", json!({"command":"/nonexistent","args":[]}), "not found"),
         ("exits", json!({"command":"/bin/sh","args":["-c","echo 'no key\u{7}' >&2; exit 3"]}), "exit status: 3"),
@@ -265,10 +265,15 @@ async fn a_patch_keeps_what_it_does_not_name_and_switches_type_when_it_can() {
         .await;
     let switched = json!({"mcp_server_type":"streamable_http","type":"streamable_http"});
     check(json!({"config":{"mcp_server_type":"streamable_http","server_url":null}}), switched).await;
-    for incomplete in
-        [json!({"config":{"mcp_server_type":"stdio"}}), json!({"config":{"mcp_server_type":"stdio","args":["a"]}})]
-    {
-        portolan.patch(&path, &incomplete).await.expect(422);
+    for refused in [
+        json!({"config":{"mcp_server_type":"stdio"}}),
+        json!({"config":{"mcp_server_type":"stdio","args":["a"]}}),
+        // Only a named type changes the type.
+        json!({"config":{"command":"c"}}),
+        json!({"command":"c","args":[]}),
+        json!({"config":{"env":{}}}),
+    ] {
+        portolan.patch(&path, &refused).await.expect(422);
     }
     check(json!({}), json!({})).await;
     let stdio = portolan
@@ -279,6 +284,9 @@ async fn a_patch_keeps_what_it_does_not_name_and_switches_type_when_it_can() {
         (&stdio["type"], &stdio["command"], &stdio["args"], &stdio["env"], &stdio["server_url"]),
         (&json!("stdio"), &json!("c"), &json!(["x y"]), &json!({"K":"V"}), &Value::Null)
     );
+    for refused in [json!({"server_url":DEAD}), json!({"config":{"auth_token":"x"}})] {
+        portolan.patch(&path, &refused).await.expect(422);
+    }
     let kept = portolan.patch(&path, &json!({"config":{"command":"d","args":["z"]}})).await.expect(200);
     assert_eq!((&kept["command"], &kept["env"]), (&json!("d"), &json!({"K":"V"})), "env is kept");
     let cleared = portolan.patch(&path, &json!({"config":{"command":null,"args":null,"env":{}}})).await.expect(200);
@@ -358,10 +366,11 @@ async fn a_row_that_cannot_be_read_hides_no_other_and_can_be_mended() {
     let broken = portolan.create("broken", json!({ "server_url": DEAD })).await;
     let fine = portolan.create("fine", json!({ "server_url": DEAD })).await;
     let id = broken["id"].as_str().unwrap();
-    let spoil = "UPDATE servers SET config = 'no JSON' WHERE id = $1";
+    // What an older or newer version may have written.
+    let spoil = "UPDATE servers SET config = 'no JSON', state = 'sleeping', era = 'bronze' WHERE id = $1";
     match &portolan.app.store {
         portolan::store::Store::Postgres(pool) => drop(sqlx::query(spoil).bind(id).execute(pool).await.unwrap()),
-        portolan::store::Store::Sqlite(pool) => drop(sqlx::query(spoil).bind(id).execute(pool).await.unwrap()),
+        portolan::store::Store::Sqlite { write, .. } => drop(sqlx::query(spoil).bind(id).execute(write).await.unwrap()),
     }
     let list = portolan.get("/v1/mcp-servers/").await.expect(200);
     assert_eq!(list[1], fine);

@@ -9,7 +9,7 @@ use axum::http::request::Parts;
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use serde::Deserialize;
-use serde::de::{DeserializeOwned, DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value, json};
 use tokio::time::{Duration, timeout};
 
@@ -23,32 +23,35 @@ const MAX_REFUSED: usize = 16 * 1024 * 1024;
 /// How long a body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The parameters of a path. An id of any other shape than ours names nothing: 404 (CONTRACT row 9).
-pub struct Ids<T>(pub T);
+/// The server a path names. An id of any other shape than ours names nothing: 404 (CONTRACT row 9).
+pub struct ServerId(pub String);
 
-impl<T: DeserializeOwned + Send + PathIds, S: Send + Sync> FromRequestParts<S> for Ids<T> {
+impl<S: Send + Sync> FromRequestParts<S> for ServerId {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
-        let Path(ids) = Path::<T>::from_request_parts(parts, state).await.map_err(|_| Error::NoServer)?;
-        if ids.all(is_id) { Ok(Self(ids)) } else { Err(Error::NoServer) }
+        let Path(id) = Path::<String>::from_request_parts(parts, state).await.map_err(|_| Error::NoServer)?;
+        if is_id(&id) { Ok(Self(id)) } else { Err(Error::NoServer) }
     }
 }
 
-/// One id, or a server's and a tool's.
-pub trait PathIds {
-    fn all(&self, test: impl Fn(&str) -> bool) -> bool;
+/// The tool a path names, and the server it is looked for at.
+pub struct ToolId {
+    pub server_id: String,
+    pub tool_id: String,
 }
 
-impl PathIds for String {
-    fn all(&self, test: impl Fn(&str) -> bool) -> bool {
-        test(self)
-    }
-}
+impl<S: Send + Sync> FromRequestParts<S> for ToolId {
+    type Rejection = Error;
 
-impl PathIds for (String, String) {
-    fn all(&self, test: impl Fn(&str) -> bool) -> bool {
-        test(&self.0) && test(&self.1)
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let ids = Path::<(String, String)>::from_request_parts(parts, state).await;
+        let Path((server_id, tool_id)) = ids.map_err(|_| Error::NoTool)?;
+        match (is_id(&server_id), is_id(&tool_id)) {
+            (true, true) => Ok(Self { server_id, tool_id }),
+            (true, false) => Err(Error::NoTool),
+            (false, _) => Err(Error::NoServer),
+        }
     }
 }
 
@@ -69,12 +72,7 @@ impl<S: Send + Sync> FromRequest<S> for JsonBody {
             return Err(Error::UnsupportedMediaType);
         }
         let object = object(&body)?;
-        let mut loc = vec![json!("body")];
-        for (key, value) in &object {
-            loc.push(json!(shown(key)));
-            refuse_nul(key, value, &mut loc)?;
-            loc.pop();
-        }
+        refuse_nul_in(&object, &mut vec![json!("body")])?;
         Ok(Self(object))
     }
 }
@@ -133,8 +131,8 @@ fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {
             let reason = error.to_string();
             Err(body_issue(match reason.strip_prefix(DUPLICATE) {
                 Some(rest) => {
-                    let key = rest.split(" at line ").next().unwrap_or_default();
-                    format!("The key {key} stands twice in one object ({place}).")
+                    let key = rest.rsplit_once(" at line ").map_or(rest, |(key, _)| key);
+                    format!("The key {key} appears twice in one object ({place}).")
                 }
                 None => format!("The request body is not valid JSON ({place})."),
             }))
@@ -143,21 +141,36 @@ fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {
 }
 
 /// PostgreSQL has no text with NUL, and neither has an argument, an environment variable or a header.
-fn refuse_nul(key: &str, value: &Value, loc: &mut Vec<Value>) -> Result<(), Error> {
-    if key.contains('\0') || value.as_str().is_some_and(|text| text.contains('\0')) {
-        return Err(Error::invalid(loc.clone(), "A NUL character is not allowed here."));
-    }
-    let mut inside = |step: Value, key: &str, value| {
-        loc.push(step);
-        refuse_nul(key, value, loc)?;
+fn refuse_nul_in(object: &Map<String, Value>, loc: &mut Vec<Value>) -> Result<(), Error> {
+    for (key, value) in object {
+        loc.push(json!(shown(key)));
+        if key.contains('\0') {
+            return Err(nul(loc));
+        }
+        refuse_nul(value, loc)?;
         loc.pop();
-        Ok(())
-    };
+    }
+    Ok(())
+}
+
+fn refuse_nul(value: &Value, loc: &mut Vec<Value>) -> Result<(), Error> {
     match value {
-        Value::Array(items) => items.iter().enumerate().try_for_each(|(index, item)| inside(json!(index), "", item)),
-        Value::Object(map) => map.iter().try_for_each(|(key, value)| inside(json!(shown(key)), key, value)),
+        Value::String(text) if text.contains('\0') => Err(nul(loc)),
+        Value::Object(object) => refuse_nul_in(object, loc),
+        Value::Array(items) => {
+            for (index, item) in items.iter().enumerate() {
+                loc.push(json!(index));
+                refuse_nul(item, loc)?;
+                loc.pop();
+            }
+            Ok(())
+        }
         _ => Ok(()),
     }
+}
+
+fn nul(loc: &[Value]) -> Error {
+    Error::invalid(loc.to_vec(), "A NUL character is not allowed here.")
 }
 
 /// A key as an answer may show it: escaped, and no longer than 64 characters.

@@ -15,7 +15,7 @@ use crate::mcp::{AgentId, SyncError};
 use crate::model::{Server, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
-use super::guard::{Ids, JsonBody};
+use super::guard::{JsonBody, ServerId};
 use super::wire::{CreateServer, ServerObject, UpdateServer};
 
 /// How old a server may be to be taken for the outcome of an earlier try of the same create: an SDK gives up waiting
@@ -26,18 +26,19 @@ pub async fn create(State(app): State<App>, headers: HeaderMap, JsonBody(body): 
     let request = CreateServer::read(body)?;
     let id = format!("mcp_server-{}", Uuid::new_v4());
     let server = match app.store.create_server(&id, &request.server_name, &request.connector).await {
-        Ok(server) => server,
+        Ok(server) => {
+            tracing::info!(server.id, server.r#type = server.server_type.as_str(), "server registered");
+            server
+        }
         Err(store::Error::NameTaken) => earlier_try(&app, &headers, &request).await?.ok_or(Error::NameTaken)?,
         Err(error) => return Err(error.into()),
     };
-    tracing::info!(server.id, server.r#type = server.server_type.as_str(), "server registered");
+    let mut done = true;
     if server.last_synced_at.is_none() {
-        // Its failure is in the server's status, which is the answer.
-        let _ = app.mcp.sync_in_background(server.clone(), app.settings.upstream.create_sync_timeout).await;
+        done = app.mcp.first_sync(server.clone(), app.settings.upstream.create_sync_timeout).await;
     }
-    let stored = app.store.server(&server.id).await?;
-    let mut server = stored.ok_or(Error::NoServer)?;
-    if server.state == ServerState::NeverConnected {
+    let mut server = app.store.server(&server.id).await?.ok_or(Error::NoServer)?;
+    if !done && server.state == ServerState::NeverConnected {
         server.error = Some("The server is still being connected; its tools will appear when it answers.".to_owned());
     }
     Ok(Json(ServerObject::from(&server)).into_response())
@@ -62,34 +63,46 @@ pub async fn list(State(app): State<App>) -> Result<Response, Error> {
     Ok(Json(servers.iter().map(ServerObject::from).collect::<Vec<_>>()).into_response())
 }
 
-pub async fn retrieve(State(app): State<App>, Ids(id): Ids<String>) -> Result<Response, Error> {
+pub async fn retrieve(State(app): State<App>, ServerId(id): ServerId) -> Result<Response, Error> {
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
     Ok(Json(ServerObject::from(&server)).into_response())
 }
 
-pub async fn update(State(app): State<App>, Ids(id): Ids<String>, JsonBody(body): JsonBody) -> Result<Response, Error> {
+pub async fn update(
+    State(app): State<App>,
+    ServerId(id): ServerId,
+    JsonBody(body): JsonBody,
+) -> Result<Response, Error> {
     let request = UpdateServer::read(body)?;
-    let mut reconfigured = false;
-    let change = |server: &Server| -> Result<ServerUpdate, Error> {
-        let server_name = request.server_name.clone().unwrap_or_else(|| server.server_name.clone());
-        let connector = request.connector(server)?;
-        reconfigured = connector.is_some();
-        Ok(ServerUpdate { server_name, connector })
-    };
-    let server = app.store.update_server(&id, change).await?.ok_or(Error::NoServer)?;
-    if reconfigured {
-        app.mcp.forget(&id);
-    }
-    Ok(Json(ServerObject::from(&server)).into_response())
+    let changing = app.clone();
+    let server = app.to_the_end(async move {
+        let mut reconfigured = false;
+        let change = |server: &Server| -> Result<ServerUpdate, Error> {
+            let server_name = request.server_name.clone().unwrap_or_else(|| server.server_name.clone());
+            let connector = request.connector(server)?;
+            reconfigured = connector.is_some();
+            Ok(ServerUpdate { server_name, connector })
+        };
+        let server = changing.store.update_server(&id, change).await?.ok_or(Error::NoServer)?;
+        if reconfigured {
+            changing.mcp.forget(&id);
+        }
+        Ok(server)
+    });
+    Ok(Json(ServerObject::from(&server.await?)).into_response())
 }
 
-pub async fn delete(State(app): State<App>, Ids(id): Ids<String>) -> Result<StatusCode, Error> {
-    if !app.store.delete_server(&id).await? {
-        return Err(Error::NoServer);
-    }
-    app.mcp.forget(&id);
-    tracing::info!(server.id = id, "server deleted");
-    Ok(StatusCode::NO_CONTENT)
+pub async fn delete(State(app): State<App>, ServerId(id): ServerId) -> Result<StatusCode, Error> {
+    let deleting = app.clone();
+    app.to_the_end(async move {
+        if !deleting.store.delete_server(&id).await? {
+            return Err(Error::NoServer);
+        }
+        deleting.mcp.forget(&id);
+        tracing::info!(server.id = id, "server deleted");
+        Ok(StatusCode::NO_CONTENT)
+    })
+    .await
 }
 
 #[derive(Deserialize)]
@@ -99,16 +112,17 @@ pub struct RefreshQuery {
 
 pub async fn refresh(
     State(app): State<App>,
-    Ids(id): Ids<String>,
+    ServerId(id): ServerId,
     query: Result<Query<RefreshQuery>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Error> {
-    let bad_agent = || Error::invalid(vec![json!("query"), json!("agent_id")], "This is no legal agent id.");
+    let bad_agent = || Error::invalid(vec![json!("query"), json!("agent_id")], "This is not a valid agent id.");
     // JavaScript SDKs send a null as an empty value (docs/CONTRACT.md, what the SDKs send).
     let agent = query.map_err(|_| bad_agent())?.0.agent_id.filter(|agent| !agent.is_empty());
     let agent = agent.map(|agent| AgentId::new(&agent).ok_or_else(bad_agent)).transpose()?;
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
     match app.mcp.sync_tools(&server, agent.as_ref()).await {
         Ok(changes) => Ok(Json(changes).into_response()),
+        Err(SyncError::Gone) => Err(Error::NoServer),
         Err(SyncError::Server(source)) => Err(Error::Refresh { server_name: server.server_name, source }),
         Err(SyncError::Store(error)) => Err(error.into()),
     }

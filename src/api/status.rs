@@ -1,6 +1,7 @@
 //! How Portolan is, and what its API is: health, readiness, the OpenAPI document and its page.
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
 use axum::response::{Html, IntoResponse, Response};
@@ -35,7 +36,8 @@ pub async fn docs() -> Response {
     ([(CONTENT_SECURITY_POLICY, DOCS_POLICY)], Html(DOCS)).into_response()
 }
 
-pub async fn docs_file(Path(file): Path<String>) -> Result<Response, Error> {
+pub async fn docs_file(file: Result<Path<String>, PathRejection>) -> Result<Response, Error> {
+    let Path(file) = file.map_err(|_| Error::NoRoute)?;
     let (kind, bytes): (&str, &'static [u8]) = match file.as_str() {
         "docs.js" => ("text/javascript; charset=utf-8", DOCS_SCRIPT.as_bytes()),
         name => swagger_ui_redist::SwaggerUi::static_files()

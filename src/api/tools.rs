@@ -2,38 +2,47 @@
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use tokio::task::spawn_blocking;
 
 use crate::app::App;
 use crate::error::Error;
+use crate::mcp::{self, Room};
 use crate::model::{Server, Tool};
 
-use super::guard::{Ids, RunBody};
-use super::wire::{ToolExecutionResult, ToolObject, run_arguments};
+use super::guard::{RunBody, ServerId, ToolId};
+use super::wire::{ToolExecutionResult, ToolObject, run_arguments, tools_array};
 
-pub async fn list(State(app): State<App>, Ids(id): Ids<String>) -> Result<Response, Error> {
+pub async fn list(State(app): State<App>, ServerId(id): ServerId) -> Result<Response, Error> {
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
     let tools = app.store.tools(&id).await?;
-    Ok(Json(tools.iter().map(|tool| ToolObject::new(&server, tool)).collect::<Vec<_>>()).into_response())
+    // A server's schemas can be thousands and hostile: no other request waits while they are mapped.
+    let array = spawn_blocking(move || tools_array(&server, &tools)).await;
+    let array = array.map_err(|broken| Error::Internal(broken.into()))?;
+    Ok(([(CONTENT_TYPE, "application/json")], array).into_response())
 }
 
-pub async fn retrieve(State(app): State<App>, Ids(ids): Ids<(String, String)>) -> Result<Response, Error> {
+pub async fn retrieve(State(app): State<App>, ids: ToolId) -> Result<Response, Error> {
     let (server, tool) = find(&app, &ids).await?;
-    Ok(Json(ToolObject::new(&server, &tool)).into_response())
+    Ok(Json(ToolObject::new(&server, &tool, &mut Room::default())).into_response())
 }
 
 pub async fn run(
     State(app): State<App>,
-    Ids(ids): Ids<(String, String)>,
+    ids: ToolId,
     RunBody(body): RunBody,
 ) -> Result<Json<ToolExecutionResult>, Error> {
     let arguments = run_arguments(body)?;
     let (server, tool) = find(&app, &ids).await?;
-    let outcome = app.mcp.run_tool(&server, &tool, arguments).await.map_err(Error::Connect)?;
+    let outcome = app.mcp.run_tool(&server, &tool, arguments).await.map_err(|error| match error {
+        mcp::Error::Deleted => Error::NoServer,
+        error => Error::Connect(error),
+    })?;
     Ok(Json(outcome.into()))
 }
 
-async fn find(app: &App, (server_id, tool_id): &(String, String)) -> Result<(Server, Tool), Error> {
+async fn find(app: &App, ToolId { server_id, tool_id }: &ToolId) -> Result<(Server, Tool), Error> {
     let server = app.store.server(server_id).await?.ok_or(Error::NoServer)?;
     let tool = app.store.tool(server_id, tool_id).await?.ok_or(Error::NoTool)?;
     Ok((server, tool))

@@ -10,22 +10,27 @@ use serde_json::{Map, Value, json};
 use url::Url;
 
 use crate::error::{Error, Issue};
-use crate::mcp::{Outcome, definition, json_schema};
+use crate::mcp::{Outcome, Room, definition, json_schema};
 use crate::model::{Connector, Remote, Secret, SecretMap, Server, ServerType, State, Stdio, Tool, clear, sha256_hex};
 
 use super::guard::shown;
 
 const MAX_NAME_CHARS: usize = 255;
-const MAX_COMMAND_BYTES: usize = 4096;
-const MAX_URL_BYTES: usize = 2048;
+const MAX_COMMAND_CHARS: usize = 4096;
+const MAX_URL_CHARS: usize = 2048;
 const MAX_VALUE_BYTES: usize = 32 * 1024;
 const MAX_ITEMS: usize = 256;
+
+/// The most issues one answer names.
+const MAX_ISSUES: usize = 100;
+/// What is wrong with an entry of a list or map.
+const ENTRY: &str = "This must be a string of at most 32 KiB.";
 
 /// Letta's default user, which every tool was made by.
 const USER: &str = "user-00000000-0000-4000-8000-000000000000";
 
 /// Header fields that belong to HTTP or MCP itself and cannot be configured.
-const RESERVED_HEADERS: [&str; 14] = [
+const RESERVED_HEADERS: [&str; 15] = [
     "accept",
     "connection",
     "content-encoding",
@@ -40,6 +45,7 @@ const RESERVED_HEADERS: [&str; 14] = [
     "te",
     "transfer-encoding",
     "upgrade",
+    "x-agent-id",
 ];
 
 /// The body of a create.
@@ -101,7 +107,18 @@ struct Reader {
 
 impl Reader {
     fn issue(&mut self, loc: &[&str], msg: &str) {
-        self.issues.push(Issue { loc: loc.iter().map(|step| json!(step)).collect(), msg: msg.to_owned() });
+        self.push(loc.iter().map(|step| json!(step)).collect(), msg);
+    }
+
+    fn push(&mut self, loc: Vec<Value>, msg: &str) {
+        if self.issues.len() < MAX_ISSUES {
+            self.issues.push(Issue { loc, msg: msg.to_owned() });
+        }
+    }
+
+    /// As [`Reader::issue`], for an entry of a list or map.
+    fn issue_at(&mut self, loc: Vec<&str>, entry: Value, msg: &str) {
+        self.push(loc.into_iter().map(|step| json!(step)).chain([entry]).collect(), msg);
     }
 
     fn has_issue_at(&self, key: &str) -> bool {
@@ -136,33 +153,31 @@ impl<'a> Level<'a> {
     }
 
     fn list(&mut self, key: &'a str, reader: &mut Reader) -> Option<Vec<String>> {
-        let msg = "This must be a list of at most 256 strings.";
         let Value::Array(items) = self.take(key)? else {
-            reader.issue(&self.at(key), msg);
+            reader.issue(&self.at(key), "This must be a list of strings.");
             return None;
         };
-        let texts: Option<Vec<_>> = items
-            .into_iter()
-            .map(|item| match item {
-                Value::String(text) if text.len() <= MAX_VALUE_BYTES => Some(text),
-                _ => None,
-            })
-            .collect();
-        let texts = texts.filter(|texts| texts.len() <= MAX_ITEMS);
-        if texts.is_none() {
-            reader.issue(&self.at(key), msg);
+        if items.len() > MAX_ITEMS {
+            reader.issue(&self.at(key), "This must have at most 256 entries.");
+            return None;
         }
-        texts
+        let mut texts = Vec::with_capacity(items.len());
+        for (index, item) in items.into_iter().enumerate() {
+            match item {
+                Value::String(text) if text.len() <= MAX_VALUE_BYTES => texts.push(text),
+                _ => reader.issue_at(self.at(key), json!(index), ENTRY),
+            }
+        }
+        Some(texts)
     }
 
     fn secrets(&mut self, key: &'a str, reader: &mut Reader) -> Option<SecretMap> {
-        let msg = "This must be an object of at most 256 strings.";
         let Value::Object(map) = self.take(key)? else {
-            reader.issue(&self.at(key), msg);
+            reader.issue(&self.at(key), "This must be an object of strings.");
             return None;
         };
         if map.len() > MAX_ITEMS {
-            reader.issue(&self.at(key), msg);
+            reader.issue(&self.at(key), "This must have at most 256 entries.");
             return None;
         }
         let mut secrets = SecretMap::new();
@@ -171,11 +186,7 @@ impl<'a> Level<'a> {
                 Value::String(text) if text.len() <= MAX_VALUE_BYTES => {
                     secrets.insert(name, text.into());
                 }
-                _ => {
-                    let (mut loc, name) = (self.at(key), shown(&name));
-                    loc.push(&name);
-                    reader.issue(&loc, "This must be a string.");
-                }
+                _ => reader.issue_at(self.at(key), json!(shown(&name)), ENTRY),
             }
         }
         Some(secrets)
@@ -183,21 +194,21 @@ impl<'a> Level<'a> {
 
     fn refuse_rest(self, reader: &mut Reader) {
         for key in self.map.keys() {
-            let (mut loc, key) = (self.loc.clone(), shown(key));
-            loc.push(&key);
-            reader.issue(&loc, "This field is not known here.");
+            reader.issue_at(self.loc.clone(), json!(shown(key)), "Unknown field.");
         }
     }
 }
 
 /// The two shapes a body can have.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy, Default, PartialEq)]
 enum Shape {
+    #[default]
     Config,
     Flat,
 }
 
 /// The parts of a connector as a body names them, each absent until given.
+#[derive(Default)]
 struct ConnectorFields {
     shape: Shape,
     server_type: Option<ServerType>,
@@ -212,8 +223,7 @@ struct ConnectorFields {
 
 impl From<Connector> for ConnectorFields {
     fn from(connector: Connector) -> Self {
-        let mut fields = Self::none(Shape::Config);
-        fields.server_type = Some(connector.server_type());
+        let mut fields = Self { server_type: Some(connector.server_type()), ..Self::default() };
         match connector {
             Connector::Stdio(Stdio { command, args, env }) => {
                 (fields.command, fields.args, fields.env) = (Some(command), Some(args), env);
@@ -230,20 +240,6 @@ impl From<Connector> for ConnectorFields {
 }
 
 impl ConnectorFields {
-    fn none(shape: Shape) -> Self {
-        Self {
-            shape,
-            server_type: None,
-            command: None,
-            args: None,
-            env: None,
-            server_url: None,
-            auth_header: None,
-            auth_token: None,
-            custom_headers: None,
-        }
-    }
-
     fn is_empty(&self) -> bool {
         self.server_type.is_none() && !self.is_stdio() && !self.is_remote()
     }
@@ -289,21 +285,15 @@ impl ConnectorFields {
         (name, fields)
     }
 
-    /// These fields over the present ones. Fields of the other family than the one asked for are not carried over:
-    /// a stdio server that becomes a remote one starts with nothing.
+    /// These fields over the present ones. Only a named type changes the type, and a stdio server that becomes a remote
+    /// one, or the reverse, starts with nothing of the old.
     fn over(self, current: Option<Self>, current_type: ServerType) -> Self {
-        let becomes_stdio = match self.server_type {
-            Some(given) => given == ServerType::Stdio,
-            None if self.is_stdio() => true,
-            None if self.is_remote() => false,
-            None => current_type == ServerType::Stdio,
-        };
-        let same_family = becomes_stdio == (current_type == ServerType::Stdio);
-        let kept_type = same_family.then_some(current_type);
-        let old = current.filter(|_| same_family).unwrap_or_else(|| Self::none(self.shape));
+        let server_type = self.server_type.unwrap_or(current_type);
+        let same_family = (server_type == ServerType::Stdio) == (current_type == ServerType::Stdio);
+        let old = current.filter(|_| same_family).unwrap_or_default();
         Self {
             shape: self.shape,
-            server_type: self.server_type.or(kept_type),
+            server_type: Some(server_type),
             command: self.command.or(old.command),
             args: self.args.or(old.args),
             env: self.env.or(old.env),
@@ -324,7 +314,7 @@ impl ConnectorFields {
         let server_type = match (self.server_type, self.is_stdio(), self.is_remote()) {
             (Some(server_type), ..) => server_type,
             (None, true, true) => {
-                reader.issue(&at("server_url"), "command and server_url exclude each other; give one of them.");
+                reader.issue(&at("server_url"), "Give either command or server_url, not both.");
                 return None;
             }
             (None, true, false) => ServerType::Stdio,
@@ -346,24 +336,23 @@ impl ConnectorFields {
                     ("auth_token", self.auth_token.is_some()),
                     ("custom_headers", self.custom_headers.is_some()),
                 ];
-                refuse_foreign(&foreign, "A stdio server has no such field.", at, reader);
+                refuse_foreign(&foreign, "A stdio server does not take this field.", at, reader);
                 let command = self.command.filter(|command| !command.trim().is_empty());
-                let usable = command.as_ref().is_some_and(|command| command.len() <= MAX_COMMAND_BYTES);
+                let usable = command.as_ref().is_some_and(|command| command.chars().count() <= MAX_COMMAND_CHARS);
                 if !usable && !reader.has_issue_at("command") {
                     reader.issue(&at("command"), "A stdio server needs a command of 1 to 4096 characters.");
                 }
                 let env = self.env.filter(|env| !env.is_empty());
                 for name in env.iter().flat_map(SecretMap::keys).filter(|name| name.is_empty() || name.contains('=')) {
-                    let (mut loc, name) = (at("env"), shown(name));
-                    loc.push(&name);
-                    reader.issue(&loc, "The name of an environment variable is not empty and has no \"=\".");
+                    let msg = "The name of an environment variable is not empty and has no \"=\".";
+                    reader.issue_at(at("env"), json!(shown(name)), msg);
                 }
                 Some(Connector::Stdio(Stdio { command: command?, args: self.args.unwrap_or_default(), env }))
             }
             ServerType::Sse | ServerType::StreamableHttp => {
                 let foreign =
                     [("command", self.command.is_some()), ("args", self.args.is_some()), ("env", self.env.is_some())];
-                refuse_foreign(&foreign, "Only a stdio server has this field.", at, reader);
+                refuse_foreign(&foreign, "Only a stdio server takes this field.", at, reader);
                 let remote = Remote {
                     server_url: valid_url(self.server_url, &at("server_url"), reader)?,
                     auth_header: self.auth_header.filter(|name| !name.is_empty()),
@@ -386,10 +375,10 @@ fn read_type(level: &mut Level<'_>, reader: &mut Reader) -> Option<ServerType> {
     let mut found: Option<ServerType> = None;
     for key in ["mcp_server_type", "type"] {
         let Some(text) = level.text(key, reader) else { continue };
-        match ServerType::try_from(text) {
-            Ok(server_type) if found.is_none_or(|other| other == server_type) => found = Some(server_type),
-            Ok(_) => reader.issue(&level.at(key), "mcp_server_type and type differ; give one of them."),
-            Err(_) => reader.issue(&level.at(key), "This must be stdio, sse or streamable_http."),
+        match ServerType::from_name(&text) {
+            Some(server_type) if found.is_none_or(|other| other == server_type) => found = Some(server_type),
+            Some(_) => reader.issue(&level.at(key), "mcp_server_type and type differ; give one of them."),
+            None => reader.issue(&level.at(key), "This must be stdio, sse or streamable_http."),
         }
     }
     found
@@ -435,7 +424,8 @@ fn valid_url(url: Option<String>, loc: &[&str], reader: &mut Reader) -> Option<S
     };
     // The URL parser forgives white space, control characters and missing or extra slashes; the next one may not.
     let slashes = url.split_once("://").is_some_and(|(_, rest)| !rest.starts_with('/'));
-    let clean = url.len() <= MAX_URL_BYTES && !url.chars().any(|c| c.is_control() || c.is_whitespace() || c == '\\');
+    let clean =
+        url.chars().count() <= MAX_URL_CHARS && !url.chars().any(|c| c.is_control() || c.is_whitespace() || c == '\\');
     let parsed = Url::parse(&url).ok().filter(|parsed| matches!(parsed.scheme(), "http" | "https"));
     if !clean || !slashes || parsed.is_none_or(|parsed| !parsed.has_host() || parsed.fragment().is_some()) {
         reader.issue(loc, "This must be an http or https URL with a host, of at most 2048 characters.");
@@ -447,7 +437,7 @@ fn valid_url(url: Option<String>, loc: &[&str], reader: &mut Reader) -> Option<S
 /// Every header must be legal HTTP, none may be one that HTTP or MCP sets itself, and none may come twice.
 fn check_headers(remote: &Remote, at: impl Fn(&'static str) -> Vec<&'static str>, reader: &mut Reader) {
     let refusal = |name: &str| match HeaderName::from_bytes(name.as_bytes()) {
-        Err(_) => Some("This is no legal name of an HTTP header."),
+        Err(_) => Some("This is not a valid HTTP header name."),
         Ok(name) if RESERVED_HEADERS.contains(&name.as_str()) => Some("This header is set by Portolan itself."),
         Ok(_) => None,
     };
@@ -455,20 +445,22 @@ fn check_headers(remote: &Remote, at: impl Fn(&'static str) -> Vec<&'static str>
         reader.issue(&at("auth_header"), msg);
     }
     if remote.auth_token.as_ref().is_some_and(|token| !is_header_value(token)) {
-        reader.issue(&at("auth_token"), "This is no legal value of an HTTP header.");
+        reader.issue(&at("auth_token"), "This is not a valid HTTP header value.");
     }
-    let token_header = remote.auth_token.is_some().then(|| remote.auth_header.as_deref().unwrap_or("Authorization"));
+    let token_header = match (&remote.auth_header, &remote.auth_token) {
+        (Some(name), _) => Some(name.as_str()),
+        (None, Some(_)) => Some("Authorization"),
+        (None, None) => None,
+    };
     let mut seen: Vec<String> = token_header.map(str::to_ascii_lowercase).into_iter().collect();
     for (name, value) in remote.custom_headers.iter().flatten() {
         let twice = seen.contains(&name.to_ascii_lowercase());
         seen.push(name.to_ascii_lowercase());
         let msg = refusal(name)
-            .or_else(|| (!is_header_value(value)).then_some("This is no legal value of an HTTP header."))
+            .or_else(|| (!is_header_value(value)).then_some("This is not a valid HTTP header value."))
             .or_else(|| twice.then_some("This header is given twice."));
         if let Some(msg) = msg {
-            let (mut loc, name) = (at("custom_headers"), shown(name));
-            loc.push(&name);
-            reader.issue(&loc, msg);
+            reader.issue_at(at("custom_headers"), json!(shown(name)), msg);
         }
     }
 }
@@ -488,7 +480,7 @@ pub fn run_arguments(mut body: Map<String, Value>) -> Result<Map<String, Value>,
     };
     match body.keys().next() {
         None => Ok(arguments),
-        Some(key) => Err(Error::invalid(vec![json!("body"), json!(shown(key))], "This field is not known here.")),
+        Some(key) => Err(Error::invalid(vec![json!("body"), json!(shown(key))], "Unknown field.")),
     }
 }
 
@@ -619,7 +611,8 @@ struct Origin<'a> {
 }
 
 impl<'a> ToolObject<'a> {
-    pub fn new(server: &'a Server, tool: &'a Tool) -> Self {
+    /// What the answer has room for is counted in `room`, shared by all tools of one answer.
+    pub fn new(server: &'a Server, tool: &'a Tool, room: &mut Room) -> Self {
         let parts = definition(tool);
         // What Letta stores as the code of every MCP tool; its own clients show it.
         let source_code = format!(
@@ -631,7 +624,7 @@ impl<'a> ToolObject<'a> {
         Self {
             id: &tool.id,
             tool_type: "external_mcp",
-            json_schema: json_schema(&tool.name, parts.description.as_deref(), &parts.input_schema),
+            json_schema: json_schema(&tool.name, parts.description.as_deref(), &parts.input_schema, room),
             description: parts.description,
             source_type: "python",
             name: &tool.name,
@@ -656,6 +649,21 @@ impl<'a> ToolObject<'a> {
             project_id: (),
         }
     }
+}
+
+/// The tools of a server as a JSON array, written one by one: all of them at once as values would take several times the
+/// memory.
+pub fn tools_array(server: &Server, tools: &[Tool]) -> Vec<u8> {
+    let mut room = Room::default();
+    let mut array = vec![b'['];
+    for tool in tools {
+        if array.len() > 1 {
+            array.push(b',');
+        }
+        serde_json::to_writer(&mut array, &ToolObject::new(server, tool, &mut room)).expect("a tool is JSON");
+    }
+    array.push(b']');
+    array
 }
 
 /// What came of a run, with Letta's six keys and Portolan's two (CONTRACT row 13).

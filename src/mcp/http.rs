@@ -11,7 +11,7 @@ use bytes::BytesMut;
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
 use http::header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 use rmcp::model::{
     ClientJsonRpcMessage, ClientNotification, ClientRequest, ErrorData, GetExtensions, ServerJsonRpcMessage,
 };
@@ -29,7 +29,7 @@ use super::events::events;
 use super::ledger::{Ledger, request_number};
 use super::{AgentId, Error};
 
-const EVENT_STREAM: &str = "text/event-stream";
+pub const EVENT_STREAM: &str = "text/event-stream";
 const JSON: &str = "application/json";
 const BOTH: HeaderValue = HeaderValue::from_static("application/json, text/event-stream");
 const SESSION: HeaderName = HeaderName::from_static("mcp-session-id");
@@ -59,6 +59,8 @@ pub enum HttpError {
     Broken(String),
     #[error("the answer is larger than {0} bytes")]
     TooLarge(usize),
+    #[error("it asks for a sign-in (HTTP 401); check auth_token and custom_headers")]
+    SignIn,
     #[error("the server answered HTTP {0}")]
     Status(StatusCode),
     #[error("the server answered with a body that is neither JSON nor an event stream")]
@@ -167,6 +169,33 @@ impl HttpClient {
         Instant::now() + time
     }
 
+    /// A request with the server's own header fields, and those of the protocol and session.
+    fn request(
+        &self,
+        method: Method,
+        uri: &str,
+        session_id: Option<&str>,
+        protocol: HashMap<HeaderName, HeaderValue>,
+    ) -> reqwest::RequestBuilder {
+        let mut request = self.client.request(method, uri).headers((*self.fields).clone());
+        for (name, value) in protocol {
+            request = request.header(name, value);
+        }
+        match session_id {
+            Some(session_id) => request.header(SESSION, session_id),
+            None => request,
+        }
+    }
+
+    /// The events of an answer until `deadline`, with the results that the ledger keeps taken out.
+    fn stream(&self, response: reqwest::Response, deadline: Instant) -> BoxStream<'static, Result<Sse, SseError>> {
+        let ledger = self.ledger.clone();
+        events(response.bytes_stream(), self.max_body)
+            .take_until(sleep_until(deadline))
+            .map(move |event| event.map(|event| Sse { data: event.data.map(|data| ledger.thin(data)), ..event }))
+            .boxed()
+    }
+
     /// Reads at most `max` bytes of a body.
     async fn body(response: reqwest::Response, max: usize) -> Result<BytesMut, HttpError> {
         if response.content_length().is_some_and(|length| length > max as u64) {
@@ -189,18 +218,11 @@ impl HttpClient {
         message: &ClientJsonRpcMessage,
         session_id: Option<&str>,
         protocol: HashMap<HeaderName, HeaderValue>,
-        max_event: usize,
         deadline: Instant,
     ) -> Answer {
-        let mut request = self.client.post(uri).headers((*self.fields).clone()).header(ACCEPT, BOTH);
-        for (name, value) in protocol {
-            request = request.header(name, value);
-        }
+        let mut request = self.request(Method::POST, uri, session_id, protocol).header(ACCEPT, BOTH);
         if let Some(agent) = agent_id(message) {
             request = request.header(X_AGENT_ID, agent);
-        }
-        if let Some(session_id) = session_id {
-            request = request.header(SESSION, session_id);
         }
         let number = request_number(message);
         self.ledger.open(message);
@@ -227,27 +249,21 @@ impl HttpClient {
             };
         }
         let new_session = text_header(&response, &SESSION);
-        match text_header(&response, &CONTENT_TYPE) {
-            Some(kind) if kind.starts_with(EVENT_STREAM) => {
-                let ledger = self.ledger.clone();
-                let stream = events(response.bytes_stream(), max_event)
-                    .take_until(sleep_until(deadline))
-                    .map(move |event| event.map(|event| thin(&ledger, event)));
-                Ok(StreamableHttpPostResponse::Sse(stream.boxed(), new_session))
+        if is_media_type(&response, EVENT_STREAM) {
+            return Ok(StreamableHttpPostResponse::Sse(self.stream(response, deadline), new_session));
+        }
+        if !is_media_type(&response, JSON) {
+            return Err(StreamableHttpError::Client(HttpError::ContentType));
+        }
+        let body = Self::body(response, self.max_body).await.map_err(StreamableHttpError::Client)?;
+        let mut messages = self.ledger.read(&body);
+        match (messages.pop(), messages.is_empty()) {
+            (Some(message), true) => Ok(StreamableHttpPostResponse::Json(message, new_session)),
+            (Some(last), false) => {
+                messages.push(last);
+                Ok(StreamableHttpPostResponse::Sse(as_events(messages), new_session))
             }
-            Some(kind) if kind.starts_with(JSON) => {
-                let body = Self::body(response, self.max_body).await.map_err(StreamableHttpError::Client)?;
-                let mut messages = self.ledger.read(&body);
-                match (messages.pop(), messages.is_empty()) {
-                    (Some(message), true) => Ok(StreamableHttpPostResponse::Json(message, new_session)),
-                    (Some(last), false) => {
-                        messages.push(last);
-                        Ok(StreamableHttpPostResponse::Sse(as_events(messages), new_session))
-                    }
-                    (None, _) => Err(StreamableHttpError::UnexpectedServerResponse("no JSON-RPC message".into())),
-                }
-            }
-            _ => Err(StreamableHttpError::Client(HttpError::ContentType)),
+            (None, _) => Err(StreamableHttpError::UnexpectedServerResponse("not a JSON-RPC message".into())),
         }
     }
 
@@ -262,7 +278,7 @@ impl HttpClient {
             return Err(StreamableHttpError::SessionExpired);
         }
         let retry_after = text_header(&response, &RETRY_AFTER);
-        let is_json = text_header(&response, &CONTENT_TYPE).is_some_and(|kind| kind.starts_with(JSON));
+        let is_json = is_media_type(&response, JSON);
         let error = match Self::body(response, MAX_ERROR_BODY).await {
             Ok(body) if is_json && status != StatusCode::FORBIDDEN => json_rpc_error(&body),
             _ => None,
@@ -300,25 +316,12 @@ impl StreamableHttpClient for HttpClient {
         uri: Arc<str>,
         message: ClientJsonRpcMessage,
         session_id: Option<Arc<str>>,
-        auth_header: Option<String>,
-        custom_headers: HashMap<HeaderName, HeaderValue>,
-    ) -> Answer {
-        let max = self.max_body;
-        self.post_message_with_max_sse_event_size(uri, message, session_id, auth_header, custom_headers, max).await
-    }
-
-    async fn post_message_with_max_sse_event_size(
-        &self,
-        uri: Arc<str>,
-        message: ClientJsonRpcMessage,
-        session_id: Option<Arc<str>>,
         _auth_header: Option<String>,
         custom_headers: HashMap<HeaderName, HeaderValue>,
-        _max_sse_event_size: usize,
     ) -> Answer {
         // rmcp does not stop its worker while a POST of the handshake is under way: the deadline must be in here.
         let deadline = self.deadline(&message);
-        let post = self.post(&uri, &message, session_id.as_deref(), custom_headers, self.max_body, deadline);
+        let post = self.post(&uri, &message, session_id.as_deref(), custom_headers, deadline);
         timeout_at(deadline, post).await.unwrap_or(Err(StreamableHttpError::Client(HttpError::TimedOut)))
     }
 
@@ -329,75 +332,41 @@ impl StreamableHttpClient for HttpClient {
         _auth_header: Option<String>,
         custom_headers: HashMap<HeaderName, HeaderValue>,
     ) -> Result<(), StreamableHttpError<HttpError>> {
-        let mut request =
-            self.client.delete(&*uri).headers((*self.fields).clone()).header(SESSION, session_id.as_ref());
-        for (name, value) in custom_headers {
-            request = request.header(name, value);
-        }
+        let request = self.request(Method::DELETE, &uri, Some(&session_id), custom_headers);
         // A goodbye: a server that does not take it forgets the session by itself.
         let _ = timeout(DELETE_TIMEOUT, request.send()).await;
         Ok(())
     }
 
-    async fn get_stream(
-        &self,
-        uri: Arc<str>,
-        session_id: Option<Arc<str>>,
-        last_event_id: Option<String>,
-        auth_header: Option<String>,
-        custom_headers: HashMap<HeaderName, HeaderValue>,
-    ) -> Result<BoxStream<'static, Result<Sse, SseError>>, StreamableHttpError<HttpError>> {
-        let max = self.max_body;
-        self.get_stream_with_max_sse_event_size(uri, session_id, last_event_id, auth_header, custom_headers, max).await
-    }
-
     /// Resumes a broken answer stream; the standing stream for notifications is not opened, nothing listens to it.
-    async fn get_stream_with_max_sse_event_size(
+    async fn get_stream(
         &self,
         uri: Arc<str>,
         session_id: Option<Arc<str>>,
         last_event_id: Option<String>,
         _auth_header: Option<String>,
         custom_headers: HashMap<HeaderName, HeaderValue>,
-        _max_sse_event_size: usize,
     ) -> Result<BoxStream<'static, Result<Sse, SseError>>, StreamableHttpError<HttpError>> {
         let Some(last_event_id) = last_event_id else { return Err(StreamableHttpError::ServerDoesNotSupportSse) };
         sleep(RESUME_DELAY).await;
-        let mut request = self
-            .client
-            .get(&*uri)
-            .headers((*self.fields).clone())
+        let request = self
+            .request(Method::GET, &uri, session_id.as_deref(), custom_headers)
             .header(ACCEPT, EVENT_STREAM)
             .header(LAST_EVENT, last_event_id);
-        for (name, value) in custom_headers {
-            request = request.header(name, value);
-        }
-        if let Some(session_id) = session_id {
-            request = request.header(SESSION, session_id.as_ref());
-        }
         let response = timeout(self.handshake_timeout, request.send())
             .await
             .map_err(|_| StreamableHttpError::Client(HttpError::TimedOut))?
             .map_err(|error| StreamableHttpError::Client(error.into()))?;
-        let is_stream = text_header(&response, &CONTENT_TYPE).is_some_and(|kind| kind.starts_with(EVENT_STREAM));
-        if !response.status().is_success() || !is_stream {
+        if !response.status().is_success() || !is_media_type(&response, EVENT_STREAM) {
             return Err(StreamableHttpError::ServerDoesNotSupportSse);
         }
-        let ledger = self.ledger.clone();
-        let stream = events(response.bytes_stream(), self.max_body)
-            .take_until(sleep(self.request_timeout))
-            .map(move |event| event.map(|event| thin(&ledger, event)));
-        Ok(stream.boxed())
+        Ok(self.stream(response, Instant::now() + self.request_timeout))
     }
 }
 
 fn agent_id(message: &ClientJsonRpcMessage) -> Option<HeaderValue> {
     let ClientJsonRpcMessage::Request(request) = message else { return None };
     request.request.extensions().get::<AgentId>().map(|agent| agent.0.clone())
-}
-
-fn thin(ledger: &Ledger, event: Sse) -> Sse {
-    Sse { data: event.data.map(|data| ledger.thin(data)), ..event }
 }
 
 fn as_events(messages: Vec<ServerJsonRpcMessage>) -> BoxStream<'static, Result<Sse, SseError>> {
@@ -413,6 +382,12 @@ fn json_rpc_error(body: &[u8]) -> Option<ErrorData> {
         Ok(ServerJsonRpcMessage::Error(error)) => Some(error.error),
         _ => None,
     }
+}
+
+/// Whether an answer is of this media type, whatever its parameters and case (RFC 9110 §8.3.1).
+pub fn is_media_type(response: &reqwest::Response, wanted: &str) -> bool {
+    let kind = text_header(response, &CONTENT_TYPE).unwrap_or_default();
+    kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(wanted)
 }
 
 fn text_header(response: &reqwest::Response, name: &HeaderName) -> Option<String> {

@@ -1,14 +1,14 @@
 //! What is known of each tool request on one session: whether it was sent, and its result exactly as the server wrote it.
 //!
 //! rmcp's typed results drop unknown fields and fail a whole list for one odd tool, so the transports hand every inbound
-//! text to the ledger first: the results of `tools/list` and `tools/call` are kept raw here, and rmcp only learns that an
-//! answer came. Whether a request was sent decides between "never ran" and "may have run" when a session is lost.
+//! text to the ledger first: the results of `tools/list` and `tools/call` are kept raw here, and rmcp gets a shorter one. Whether a request was sent decides between "never ran" and "may have run" when a session is lost.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use rmcp::model::{ClientJsonRpcMessage, ClientRequest, ErrorData, RequestId, ServerJsonRpcMessage, ServerResult};
+use rmcp::model::{ClientJsonRpcMessage, ClientRequest, ErrorData, RequestId, ServerJsonRpcMessage, Tool};
 use serde::Deserialize;
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
 
 /// Clones share one ledger. An entry lives from the sending of its request until [`Ledger::close`].
@@ -50,7 +50,7 @@ struct Envelope<'a> {
 enum Id<'a> {
     Number(i64),
     Text(#[serde(borrow)] std::borrow::Cow<'a, str>),
-    Other(serde::de::IgnoredAny),
+    Other(IgnoredAny),
 }
 
 impl Id<'_> {
@@ -103,6 +103,9 @@ impl Ledger {
     /// 2025-03-26). What is no JSON-RPC is dropped, unless it answers one of our requests: that request then fails at
     /// once rather than at its deadline.
     pub fn read(&self, text: &[u8]) -> Vec<ServerJsonRpcMessage> {
+        // A wrong byte in one text block must not cost the message.
+        let text = String::from_utf8_lossy(text);
+        let text = text.as_bytes();
         if text.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'[') {
             let parts: Vec<&RawValue> = serde_json::from_slice(text).unwrap_or_default();
             return parts.into_iter().filter_map(|part| self.read_one(part.get().as_bytes())).collect();
@@ -115,21 +118,24 @@ impl Ledger {
         let answers = envelope.as_ref().filter(|envelope| envelope.method.is_none());
         let id = answers.and_then(|envelope| envelope.id.as_ref()?.number());
         if let (Some(id), Some(result)) = (id, answers.and_then(|envelope| envelope.result))
-            && self.keep(id, result) == Some(Method::Call)
+            && let Some(method) = self.keep(id, result)
         {
-            return Some(ServerJsonRpcMessage::response(ServerResult::empty(()), RequestId::Number(id)));
+            // Tools that are only just readable alone may nest too deeply inside a message.
+            let message = serde_json::from_str(&thin(id, method, result));
+            return message.or_else(|_| serde_json::from_str(&thin(id, Method::Call, result))).ok();
         }
         match serde_json::from_slice(text) {
             Ok(message) => Some(message),
             Err(_) => {
                 tracing::debug!(message.bytes = text.len(), "dropped a message that is no JSON-RPC 2.0");
                 let unreadable = ErrorData::internal_error("The server's answer is no JSON-RPC 2.0.", None);
-                id.map(|id| ServerJsonRpcMessage::error(unreadable, Some(RequestId::Number(id))))
+                let id = id.or_else(|| id_of(text)).filter(|id| self.entries().contains_key(id))?;
+                Some(ServerJsonRpcMessage::error(unreadable, Some(RequestId::Number(id))))
             }
         }
     }
 
-    /// As [`Ledger::read`] for one text that rmcp parses itself: the result of a call is replaced by an empty one.
+    /// As [`Ledger::read`] for one text that rmcp parses itself: a result that is kept is replaced by what rmcp needs.
     pub fn thin(&self, text: String) -> String {
         let Ok(envelope) = serde_json::from_str::<Envelope<'_>>(&text) else { return text };
         let (None, Some(id), Some(result)) =
@@ -138,12 +144,13 @@ impl Ledger {
             return text;
         };
         match self.keep(id, result) {
-            Some(Method::Call) => format!(r#"{{"jsonrpc":"2.0","id":{id},"result":{{}}}}"#),
-            _ => text,
+            Some(method) => thin(id, method, result),
+            None => text,
         }
     }
 
-    /// Keeps the first result of an open request; a second one is a replay and changes nothing.
+    /// Keeps the first result of an open request; a second one is a replay and changes nothing. `None` when no such
+    /// request is open.
     fn keep(&self, id: i64, result: &RawValue) -> Option<Method> {
         let mut entries = self.entries();
         let entry = entries.get_mut(&id)?;
@@ -152,6 +159,57 @@ impl Ledger {
         }
         Some(entry.method)
     }
+}
+
+/// The answer that rmcp gets in place of a kept one.
+fn thin(id: i64, method: Method, result: &RawValue) -> String {
+    let result = match method {
+        Method::List => readable_tools(result),
+        Method::Call => "{}".to_owned(),
+    };
+    format!(r#"{{"jsonrpc":"2.0","id":{id},"result":{result}}}"#)
+}
+
+/// The tools of a list that rmcp can read: it learns from them which arguments a server wants as header fields.
+fn readable_tools(result: &RawValue) -> String {
+    #[derive(Deserialize)]
+    struct Page<'a> {
+        #[serde(borrow)]
+        tools: Vec<&'a RawValue>,
+    }
+    let page: Option<Page<'_>> = serde_json::from_str(result.get()).ok();
+    let tools = page.map(|page| page.tools).unwrap_or_default();
+    let readable = tools.into_iter().map(RawValue::get).filter(|tool| serde_json::from_str::<Tool>(tool).is_ok());
+    format!(r#"{{"tools":[{}]}}"#, readable.collect::<Vec<_>>().join(","))
+}
+
+/// The id of an answer that breaks off being JSON somewhere behind it.
+fn id_of(text: &[u8]) -> Option<i64> {
+    /// Reads the keys of an object in turn; what was found stays found when the rest fails.
+    struct Keys<'a>(&'a mut Option<i64>);
+
+    impl<'de> Visitor<'de> for Keys<'_> {
+        type Value = ();
+
+        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("a JSON-RPC message")
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+            while let Some(key) = map.next_key::<String>()? {
+                match key.as_str() {
+                    "id" => *self.0 = map.next_value::<Id<'_>>()?.number(),
+                    _ => drop(map.next_value::<IgnoredAny>()?),
+                }
+            }
+            Ok(())
+        }
+    }
+
+    let mut id = None;
+    // Only what stands before the fault matters.
+    let _ = serde_json::Deserializer::from_slice(text).deserialize_map(Keys(&mut id));
+    id
 }
 
 /// The number of a request, for [`Ledger::mark_sent`]; other messages have none.
@@ -208,11 +266,33 @@ mod tests {
     }
 
     #[test]
+    fn one_odd_tool_does_not_cost_the_list() {
+        let ledger = Ledger::default();
+        let request = ClientRequest::ListToolsRequest(rmcp::model::ListToolsRequest::default());
+        ledger.open(&ClientJsonRpcMessage::request(request, RequestId::Number(1)));
+        let deep = format!("{}1{}", "[".repeat(300), "]".repeat(300));
+        let odd = [r#"{"name":5}"#, r#"{"maximum":1e400}"#, r#""\ud83d""#, &deep].join(",");
+        let text =
+            format!(r#"{{"jsonrpc":"2.0","id":1,"result":{{"tools":[{odd},{{"name":"a","inputSchema":{{}}}}]}}}}"#);
+        let seen = ledger.read(text.as_bytes());
+        let [ServerJsonRpcMessage::Response(answer)] = &seen[..] else { panic!("{seen:?}") };
+        let rmcp::model::ServerResult::ListToolsResult(list) = &answer.result else { panic!("{answer:?}") };
+        assert_eq!(list.tools.len(), 1);
+        assert!(raw(&ledger, 1).unwrap().contains("1e400"));
+    }
+
+    #[test]
     fn an_unreadable_answer_fails_its_request_at_once() {
         let ledger = ledger_with_call(7);
         let seen = ledger.read(br#"{"id":7}"#);
         assert!(matches!(&seen[..], [ServerJsonRpcMessage::Error(error)] if error.id == Some(RequestId::Number(7))));
-        assert!(ledger.read(b"starting up...").is_empty());
+        let not_json = b"{\"jsonrpc\":\"2.0\",\"id\":7,\"result\":{\"v\":NaN}}";
+        assert!(matches!(&ledger.read(not_json)[..], [ServerJsonRpcMessage::Error(_)]));
+        let latin_1 = b"{\"jsonrpc\":\"2.0\",\"id\":7,\"result\":\"\xe9\"}";
+        assert!(matches!(&ledger.read(latin_1)[..], [ServerJsonRpcMessage::Response(_)]));
+        for noise in [&b"starting up..."[..], b"{\"id\":8,\"result\":NaN}", b"17", b""] {
+            assert!(ledger.read(noise).is_empty());
+        }
     }
 
     #[test]

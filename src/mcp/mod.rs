@@ -6,39 +6,41 @@
 mod egress;
 mod events;
 mod http;
+mod json;
 mod ledger;
+mod listing;
 mod pool;
+mod result;
 mod schema;
 mod session;
 mod sse;
 mod stdio;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ::http::HeaderValue;
-use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{Era, Offered, Server, Skipped, State, Tool, ToolChanges, Unreadable};
+use crate::model::{Era, Server, Skipped, State, Tool, ToolChanges, Unreadable};
 use crate::store::{self, Reached, Store};
 
-pub use schema::{declares, json_schema};
+pub use listing::definition;
+pub use schema::{Room, json_schema};
 
 use http::HttpError;
+use listing::accept;
 use pool::Pool;
-use session::{CallError, Context};
+use result::Answer;
+use schema::{HEARTBEAT, declares};
+use session::{CallError, Context, Session};
 
-/// The most tools of one server, and the most bytes and depth of one tool's parts, that are kept.
-const MAX_TOOLS: usize = 5_000;
-const MAX_SCHEMA_BYTES: usize = 256 * 1024;
-const MAX_SCHEMA_DEPTH: usize = 64;
-const MAX_TEXT_BYTES: usize = 64 * 1024;
 /// How long the end of all sessions may take at a stop: a child gets two graces, rmcp its closing time.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -47,9 +49,10 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct AgentId(HeaderValue);
 
 impl AgentId {
-    /// `None` for a text that is no legal header value.
+    /// `None` for a text that is not a valid header value: visible ASCII, at most 255 characters.
     pub fn new(text: &str) -> Option<Self> {
-        HeaderValue::from_str(text).ok().map(Self)
+        let value = HeaderValue::from_str(text).ok()?;
+        (text.is_ascii() && text.len() <= 255).then_some(Self(value))
     }
 }
 
@@ -62,9 +65,7 @@ pub enum Error {
     Exited { status: std::process::ExitStatus, stderr: Option<String> },
     #[error("The server cannot be used: {0}.")]
     Http(#[from] HttpError),
-    #[error("The server asks for a sign-in (HTTP 401); check auth_token and custom_headers.")]
-    AuthRequired,
-    #[error("The server did not finish the MCP handshake in time.")]
+    #[error("The server did not finish the MCP handshake in time; --handshake-timeout and --start-timeout set it.")]
     HandshakeTimeout,
     #[error("The server refused the MCP handshake with JSON-RPC error {code}.")]
     HandshakeRefused { code: i32 },
@@ -76,15 +77,19 @@ pub enum Error {
     Endpoint,
     #[error("The server ended the connection.")]
     Closed,
-    #[error("The server's answer is no list of tools.")]
+    #[error("The server's answer is not a list of tools.")]
     List,
-    #[error("The server did not list its tools in time.")]
+    #[error("The server refused to list its tools with JSON-RPC error {code}.")]
+    ListRefused { code: i32 },
+    #[error("The server did not list its tools in time; --list-timeout sets it.")]
     ListTimeout,
-    #[error("The server's pages of tools do not come to an end: a cursor came twice, or there are too many tools.")]
+    #[error("The server's list of tools does not come to an end: a cursor came twice, or the list is too large.")]
     Paging,
     #[error("The server's configuration was changed meanwhile; refresh it again.")]
     Reconfigured,
-    #[error("A configured header is not legal HTTP; set custom_headers and auth_token again.")]
+    #[error("The server was deleted meanwhile.")]
+    Deleted,
+    #[error("A configured header is not valid HTTP; set custom_headers and auth_token again.")]
     Header,
     #[error(transparent)]
     Config(Unreadable),
@@ -101,9 +106,18 @@ impl Error {
         ) || matches!(self, Self::Http(HttpError::Status(_) | HttpError::ContentType))
     }
 
+    /// The server's HTTP side turned a request away: no tool saw it.
+    fn is_refusal(&self) -> bool {
+        match self {
+            Self::Http(HttpError::SignIn) => true,
+            Self::Http(HttpError::Status(status)) => status.is_client_error(),
+            _ => false,
+        }
+    }
+
     fn state(&self) -> State {
         match self {
-            Self::AuthRequired => State::AuthRequired,
+            Self::Http(HttpError::SignIn) => State::AuthRequired,
             _ => State::Unreachable,
         }
     }
@@ -124,10 +138,21 @@ fn last_words(stderr: Option<&str>) -> String {
 /// Why a sync did not happen.
 #[derive(Debug, thiserror::Error)]
 pub enum SyncError {
+    #[error("the server was deleted meanwhile")]
+    Gone,
     #[error(transparent)]
-    Server(#[from] Error),
+    Server(Error),
     #[error(transparent)]
     Store(#[from] store::Error),
+}
+
+impl From<Error> for SyncError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Deleted => Self::Gone,
+            error => Self::Server(error),
+        }
+    }
 }
 
 /// What came of a run that reached the server.
@@ -146,33 +171,49 @@ pub struct Outcome {
 #[derive(Clone)]
 pub struct Mcp {
     store: Store,
-    pool: Arc<Pool>,
+    pool: Pool,
     settings: Upstream,
     tracker: TaskTracker,
+    stop: CancellationToken,
     /// One sync of a server at a time, so that an older list never lands on a newer one.
-    syncing: Arc<Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>>,
+    syncing: Arc<Mutex<HashMap<String, Arc<Turn>>>>,
 }
 
+/// Holds how and when the last sync began that failed, for those who came meanwhile.
+type Turn = tokio::sync::Mutex<Option<(Instant, Error)>>;
+
 impl Mcp {
+    /// Sessions and background work are tasks on `tracker`.
+    ///
     /// # Errors
     /// When the HTTP client cannot be made (no usable certificate store).
-    pub fn new(store: Store, settings: Upstream) -> reqwest::Result<Self> {
-        let tracker = TaskTracker::new();
+    pub fn new(store: Store, settings: Upstream, tracker: TaskTracker) -> reqwest::Result<Self> {
+        let stop = CancellationToken::new();
         let client = egress::client(settings.connect_timeout)?;
-        let pool = Pool::new(Context { settings: settings.clone(), client, tracker: tracker.clone() });
-        Ok(Self { store, pool: Arc::new(pool), settings, tracker, syncing: Arc::default() })
+        let context = Context { settings: settings.clone(), client, tracker: tracker.clone(), stop: stop.clone() };
+        Ok(Self { store, pool: Pool::new(context), settings, tracker, stop, syncing: Arc::default() })
     }
 
-    /// Lists the server's tools and keeps them, in the background; waits at most `patience` for the outcome. The sync
-    /// goes on when the caller leaves. `None` when it is still going on.
-    pub async fn sync_in_background(
-        &self,
-        server: Server,
-        patience: Duration,
-    ) -> Option<Result<ToolChanges, SyncError>> {
+    /// Lists the tools of a new server for the first time, in the background: the sync goes on when the caller leaves.
+    /// Waits at most `patience`; `false` when it is still going on. What came of it is in the server's status.
+    pub async fn first_sync(&self, server: Server, patience: Duration) -> bool {
         let mcp = self.clone();
-        let sync = self.tracker.spawn(async move { mcp.sync_tools(&server, None).await });
-        timeout(patience, sync).await.ok()?.ok()
+        let sync = async move {
+            let turn = mcp.turn(&server.id);
+            let _turn = turn.lock().await;
+            // A repeated create may have waited for the turn of the first, and has nothing left to do.
+            let result = match mcp.store.server(&server.id).await {
+                Ok(Some(current)) if current.state == State::NeverConnected => {
+                    mcp.sync(&current, None).await.map(|_| ())
+                }
+                Ok(_) => Ok(()),
+                Err(error) => Err(error.into()),
+            };
+            if let Err(SyncError::Store(error)) = result {
+                tracing::error!(server.id, %error, "the first sync of a server cannot be stored");
+            }
+        };
+        timeout(patience, self.tracker.spawn(sync)).await.is_ok()
     }
 
     /// Lists the server's tools, following all pages, and makes the stored ones equal to them in one transaction.
@@ -181,23 +222,47 @@ impl Mcp {
     /// [`SyncError::Server`] when the list cannot be had; the stored tools are as they were, and the reason is noted in
     /// the server's status.
     pub async fn sync_tools(&self, server: &Server, agent: Option<&AgentId>) -> Result<ToolChanges, SyncError> {
-        let turn = {
-            let mut syncing = self.syncing.lock().expect("no code panics while it holds the map");
-            // Entries that nobody waits for are dropped on the way.
-            syncing.retain(|_, turn| Arc::strong_count(turn) > 1);
-            syncing.entry(server.id.clone()).or_default().clone()
+        let arrived = Instant::now();
+        let turn = self.turn(&server.id);
+        let mut last = turn.lock().await;
+        if let Some((began, error)) = &*last
+            && *began > arrived
+        {
+            return Err(error.clone().into());
+        }
+        let began = Instant::now();
+        // The row may have changed while others had their turn.
+        let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
+        let synced = self.sync(&server, agent).await;
+        *last = match &synced {
+            Err(SyncError::Server(error)) => Some((began, error.clone())),
+            _ => None,
         };
-        let _turn = turn.lock().await;
-        let listed = match self.list(server, agent).await {
+        synced
+    }
+
+    fn turn(&self, server_id: &str) -> Arc<Turn> {
+        let mut syncing = self.syncing.lock().expect("no code panics while it holds the map");
+        // Entries that nobody waits for are dropped on the way.
+        syncing.retain(|_, turn| Arc::strong_count(turn) > 1);
+        syncing.entry(server_id.to_owned()).or_default().clone()
+    }
+
+    async fn sync(&self, server: &Server, agent: Option<&AgentId>) -> Result<ToolChanges, SyncError> {
+        let (listed, era) = match self.list(server, agent).await {
             Ok(listed) => listed,
             Err(error) => {
-                self.note(server, Err(&error)).await?;
+                self.note(server, Err(&error)).await;
                 return Err(error.into());
             }
         };
-        let (offered, skipped) = accept(&listed.tools);
-        let synced = self.store.sync_tools(&server.id, server.revision, Some(listed.era), &offered).await?;
-        let mut changes = synced.ok_or(Error::Reconfigured)?;
+        let (offered, skipped) = accept(&listed);
+        let notice = notice(&skipped);
+        let synced = self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered).await?;
+        let Some(mut changes) = synced else {
+            let exists = self.store.server(&server.id).await?.is_some();
+            return Err(if exists { Error::Reconfigured } else { Error::Deleted }.into());
+        };
         tracing::info!(
             server.id,
             tools.added = changes.added.len(),
@@ -211,19 +276,44 @@ impl Mcp {
     }
 
     /// Lists on the live session; on one that proves dead, once more on a new one.
-    async fn list(&self, server: &Server, agent: Option<&AgentId>) -> Result<Listed, Error> {
+    async fn list(&self, server: &Server, agent: Option<&AgentId>) -> Result<(Vec<Box<RawValue>>, Era), Error> {
         let mut second = false;
         loop {
-            let session = self.pool.session(server).await?;
-            let listing = timeout(self.settings.list_timeout, session.list_tools(agent, MAX_TOOLS));
+            let (session, new) = self.session(server).await?;
+            let listing = timeout(self.settings.list_timeout, session.list_tools(agent));
             match listing.await.unwrap_or(Err(Error::ListTimeout)) {
-                Ok(tools) => return Ok(Listed { tools, era: session.era() }),
-                Err(Error::Closed | Error::Http(_)) if !second => {
+                Ok(tools) => return Ok((tools, session.era())),
+                Err(Error::Closed | Error::Http(_)) if !new && !second => {
                     self.pool.discard(&server.id, &session).await;
                     second = true;
                 }
-                Err(error) => return Err(error),
+                Err(error) => {
+                    // A session that cannot even list is not worth keeping.
+                    self.pool.discard(&server.id, &session).await;
+                    return Err(error);
+                }
             }
+        }
+    }
+
+    /// The live session of a server, and whether it was opened just now.
+    async fn session(&self, server: &Server) -> Result<(Arc<Session>, bool), Error> {
+        let (session, new) = self.pool.session(server).await?;
+        if !new {
+            return Ok((session, false));
+        }
+        // The server may have been deleted or changed between the reading of its row and the opening, when there was
+        // nothing to forget yet: without this look its old command or token would stay in use.
+        match self.store.server(&server.id).await {
+            Ok(None) => {
+                self.pool.forget(&server.id);
+                Err(Error::Deleted)
+            }
+            Ok(Some(current)) if current.revision != server.revision => {
+                self.pool.discard(&server.id, &session).await;
+                Err(Error::Reconfigured)
+            }
+            Ok(Some(_)) | Err(_) => Ok((session, true)),
         }
     }
 
@@ -242,65 +332,74 @@ impl Mcp {
         if arguments.contains_key(HEARTBEAT) && !declares(&definition(tool).input_schema, HEARTBEAT) {
             arguments.shift_remove(HEARTBEAT);
         }
-        let needs_list = tool.definition.contains("x-mcp-header");
-        let outcome = |is_error, text: String, result| Outcome { is_error, text, result, duration: started.elapsed() };
-        let mut second = false;
-        loop {
-            let session = match self.pool.session(server).await {
-                Ok(session) => session,
-                Err(error) => {
-                    // The answer is the error; that it could not be noted as well is in the log.
-                    if let Err(cause) = self.note(server, Err(&error)).await {
-                        tracing::error!(server.id, error = %cause, "cannot note the state of a server");
-                    }
-                    return Err(error);
-                }
-            };
-            if server.state != State::Ready
-                && let Err(cause) = self.note(server, Ok(session.era())).await
-            {
-                tracing::error!(server.id, error = %cause, "cannot note the state of a server");
+        let called = match self.call(server, tool, &arguments).await {
+            // The session was found dead, or of an old configuration, before anything was sent: a new one is as good.
+            Err(CallError::NotSent(Error::Closed | Error::Http(_) | Error::Reconfigured)) => {
+                let current = self.store.server(&server.id).await;
+                self.call(current.ok().flatten().as_ref().unwrap_or(server), tool, &arguments).await
             }
-            let calling =
-                session.call_tool(&tool.name, arguments.clone(), needs_list, MAX_TOOLS, self.settings.run_timeout);
-            return Ok(match calling.await {
-                Ok(result) => match Answer::read(&result) {
-                    Some(answer) => outcome(answer.is_error, answer.text, Some(result)),
-                    None => outcome(true, "The server's answer is no tool result.".to_owned(), Some(result)),
-                },
-                Err(CallError::Rpc(message)) => outcome(true, message, None),
-                Err(CallError::TimedOut) => {
-                    let seconds = self.settings.run_timeout.as_secs_f64();
-                    outcome(true, format!("The tool did not answer within {seconds} s; it may still be running."), None)
-                }
-                Err(CallError::NotSent(_)) if !second => {
-                    self.pool.discard(&server.id, &session).await;
-                    second = true;
-                    continue;
-                }
-                Err(CallError::NotSent(error)) => return Err(error),
-                Err(CallError::Lost(error)) => outcome(
-                    true,
-                    format!("The connection was lost during the call; the tool may have run. {error}"),
-                    None,
-                ),
-            });
-        }
+            called => called,
+        };
+        let (is_error, text, result) = match called {
+            Ok(result) => match Answer::read(&result) {
+                Some(answer) => (answer.is_error, answer.text, Some(result)),
+                None => (true, "The server's answer is not a tool result.".to_owned(), None),
+            },
+            Err(CallError::NotSent(error)) => {
+                self.note(server, Err(&error)).await;
+                return Err(error);
+            }
+            Err(CallError::Rpc { message, .. }) => (true, message, None),
+            Err(CallError::Refused(error)) => {
+                self.note(server, Err(&error)).await;
+                (true, format!("The server did not take the call. {error}"), None)
+            }
+            Err(CallError::TimedOut) => {
+                let seconds = self.settings.run_timeout.as_secs_f64();
+                (true, format!("The tool did not answer within {seconds} s; it may still be running."), None)
+            }
+            Err(CallError::Lost(error)) => {
+                (true, format!("The connection was lost during the call; the tool may have run. {error}"), None)
+            }
+        };
+        Ok(Outcome { is_error, text, result, duration: started.elapsed() })
     }
 
-    /// Notes in the server's status what came of an attempt to reach it.
-    async fn note(&self, server: &Server, attempt: Result<Era, &Error>) -> Result<(), store::Error> {
+    /// One attempt at a call. A session that could not take it is let go.
+    async fn call(
+        &self,
+        server: &Server,
+        tool: &Tool,
+        arguments: &Map<String, Value>,
+    ) -> Result<Box<RawValue>, CallError> {
+        let (session, _) = self.session(server).await.map_err(CallError::NotSent)?;
+        if server.state != State::Ready {
+            self.note(server, Ok(session.era())).await;
+        }
+        let needs_list = tool.definition.contains("x-mcp-header");
+        let called = session.call_tool(&tool.name, arguments.clone(), needs_list, self.settings.run_timeout).await;
+        // What turned the call away or lost it may be all that is wrong: the next call gets a session of its own.
+        if matches!(called, Err(CallError::NotSent(_) | CallError::Refused(_) | CallError::Lost(_))) {
+            self.pool.discard(&server.id, &session).await;
+        }
+        called
+    }
+
+    /// Notes in the server's status what came of an attempt to reach it. That it cannot be noted harms no answer.
+    async fn note(&self, server: &Server, attempt: Result<Era, &Error>) {
         let reached = match attempt {
             Ok(era) => Reached { state: State::Ready, error: None, era: Some(era) },
-            // A stop says nothing about the server.
-            Err(Error::Stopping) => return Ok(()),
-            Err(error) => Reached {
-                state: error.state(),
-                error: Some(error.to_string()),
-                era: server.era.as_deref().and_then(Era::from_name),
-            },
+            // These say nothing about the server.
+            Err(Error::Stopping | Error::Deleted | Error::Reconfigured) => return,
+            // A server that was silent in the era it is known for may have been replaced by one of the other.
+            Err(Error::HandshakeTimeout) => {
+                Reached { state: State::Unreachable, error: Some(Error::HandshakeTimeout.to_string()), era: None }
+            }
+            Err(error) => Reached { state: error.state(), error: Some(error.to_string()), era: server.era() },
         };
-        self.store.record_reached(&server.id, server.revision, &reached).await
+        if let Err(error) = self.store.record_reached(&server.id, server.revision, &reached).await {
+            tracing::error!(server.id, %error, "cannot note the state of a server");
+        }
     }
 
     /// Ends the server's session; calls that are under way finish on it.
@@ -308,231 +407,23 @@ impl Mcp {
         self.pool.forget(server_id);
     }
 
-    /// Ends all sessions and their children; done when nothing is left (`true`), or after 10 s.
+    /// Ends all sessions and their children, also those that are being opened or listed; done when nothing is left
+    /// (`true`), or after 10 s.
     pub async fn close(&self) -> bool {
         self.pool.close();
+        self.stop.cancel();
         self.tracker.close();
         timeout(CLOSE_TIMEOUT, self.tracker.wait()).await.is_ok()
     }
 }
 
-const HEARTBEAT: &str = "request_heartbeat";
-
-struct Listed {
-    tools: Vec<Box<RawValue>>,
-    era: Era,
-}
-
-/// The parts of a tool definition that Portolan reads.
-#[derive(Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Definition {
-    pub name: String,
-    #[serde(default)]
-    pub description: Option<String>,
-    pub input_schema: Value,
-}
-
-/// The definition of a kept tool.
-pub fn definition(tool: &Tool) -> Definition {
-    serde_json::from_str(&tool.definition).unwrap_or_else(|_| Definition {
-        name: tool.name.clone(),
-        description: None,
-        input_schema: Value::Object(Map::new()),
-    })
-}
-
-/// Sorts a server's list into what can be kept and what cannot, with the reason; nothing is lost silently.
-fn accept(listed: &[Box<RawValue>]) -> (Vec<Offered>, Vec<Skipped>) {
-    let mut names = HashSet::new();
-    let mut offered = Vec::new();
-    let mut skipped = Vec::new();
-    for (index, raw) in listed.iter().enumerate() {
-        let result = read_tool(raw.get()).and_then(|definition| {
-            if offered.len() >= MAX_TOOLS {
-                return Err((definition.name, "the server has more than 5,000 tools"));
-            }
-            if !names.insert(definition.name.clone()) {
-                return Err((definition.name, "another tool of this server has the same name"));
-            }
-            Ok(definition)
-        });
-        match result {
-            Ok(definition) => offered.push(Offered { name: definition.name, definition: raw.get().to_owned() }),
-            Err((name, reason)) => {
-                let name = if name.is_empty() { format!("(tool {})", index + 1) } else { name };
-                skipped.push(Skipped { name, reason: reason.to_owned() });
-            }
-        }
-    }
-    (offered, skipped)
-}
-
-fn read_tool(raw: &str) -> Result<Definition, (String, &'static str)> {
-    let Ok(value) = serde_json::from_str::<Value>(raw) else {
-        return Err((String::new(), "its definition is nested too deeply"));
+/// What a status says of tools that were not kept.
+fn notice(skipped: &[Skipped]) -> Option<String> {
+    let first = skipped.first()?;
+    let others = match skipped.len() - 1 {
+        0 => String::new(),
+        more => format!(" and {more} more"),
     };
-    let name = value["name"].as_str().unwrap_or_default().to_owned();
-    let refuse = |reason| Err((name.clone(), reason));
-    if name.is_empty() || name.contains('\0') {
-        return Err((String::new(), "it has no usable name"));
-    }
-    if !value["inputSchema"].is_object() {
-        return refuse("its inputSchema is not an object");
-    }
-    if !matches!(value.get("description"), None | Some(Value::Null | Value::String(_))) {
-        return refuse("its description is not a text");
-    }
-    if name.len() > MAX_TEXT_BYTES || value["description"].as_str().is_some_and(|text| text.len() > MAX_TEXT_BYTES) {
-        return refuse("its name or description is larger than 64 KiB");
-    }
-    if raw.len() > MAX_SCHEMA_BYTES + 2 * MAX_TEXT_BYTES || value["inputSchema"].to_string().len() > MAX_SCHEMA_BYTES {
-        return refuse("its definition is larger than 256 KiB");
-    }
-    if depth(&value["inputSchema"]) > MAX_SCHEMA_DEPTH {
-        return refuse("its inputSchema is nested deeper than 64");
-    }
-    serde_json::from_value(value).map_err(|_| (name, "its definition cannot be read"))
-}
-
-fn depth(value: &Value) -> usize {
-    match value {
-        Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
-        Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
-        _ => 0,
-    }
-}
-
-/// A tool result as Letta shows it: one text, and whether the tool says it failed (CONTRACT row 13).
-struct Answer {
-    is_error: bool,
-    text: String,
-}
-
-impl Answer {
-    /// Text blocks joined by one space, other blocks as compact JSON; without blocks the structured content as compact
-    /// JSON. `None` when this is no CallToolResult.
-    fn read(raw: &RawValue) -> Option<Self> {
-        #[derive(Deserialize)]
-        #[serde(rename_all = "camelCase")]
-        struct CallToolResult<'a> {
-            #[serde(borrow)]
-            content: Option<Vec<&'a RawValue>>,
-            #[serde(borrow)]
-            structured_content: Option<&'a RawValue>,
-            is_error: Option<bool>,
-        }
-        let result: CallToolResult<'_> = serde_json::from_str(raw.get()).ok()?;
-        let blocks: Vec<_> = result.content.iter().flatten().map(|block| block_text(block)).collect();
-        let text = match (&blocks[..], result.structured_content) {
-            ([], Some(structured)) => compact(structured.get()),
-            ([], None) => "Empty response from tool".to_owned(),
-            (blocks, _) => blocks.join(" "),
-        };
-        Some(Self { is_error: result.is_error.unwrap_or(false), text })
-    }
-}
-
-fn block_text(block: &RawValue) -> String {
-    #[derive(Deserialize)]
-    struct TextBlock {
-        r#type: String,
-        text: String,
-    }
-    match serde_json::from_str::<TextBlock>(block.get()) {
-        Ok(TextBlock { r#type, text }) if r#type == "text" => text,
-        _ => compact(block.get()),
-    }
-}
-
-/// JSON without the white space between its tokens; numbers keep all their digits, which a parsed value would not.
-fn compact(json: &str) -> String {
-    let mut text = String::with_capacity(json.len());
-    let mut in_string = false;
-    let mut escaped = false;
-    for character in json.chars() {
-        if in_string {
-            in_string = escaped || character != '"';
-            escaped = !escaped && character == '\\';
-        } else if character.is_ascii_whitespace() {
-            continue;
-        } else {
-            in_string = character == '"';
-        }
-        text.push(character);
-    }
-    text
-}
-
-#[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
-mod tests {
-    use super::*;
-
-    fn answer(result: &str) -> (bool, String) {
-        let raw = RawValue::from_string(result.to_owned()).unwrap();
-        let answer = Answer::read(&raw).unwrap();
-        (answer.is_error, answer.text)
-    }
-
-    #[test]
-    fn results_become_one_text() {
-        for (result, text) in [
-            (
-                r#"{"content":[{"type":"text","text":"one"},{"type":"text","text":"two\nlines"},{"type":"text","text":""}]}"#,
-                "one two\nlines ",
-            ),
-            (
-                r#"{"content":[{"type":"text","text":"pic:"},{ "type": "image", "data": "a\"  b" }]}"#,
-                r#"pic: {"type":"image","data":"a\"  b"}"#,
-            ),
-            (
-                r#"{"content":[],"structuredContent":{ "n": 123456789012345678901234567890 }}"#,
-                r#"{"n":123456789012345678901234567890}"#,
-            ),
-            (r#"{"content":[]}"#, "Empty response from tool"),
-            (r#"{}"#, "Empty response from tool"),
-        ] {
-            assert_eq!(answer(result), (false, text.to_owned()), "{result}");
-        }
-        assert_eq!(answer(r#"{"isError":true,"content":[{"type":"text","text":"no"}]}"#), (true, "no".to_owned()));
-    }
-
-    #[test]
-    fn what_is_no_tool_result_is_not_taken_for_one() {
-        for result in ["null", "\"text\"", "[]", r#"{"content":"text"}"#, r#"{"isError":"yes"}"#] {
-            let raw = RawValue::from_string(result.to_owned()).unwrap();
-            assert!(Answer::read(&raw).is_none(), "{result}");
-        }
-    }
-
-    #[test]
-    fn a_list_is_sorted_into_kept_and_skipped() {
-        let list = [
-            r#"{"name":"a","inputSchema":{}}"#,
-            r#"{"name":"a","inputSchema":{"type":"object"}}"#,
-            r#"{"name":"no schema"}"#,
-            r#"{"inputSchema":{}}"#,
-            r#"{"name":"nul\u0000","inputSchema":{}}"#,
-            r#"{"name":"odd","inputSchema":{},"annotations":{"readOnlyHint":"yes"},"icons":7}"#,
-            r#"{"name":"number","inputSchema":{},"description":5}"#,
-            "17",
-        ]
-        .map(|raw| RawValue::from_string(raw.to_owned()).unwrap());
-        let (offered, skipped) = accept(&list);
-        let kept: Vec<_> = offered.iter().map(|tool| tool.name.as_str()).collect();
-        assert_eq!(kept, ["a", "odd"]);
-        let skipped: Vec<_> = skipped.iter().map(|tool| tool.name.as_str()).collect();
-        assert_eq!(skipped, ["a", "no schema", "(tool 4)", "(tool 5)", "number", "(tool 8)"]);
-    }
-
-    #[test]
-    fn schemas_that_are_too_deep_or_too_large_are_skipped_with_the_reason() {
-        let nested = |levels| format!("{}{}{}", r#"{"properties":"#.repeat(levels), "{}", "}".repeat(levels));
-        let tool = |schema: String| read_tool(&format!(r#"{{"name":"t","inputSchema":{schema}}}"#)).map(|_| ());
-        assert!(tool(nested(62)).is_ok());
-        assert_eq!(tool(nested(64)).unwrap_err().1, "its inputSchema is nested deeper than 64");
-        assert!(tool(format!(r#"{{"x":"{}"}}"#, "y".repeat(MAX_SCHEMA_BYTES - 100))).is_ok());
-        assert!(tool(format!(r#"{{"x":"{}"}}"#, "y".repeat(MAX_SCHEMA_BYTES))).is_err());
-    }
+    let name: String = first.name.chars().take(100).flat_map(char::escape_debug).collect();
+    Some(format!("The tool \"{name}\"{others} could not be kept; a refresh says why."))
 }

@@ -1,50 +1,68 @@
 //! One live session per server: opened at its first use, shared by all callers, opened again after its end.
 //!
-//! The lock of a slot is the single flight: whoever comes while a session is being opened waits for that one. A session
-//! is in use as long as somebody holds its `Arc`; the pool's own hold ends when the server's configuration has another
-//! revision, when the server is deleted, or when Portolan stops, and calls that are under way finish on the old one.
+//! The lock of a slot is the single flight: whoever comes while a session is being opened waits for that attempt and
+//! shares its outcome, a failure too. The attempt belongs to the pool: it goes on when the caller who began it leaves. A
+//! session is in use as long as somebody holds its `Arc`; the pool's own hold ends when the server's configuration has a
+//! newer revision, when the server is deleted, or when Portolan stops, and calls that are under way finish on it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Instant;
 
-use tokio::sync::Mutex as Lock;
+use tokio::sync::{Mutex as Lock, OwnedMutexGuard};
 
-use crate::model::{Era, Server};
+use crate::model::Server;
 
 use super::Error;
 use super::session::{Context, Session};
 
-pub struct Pool {
+/// Clones share one pool.
+#[derive(Clone)]
+pub struct Pool(Arc<Inner>);
+
+struct Inner {
     context: Context,
     slots: Mutex<Slots>,
 }
 
 struct Slots {
-    by_server: HashMap<String, Arc<Slot>>,
+    by_server: HashMap<String, Arc<Lock<Slot>>>,
     /// Portolan stops: no session is opened any more.
     closed: bool,
 }
 
 #[derive(Default)]
 struct Slot {
-    /// The session and the revision of the configuration it was opened with.
-    session: Lock<Option<(i64, Arc<Session>)>>,
+    /// The session, and the revision of the configuration it was opened with.
+    live: Option<(i64, Arc<Session>)>,
+    /// How the last attempt failed, when, and for which revision.
+    failed: Option<(Instant, i64, Error)>,
+}
+
+impl Slot {
+    /// A row may have been read before a change that has its session already: the newer session serves it too.
+    fn live(&self, revision: i64) -> Option<Arc<Session>> {
+        let (opened, session) = self.live.as_ref()?;
+        (*opened >= revision && !session.is_closed()).then(|| session.clone())
+    }
 }
 
 impl Pool {
     pub fn new(context: Context) -> Self {
-        Self { context, slots: Mutex::new(Slots { by_server: HashMap::new(), closed: false }) }
+        let slots = Mutex::new(Slots { by_server: HashMap::new(), closed: false });
+        Self(Arc::new(Inner { context, slots }))
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
-        self.slots.lock().expect("no code panics while it holds the slots")
+        self.0.slots.lock().expect("no code panics while it holds the slots")
     }
 
-    /// The live session of this server, opened if there is none for its present configuration.
+    /// The live session of this server, and whether it was opened for this call.
     ///
     /// # Errors
     /// Why it could not be opened; [`Error::Stopping`] once [`Pool::close`] was called.
-    pub async fn session(&self, server: &Server) -> Result<Arc<Session>, Error> {
+    pub async fn session(&self, server: &Server) -> Result<(Arc<Session>, bool), Error> {
+        let arrived = Instant::now();
         let slot = {
             let mut slots = self.slots();
             if slots.closed {
@@ -55,32 +73,57 @@ impl Pool {
                 None => slots.by_server.entry(server.id.clone()).or_default().clone(),
             }
         };
-        let mut held = slot.session.lock().await;
-        if let Some((revision, session)) = &*held
+        let held = slot.clone().lock_owned().await;
+        if let Some(session) = held.live(server.revision) {
+            return Ok((session, false));
+        }
+        if let Some((at, revision, error)) = &held.failed
+            && *at > arrived
             && *revision == server.revision
-            && !session.is_closed()
         {
-            return Ok(session.clone());
+            return Err(error.clone());
         }
-        *held = None;
-        let connector = server.config.0.as_ref().map_err(|unreadable| Error::Config(*unreadable))?;
-        let era = server.era.as_deref().and_then(Era::from_name);
-        let session = Arc::new(Session::open(connector, era, &self.context).await?);
-        tracing::info!(server.id, server.r#type = server.server_type.as_str(), "session opened");
-        // A stop or a forget while it was being opened: this caller may still use it, the next one opens its own.
-        let slots = self.slots();
-        if !slots.closed && slots.by_server.get(&server.id).is_some_and(|current| Arc::ptr_eq(current, &slot)) {
-            *held = Some((server.revision, session.clone()));
+        let opening = self.0.context.tracker.spawn(self.clone().open(slot, held, server.clone()));
+        match opening.await {
+            Ok(opened) => opened.map(|session| (session, true)),
+            // The runtime ends, or a bug: either way there is no session.
+            Err(_) => Err(Error::Stopping),
         }
-        Ok(session)
+    }
+
+    async fn open(
+        self,
+        slot: Arc<Lock<Slot>>,
+        mut held: OwnedMutexGuard<Slot>,
+        server: Server,
+    ) -> Result<Arc<Session>, Error> {
+        held.live = None;
+        let opened = match &server.config.0 {
+            Ok(connector) => Session::open(connector, server.era(), &self.0.context).await.map(Arc::new),
+            Err(unreadable) => Err(Error::Config(*unreadable)),
+        };
+        match &opened {
+            Err(error) => held.failed = Some((Instant::now(), server.revision, error.clone())),
+            Ok(session) => {
+                tracing::info!(server.id, server.r#type = server.server_type.as_str(), "session opened");
+                held.failed = None;
+                // After a forget or a stop in the meantime only its callers hold it.
+                let slots = self.slots();
+                let current = slots.by_server.get(&server.id).is_some_and(|current| Arc::ptr_eq(current, &slot));
+                if current && !slots.closed {
+                    held.live = Some((server.revision, session.clone()));
+                }
+            }
+        }
+        opened
     }
 
     /// Lets go of a session that proved to be dead, unless another one has taken its place.
     pub async fn discard(&self, server_id: &str, session: &Arc<Session>) {
         let Some(slot) = self.slots().by_server.get(server_id).cloned() else { return };
-        let mut held = slot.session.lock().await;
-        if held.as_ref().is_some_and(|(_, current)| Arc::ptr_eq(current, session)) {
-            *held = None;
+        let mut held = slot.lock().await;
+        if held.live.as_ref().is_some_and(|(_, current)| Arc::ptr_eq(current, session)) {
+            held.live = None;
         }
     }
 

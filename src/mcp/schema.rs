@@ -10,7 +10,8 @@ use serde_json::{Map, Value, json};
 
 type Schema = Map<String, Value>;
 
-const HEARTBEAT: &str = "request_heartbeat";
+/// The property that Letta adds to every tool.
+pub const HEARTBEAT: &str = "request_heartbeat";
 const HEARTBEAT_DESCRIPTION: &str = "Request an immediate heartbeat after function execution. You MUST set this value to `True` if you want to send a follow-up message or run a follow-up tool call (chain multiple tools together). If set to `False` (the default), then the chain of execution will end immediately after this function call.";
 
 /// Schemas inside schemas that are looked at. JSON as deep as our parser takes it (128) stays below, inlined or not.
@@ -30,10 +31,27 @@ const TYPE_BYTES: usize = 256;
 /// stays as it is. Visits can multiply where bytes do not, as in a definition that is a reference to itself.
 const INLINE_STEPS: usize = 1_000_000;
 
+/// Bytes that inlining may add to all tools of one answer, and steps it may take for them: without this, thousands of
+/// small hostile tools would add up to gigabytes.
+const ANSWER_BYTES: usize = 16 * 1024 * 1024;
+const ANSWER_STEPS: usize = 5_000_000;
+
 /// Bytes of all warnings of one tool. Each names its whole path, so they could be far larger than the schema.
 const WARNING_BYTES: usize = 64 * 1024;
 
 const UNIONS: [&str; 3] = ["anyOf", "oneOf", "allOf"];
+
+/// What is left for inlining in one answer.
+pub struct Room {
+    bytes: usize,
+    steps: usize,
+}
+
+impl Default for Room {
+    fn default() -> Self {
+        Self { bytes: ANSWER_BYTES, steps: ANSWER_STEPS }
+    }
+}
 
 /// Letta's `json_schema` of one MCP tool: `name`, `description`, `parameters` and, unless `input_schema` is `{}`,
 /// `mcp:SCHEMA_STATUS` and `mcp:SCHEMA_WARNINGS` (CONTRACT row 12).
@@ -42,17 +60,19 @@ const UNIONS: [&str; 3] = ["anyOf", "oneOf", "allOf"];
 ///
 /// | in `input_schema` | in `parameters` | health |
 /// |---|---|---|
-/// | no object itself | as of `{}` | INVALID |
+/// | not an object itself | as of `{}` | INVALID |
 /// | root `properties` or `required` null | as if absent | by the rest |
-/// | root `properties` no object, root `required` no list | as if absent | INVALID |
-/// | a property or alternative that is no object (`true`) | as it is | INVALID |
-/// | `$defs` or one of them no object, a `$ref` no string | as it is, and resolves to nothing | by the rest |
-/// | `minItems` no number | as it is | as if absent |
+/// | root `properties` not an object, root `required` not a list | as if absent | INVALID |
+/// | a property or alternative that is not an object (`true`) | as it is | INVALID |
+/// | `$defs` or one of them not an object, a `$ref` not a string | as it is, and resolves to nothing | by the rest |
+/// | `minItems` not a number | as it is | as if absent |
 ///
-/// An `anyOf` that is no list, which Letta takes apart into its letters or keys, stays as it is too and is INVALID. Of
+/// An `anyOf` that is not a list, which Letta takes apart into its letters or keys, stays as it is too and is INVALID. Of
 /// alternatives that differ in `1` and `1.0`, or `1` and `true`, Letta takes one for the other; here they differ.
-pub fn json_schema(name: &str, description: Option<&str>, input_schema: &Value) -> Value {
-    let parameters = parameters(input_schema);
+///
+/// What inlining takes is taken from `room`; when that is used up, references stay as they are.
+pub fn json_schema(name: &str, description: Option<&str>, input_schema: &Value, room: &mut Room) -> Value {
+    let parameters = parameters(input_schema, room);
     let is_empty = input_schema.as_object().is_some_and(Map::is_empty);
     let health = (!is_empty).then(|| Health::of(input_schema, &parameters));
 
@@ -76,7 +96,7 @@ fn declares_within(schema: &Value, property: &str, depth: usize) -> bool {
     depth > 0 && (own() || alternatives().any(|alternative| declares_within(alternative, property, depth - 1)))
 }
 
-fn parameters(input_schema: &Value) -> Schema {
+fn parameters(input_schema: &Value, room: &mut Room) -> Schema {
     let mut schema = input_schema.as_object().cloned().unwrap_or_default();
     // Twice, as Letta does: the order of its keys depends on it.
     normalise(&mut schema);
@@ -89,7 +109,7 @@ fn parameters(input_schema: &Value) -> Schema {
         Some(Value::Object(properties)) => mem::take(properties),
         _ => Map::new(),
     };
-    Inliner::new(&schema).inline_each(properties.values_mut(), 0);
+    Inliner::within(room, &schema).inline_each(properties.values_mut(), 0);
     properties.insert(HEARTBEAT.into(), json!({"type": "boolean", "description": HEARTBEAT_DESCRIPTION}));
     schema.insert("properties".into(), properties.into());
 
@@ -194,6 +214,16 @@ struct Inliner<'a> {
     definitions: HashMap<&'a str, Vec<Keyword<'a>>>,
     bytes_left: usize,
     steps_left: usize,
+    /// What it started with, and where that came from.
+    granted: (usize, usize),
+    room: &'a mut Room,
+}
+
+impl Drop for Inliner<'_> {
+    fn drop(&mut self) {
+        self.room.bytes -= self.granted.0 - self.bytes_left;
+        self.room.steps -= self.granted.1 - self.steps_left;
+    }
 }
 
 /// A key of a definition with its value and the size of both.
@@ -205,7 +235,7 @@ struct Keyword<'a> {
 }
 
 impl<'a> Inliner<'a> {
-    fn new(schema: &'a Schema) -> Self {
+    fn within(room: &'a mut Room, schema: &'a Schema) -> Self {
         let keyword = |(name, value): (&'a String, &'a Value)| Keyword {
             name,
             value,
@@ -213,7 +243,8 @@ impl<'a> Inliner<'a> {
         };
         let definitions =
             definitions(schema).map(|(name, definition)| (name, definition.iter().map(keyword).collect()));
-        Self { definitions: definitions.collect(), bytes_left: INLINE_BYTES, steps_left: INLINE_STEPS }
+        let (bytes_left, steps_left) = (room.bytes.min(INLINE_BYTES), room.steps.min(INLINE_STEPS));
+        Self { definitions: definitions.collect(), bytes_left, steps_left, granted: (bytes_left, steps_left), room }
     }
 
     fn inline_each<'v>(&mut self, schemas: impl IntoIterator<Item = &'v mut Value>, depth: usize) {
@@ -562,7 +593,7 @@ mod tests {
     ];
 
     fn convert(input_schema: &Value) -> Value {
-        json_schema("add", Some("adds"), input_schema)
+        json_schema("add", Some("adds"), input_schema, &mut Room::default())
     }
 
     fn status(tool: &Value) -> &str {
@@ -607,7 +638,7 @@ mod tests {
 
     #[test]
     fn a_tool_without_description_has_a_null() {
-        let tool = json_schema("add", None, &json!({}));
+        let tool = json_schema("add", None, &json!({}), &mut Room::default());
         let expected = json!({"name": "add", "description": null, "parameters": {
             "type": "object", "properties": {HEARTBEAT: heartbeat()}, "additionalProperties": false,
             "required": [HEARTBEAT]}});
@@ -833,6 +864,21 @@ mod tests {
         assert_eq!(status(&convert(&objects)), "INVALID");
         assert_eq!(status(&convert(&alternatives)), "INVALID");
         assert!(!declares(&alternatives, "a"));
+    }
+
+    #[test]
+    fn many_hostile_tools_share_the_room_of_one_answer() {
+        let twice = json!({"$ref": "#/$defs/a"});
+        let schema = json!({
+            "type": "object",
+            "$defs": {"a": {"type": "object", "properties": {"x": twice, "y": twice, "z": twice}}},
+            "properties": {"p": twice},
+        });
+        let mut room = Room::default();
+        let sizes = (0..100).map(|_| json_schema("t", None, &schema, &mut room).to_string().len());
+        let all: usize = sizes.sum();
+        assert!(all < 2 * ANSWER_BYTES, "{all}");
+        assert!(room.bytes < ANSWER_BYTES / 100, "{}", room.bytes);
     }
 
     #[test]

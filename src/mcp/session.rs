@@ -5,6 +5,8 @@
 
 use std::borrow::Cow;
 use std::collections::HashSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -31,6 +33,7 @@ use crate::model::{Connector, Era};
 
 use super::http::{self, HttpClient, HttpError};
 use super::ledger::Ledger;
+use super::listing::MAX_TOOLS;
 use super::sse::SseTransport;
 use super::stdio::{self, Gone, Process, StdioTransport};
 use super::{AgentId, Error};
@@ -41,14 +44,20 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(6);
 const REST_OF_OUTPUT: Duration = Duration::from_millis(500);
 /// How long a notice of cancellation may take.
 const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
-/// The most pages one list may have.
+/// JSON-RPC 2.0, error codes.
+const METHOD_NOT_FOUND: i32 = -32601;
+/// What one list may have of pages, tools and bytes before it is taken to be endless.
 const MAX_PAGES: usize = 1_000;
+const MAX_LISTED: usize = 2 * MAX_TOOLS;
+const MAX_LIST_BYTES: usize = 64 * 1024 * 1024;
 
 /// What opening a session needs besides the server.
 pub struct Context {
     pub settings: Upstream,
     pub client: reqwest::Client,
     pub tracker: TaskTracker,
+    /// Portolan stops: every session ends, also one that is being opened or is in use.
+    pub stop: CancellationToken,
 }
 
 pub struct Session {
@@ -66,8 +75,13 @@ pub struct Session {
 pub enum CallError {
     /// Nothing of it left Portolan: it did not run and may be sent again.
     NotSent(Error),
-    /// The server answered with a JSON-RPC error of this message.
-    Rpc(String),
+    /// The server answered with a JSON-RPC error.
+    Rpc {
+        code: i32,
+        message: String,
+    },
+    /// The server's HTTP side turned the call away before any tool saw it.
+    Refused(Error),
     TimedOut,
     /// The session was lost, or the answer cannot be had; the tool may have run.
     Lost(Error),
@@ -77,12 +91,15 @@ impl Session {
     /// Connects and shakes hands within the handshake deadline. Without a known era it is found: modern first (MCP
     /// 2026-07-28, versioning), then, for a server that ends the connection over it, `initialize` on a new one.
     pub async fn open(connector: &Connector, known: Option<Era>, context: &Context) -> Result<Self, Error> {
-        let deadline = Instant::now() + context.settings.handshake_timeout;
-        let attempts: [Attempt; 2] = match known {
-            Some(era) => [Attempt::Only(era), Attempt::Find],
-            None => [Attempt::Find, Attempt::Only(Era::Initialize)],
+        let time = match connector {
+            Connector::Stdio(_) => context.settings.start_timeout,
+            Connector::Sse(_) | Connector::StreamableHttp(_) => context.settings.handshake_timeout,
         };
-        let [first, second] = attempts;
+        let deadline = Instant::now() + time;
+        let (first, second) = match known {
+            Some(era) => (Attempt::Only(era), Attempt::Find),
+            None => (Attempt::Find, Attempt::Only(Era::Initialize)),
+        };
         match Self::attempt(connector, first, context, deadline).await {
             Err(error) if error.is_about_the_handshake() => {
                 let again = Self::attempt(connector, second, context, deadline).await;
@@ -110,19 +127,22 @@ impl Session {
                     settings.max_message_bytes,
                     ledger.clone(),
                     &context.tracker,
+                    &context.stop,
                 )?;
                 process = Some(child);
                 AnyTransport::Stdio(transport)
             }
             Connector::Sse(remote) => {
                 let opening = SseTransport::open(remote, context.client.clone(), settings, ledger.clone());
-                AnyTransport::Sse(timeout_at(deadline, opening).await.map_err(|_| Error::HandshakeTimeout)??)
+                let opened = context.stop.run_until_cancelled(timeout_at(deadline, opening)).await;
+                AnyTransport::Sse(opened.ok_or(Error::Stopping)?.map_err(|_| Error::HandshakeTimeout)??)
             }
             Connector::StreamableHttp(remote) => {
                 AnyTransport::Http(http::transport(remote, context.client.clone(), settings, ledger.clone())?)
             }
         };
-        let end = CancellationToken::new();
+        let transport = Bounded { transport, unanswered: Arc::default() };
+        let end = context.stop.child_token();
         let serving = serve_client_with_lifecycle_and_ct(who_we_are(), transport, attempt.mode(), end.clone());
         let running = match timeout_at(deadline, serving).await {
             Ok(Ok(running)) => running,
@@ -138,7 +158,7 @@ impl Session {
         };
         let peer = running.peer().clone();
         let closed = CancellationToken::new();
-        context.tracker.spawn(own(running, process, end.clone(), closed.clone()));
+        context.tracker.spawn(supervise(running, process, end.clone(), closed.clone()));
         Ok(Self {
             peer,
             ledger,
@@ -163,8 +183,9 @@ impl Session {
     /// All tools, page after page, each definition as the server wrote it. The caller sets the deadline.
     ///
     /// # Errors
-    /// [`Error::Paging`] for a cursor that comes twice or too many pages, [`Error::List`] for an answer that is no list.
-    pub async fn list_tools(&self, agent: Option<&AgentId>, max_tools: usize) -> Result<Vec<Box<RawValue>>, Error> {
+    /// [`Error::Paging`] for a cursor that comes twice and for lists beyond all measure, [`Error::List`] for an answer
+    /// that is not a list.
+    pub async fn list_tools(&self, agent: Option<&AgentId>) -> Result<Vec<Box<RawValue>>, Error> {
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct Page<'a> {
@@ -173,6 +194,7 @@ impl Session {
             next_cursor: Option<String>,
         }
         let mut tools = Vec::new();
+        let mut bytes = 0;
         let mut cursors = HashSet::new();
         let mut cursor: Option<String> = None;
         for _ in 0..MAX_PAGES {
@@ -181,19 +203,28 @@ impl Session {
             if let Some(agent) = agent {
                 request.extensions.insert(agent.clone());
             }
-            let answer = self.request(ClientRequest::ListToolsRequest(request)).await.map_err(|error| match error {
-                CallError::NotSent(error) | CallError::Lost(error) => error,
-                CallError::Rpc(_) => Error::List,
+            let answer = self.request(ClientRequest::ListToolsRequest(request)).await;
+            // A server without tools need not know the method.
+            if matches!(answer, Err(CallError::Rpc { code: METHOD_NOT_FOUND, .. })) {
+                return Ok(tools);
+            }
+            let answer = answer.map_err(|error| match error {
+                CallError::NotSent(error) | CallError::Refused(error) | CallError::Lost(error) => error,
+                CallError::Rpc { code, .. } => Error::ListRefused { code },
                 CallError::TimedOut => Error::ListTimeout,
             })?;
             let page: Page<'_> = serde_json::from_str(answer.get()).map_err(|_| Error::List)?;
+            bytes += answer.get().len();
+            if tools.len() + page.tools.len() > MAX_LISTED || bytes > MAX_LIST_BYTES {
+                return Err(Error::Paging);
+            }
             tools.extend(page.tools.into_iter().map(ToOwned::to_owned));
             let Some(next) = page.next_cursor else {
                 // Filling the cell twice is harmless: it only says that a list was seen.
                 let _ = self.listed.set(());
                 return Ok(tools);
             };
-            if tools.len() > max_tools || !cursors.insert(next.clone()) {
+            if !cursors.insert(next.clone()) {
                 return Err(Error::Paging);
             }
             cursor = Some(next);
@@ -210,12 +241,11 @@ impl Session {
         name: &str,
         arguments: JsonObject,
         needs_list: bool,
-        max_tools: usize,
         deadline: Duration,
     ) -> Result<Box<RawValue>, CallError> {
         let calling = async {
             if needs_list && self.era == Era::Discover {
-                let listing = async { self.list_tools(None, max_tools).await.map(|_| ()) };
+                let listing = async { self.list_tools(None).await.map(|_| ()) };
                 self.listed.get_or_try_init(|| listing).await.map_err(CallError::NotSent)?;
             }
             let params = CallToolRequestParams::new(name.to_owned()).with_arguments(arguments);
@@ -237,8 +267,14 @@ impl Session {
         };
         match answer {
             Ok(_) => known.result.ok_or(CallError::Lost(Error::Closed)),
-            Err(ServiceError::McpError(error)) => Err(CallError::Rpc(error.message.into_owned())),
-            Err(ServiceError::TransportSend(error)) => Err(failed(transport_error(&error).unwrap_or(Error::Closed))),
+            Err(ServiceError::McpError(error)) => {
+                Err(CallError::Rpc { code: error.code.0, message: error.message.into_owned() })
+            }
+            Err(ServiceError::TransportSend(error)) => Err(match transport_error(&error) {
+                Some(error) if error.is_refusal() => CallError::Refused(error),
+                Some(error) => failed(error),
+                None => failed(Error::Closed),
+            }),
             Err(_) => Err(failed(Error::Closed)),
         }
     }
@@ -264,14 +300,19 @@ impl Pending<'_> {
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
         if let Some(handle) = self.handle.take() {
-            self.ledger.close(&handle.id);
-            self.tracker.spawn(timeout(CANCEL_TIMEOUT, handle.cancel(Some("the caller has gone".to_owned()))));
+            let (ledger, id) = (self.ledger.clone(), handle.id.clone());
+            let cancelling = handle.cancel(Some("the caller has gone".to_owned()));
+            self.tracker.spawn(async move {
+                let _ = timeout(CANCEL_TIMEOUT, cancelling).await;
+                // Only now: the request itself may have been waiting to be sent, which opens the entry.
+                ledger.close(&id);
+            });
         }
     }
 }
 
 /// Owns what rmcp runs for a session, until its end from either side.
-async fn own(
+async fn supervise(
     running: rmcp::service::RunningService<RoleClient, InitializeRequestParams>,
     process: Option<Process>,
     end: CancellationToken,
@@ -349,13 +390,61 @@ fn transport_error(error: &DynamicTransportError) -> Option<Error> {
         TransportError::Sse(error) => Some(Error::Http(error.clone())),
         TransportError::Http(error) => match error {
             StreamableHttpError::Client(error) => Some(Error::Http(error.clone())),
-            StreamableHttpError::AuthRequired(_) => Some(Error::AuthRequired),
+            StreamableHttpError::AuthRequired(_) => Some(Error::Http(HttpError::SignIn)),
             StreamableHttpError::HttpStatus(refusal) => {
                 let status = ::http::StatusCode::from_u16(refusal.status).ok()?;
                 Some(Error::Http(HttpError::Status(status)))
             }
             _ => None,
         },
+    }
+}
+
+/// How many questions of a server may wait for our answers. rmcp starts a task for each answer; a server that asks
+/// without end and takes none would fill the memory with them.
+const MAX_UNANSWERED: usize = 64;
+
+/// A transport that ends when the server asks more than it lets us answer.
+struct Bounded {
+    transport: AnyTransport,
+    unanswered: Arc<AtomicUsize>,
+}
+
+impl Transport<RoleClient> for Bounded {
+    type Error = TransportError;
+
+    fn name() -> Cow<'static, str> {
+        "portolan".into()
+    }
+
+    fn send(
+        &mut self,
+        message: ClientJsonRpcMessage,
+    ) -> impl Future<Output = Result<(), TransportError>> + Send + 'static {
+        let answers = matches!(message, ClientJsonRpcMessage::Response(_) | ClientJsonRpcMessage::Error(_));
+        let unanswered = self.unanswered.clone();
+        let sending = self.transport.send(message);
+        async move {
+            let sent = sending.await;
+            if answers {
+                unanswered.fetch_sub(1, Ordering::Relaxed);
+            }
+            sent
+        }
+    }
+
+    async fn receive(&mut self) -> Option<ServerJsonRpcMessage> {
+        let message = self.transport.receive().await?;
+        let asks = matches!(message, ServerJsonRpcMessage::Request(_));
+        if asks && self.unanswered.fetch_add(1, Ordering::Relaxed) >= MAX_UNANSWERED {
+            tracing::warn!("a server asks more than it takes answers for; its session is ended");
+            return None;
+        }
+        Some(message)
+    }
+
+    async fn close(&mut self) -> Result<(), TransportError> {
+        self.transport.close().await
     }
 }
 
@@ -376,18 +465,9 @@ enum TransportError {
     Http(StreamableHttpError<HttpError>),
 }
 
-impl Transport<RoleClient> for AnyTransport {
-    type Error = TransportError;
-
-    fn name() -> Cow<'static, str> {
-        "portolan".into()
-    }
-
-    fn send(
-        &mut self,
-        message: ClientJsonRpcMessage,
-    ) -> impl Future<Output = Result<(), TransportError>> + Send + 'static {
-        let sending: BoxFuture<'static, Result<(), TransportError>> = match self {
+impl AnyTransport {
+    fn send(&mut self, message: ClientJsonRpcMessage) -> BoxFuture<'static, Result<(), TransportError>> {
+        match self {
             Self::Stdio(stdio) => {
                 let sending = stdio.send(&message);
                 Box::pin(async move { sending.await.map_err(TransportError::Stdio) })
@@ -400,8 +480,7 @@ impl Transport<RoleClient> for AnyTransport {
                 let sending = http.send(message);
                 Box::pin(async move { sending.await.map_err(TransportError::Http) })
             }
-        };
-        sending
+        }
     }
 
     async fn receive(&mut self) -> Option<ServerJsonRpcMessage> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::BoxStream;
-use http::header::{ACCEPT, CONTENT_TYPE};
+use http::header::ACCEPT;
 use http::{HeaderMap, StatusCode};
 use rmcp::model::{ClientJsonRpcMessage, GetExtensions, ServerJsonRpcMessage};
 use sse_stream::Sse;
@@ -19,7 +19,7 @@ use crate::config::Upstream;
 use crate::model::Remote;
 
 use super::events::events;
-use super::http::{HttpError, X_AGENT_ID, header_fields};
+use super::http::{EVENT_STREAM, HttpError, X_AGENT_ID, header_fields, is_media_type};
 use super::ledger::{Ledger, request_number};
 use super::{AgentId, Error};
 
@@ -53,21 +53,16 @@ impl SseTransport {
         let response = client
             .get(base.clone())
             .headers((*fields).clone())
-            .header(ACCEPT, "text/event-stream")
+            .header(ACCEPT, EVENT_STREAM)
             .send()
             .await
             .map_err(HttpError::from)?;
         match response.status() {
             StatusCode::OK => {}
-            StatusCode::UNAUTHORIZED => return Err(Error::AuthRequired),
+            StatusCode::UNAUTHORIZED => return Err(HttpError::SignIn.into()),
             status => return Err(HttpError::Status(status).into()),
         }
-        let is_stream = response
-            .headers()
-            .get(CONTENT_TYPE)
-            .and_then(|kind| kind.to_str().ok())
-            .is_some_and(|kind| kind.starts_with("text/event-stream"));
-        if !is_stream {
+        if !is_media_type(&response, EVENT_STREAM) {
             return Err(HttpError::ContentType.into());
         }
         let mut stream = events(response.bytes_stream(), settings.max_message_bytes);
@@ -102,7 +97,11 @@ impl SseTransport {
                 error
             })?;
             let status = response.status();
-            if status.is_success() { Ok(()) } else { Err(HttpError::Status(status)) }
+            match status {
+                StatusCode::UNAUTHORIZED => Err(HttpError::SignIn),
+                status if status.is_success() => Ok(()),
+                status => Err(HttpError::Status(status)),
+            }
         }
     }
 

@@ -20,7 +20,7 @@ use tokio_util::codec::{AnyDelimiterCodec, FramedRead};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use crate::model::Stdio as Config;
+use crate::model::{Secret, Stdio as Config};
 
 use super::Error;
 use super::ledger::{Ledger, request_number};
@@ -30,8 +30,13 @@ const INHERITED: [&str; 6] = ["PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR"];
 /// How long a child has to leave after its standard input closed, and again after SIGTERM (MCP 2025-11-25, lifecycle,
 /// shutdown); then its group is killed.
 const GRACE: Duration = Duration::from_secs(2);
-/// How much of standard error is kept, in bytes.
+/// How much of standard error is kept, in bytes, and how much of its last line an error shows, in characters.
 const STDERR_KEPT: usize = 64 * 1024;
+const STDERR_SHOWN: usize = 300;
+/// Values of the environment shorter than this say nothing, and may be part of any word.
+const SHORTEST_SECRET: usize = 4;
+/// How long the end of standard error may take after the end of the child.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 /// How many messages may wait for a child that does not read.
 const QUEUE: usize = 64;
 
@@ -39,6 +44,8 @@ const QUEUE: usize = 64;
 pub struct Process {
     exited: CancellationToken,
     facts: Arc<Mutex<Facts>>,
+    /// What its environment holds and no error may show.
+    secrets: Vec<Secret>,
     _end: DropGuard,
 }
 
@@ -58,6 +65,7 @@ pub fn spawn(
     max_line: usize,
     ledger: Ledger,
     tracker: &TaskTracker,
+    stop: &CancellationToken,
 ) -> Result<(StdioTransport, Process), Error> {
     let mut command = Command::new(&config.command);
     if split_args {
@@ -68,7 +76,8 @@ pub fn spawn(
     command.env_clear();
     command.envs(INHERITED.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
     command.envs(config.env.iter().flatten().map(|(name, value)| (name, value.expose())));
-    command.process_group(0);
+    // Its group is ended by the owner below; this is for the end of the runtime, which ends no task in order.
+    command.process_group(0).kill_on_drop(true);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
 
     let mut child = command.spawn().map_err(|error| Error::Spawn(error.kind()))?;
@@ -79,14 +88,16 @@ pub fn spawn(
 
     let facts = Arc::new(Mutex::new(Facts::default()));
     let exited = CancellationToken::new();
-    let end = CancellationToken::new();
-    let drained = tracker.spawn(drain(stderr, facts.clone()));
+    let end = stop.child_token();
+    let mut drained = tracker.spawn(drain(stderr, facts.clone()));
     tracker.spawn({
         let (facts, exited, end) = (facts.clone(), exited.clone(), end.clone());
         async move {
-            let status = own(child, &end).await;
-            // What a dying child said last is still in the pipe; a grandchild may hold that pipe open.
-            let _ = timeout(Duration::from_millis(200), drained).await;
+            let status = supervise(child, &end).await;
+            // What a dying child said last is still in the pipe; somebody who left its group may hold that pipe open.
+            if timeout(LAST_WORDS, &mut drained).await.is_err() {
+                drained.abort();
+            }
             facts.lock().expect("no code panics while it holds the facts").exit = status;
             exited.cancel();
         }
@@ -99,7 +110,8 @@ pub fn spawn(
         queue: Some(queue),
         ledger,
     };
-    Ok((transport, Process { exited, facts, _end: end.drop_guard() }))
+    let secrets = config.env.iter().flatten().map(|(_, value)| value.clone()).collect();
+    Ok((transport, Process { exited, facts, secrets, _end: end.drop_guard() }))
 }
 
 impl Process {
@@ -111,12 +123,12 @@ impl Process {
     /// How the child ended, in words, if it has.
     pub fn last_words(&self) -> Option<Error> {
         let facts = self.facts.lock().expect("no code panics while it holds the facts");
-        facts.exit.map(|status| Error::Exited { status, stderr: tail(&facts.stderr) })
+        facts.exit.map(|status| Error::Exited { status, stderr: last_line(&facts.stderr, &self.secrets) })
     }
 }
 
 /// Waits for the end of the child, or brings it about; returns how it ended.
-async fn own(mut child: Child, end: &CancellationToken) -> Option<std::process::ExitStatus> {
+async fn supervise(mut child: Child, end: &CancellationToken) -> Option<std::process::ExitStatus> {
     let group = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
     let signal = |signal| {
         if let Some(group) = group {
@@ -186,12 +198,15 @@ async fn write(
     }
 }
 
-/// The last lines of standard error, escaped, at most 400 characters.
-fn tail(stderr: &VecDeque<u8>) -> Option<String> {
-    let bytes: Vec<u8> = stderr.iter().rev().take(400).rev().copied().collect();
+/// The last line of standard error, escaped, without the values that the server's own environment holds.
+fn last_line(stderr: &VecDeque<u8>, secrets: &[Secret]) -> Option<String> {
+    let bytes: Vec<u8> = stderr.iter().copied().collect();
     let text = String::from_utf8_lossy(&bytes);
-    let text = text.trim();
-    (!text.is_empty()).then(|| text.escape_debug().to_string())
+    let mut line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?.to_owned();
+    for secret in secrets.iter().map(Secret::expose).filter(|secret| secret.len() >= SHORTEST_SECRET) {
+        line = line.replace(secret, "********");
+    }
+    Some(line.chars().take(STDERR_SHOWN).flat_map(char::escape_debug).collect())
 }
 
 /// One JSON-RPC message per line (MCP 2025-11-25, transports, stdio).

@@ -13,29 +13,44 @@ use std::time::Duration;
 use chrono::{DateTime, SubsecRound, Utc};
 use sqlx::migrate::MigrateError;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
-use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::sqlite::{
+    SqliteConnectOptions, SqliteError, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
+};
 use sqlx::{ConnectOptions, Connection};
 
 pub use servers::{Reached, ServerUpdate};
 
 /// How long a statement may wait for a connection, and a connection for the database.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
-const SQLITE_CONNECTIONS: u32 = 8;
+/// How long a change may wait for its turn to write to SQLite.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+const SQLITE_READERS: u32 = 8;
 const POSTGRES_CONNECTIONS: u32 = 16;
 
 /// Where servers and tools are kept. Clones share one pool.
 #[derive(Clone, Debug)]
 pub enum Store {
     Postgres(PgPool),
-    Sqlite(SqlitePool),
+    /// SQLite takes one writer at a time: with a pool of one connection writers wait their turn without holding up
+    /// readers.
+    Sqlite {
+        read: SqlitePool,
+        write: SqlitePool,
+    },
 }
 
-/// Runs the same code on the pool of either database.
+/// Runs the same code on the pool of either database: `read` for a lookup, `write` for what changes something.
 macro_rules! on_db {
-    ($store:expr, $pool:ident => $body:expr) => {
+    ($store:expr, read $pool:ident => $body:expr) => {
         match $store {
             $crate::store::Store::Postgres($pool) => $body,
-            $crate::store::Store::Sqlite($pool) => $body,
+            $crate::store::Store::Sqlite { read: $pool, .. } => $body,
+        }
+    };
+    ($store:expr, write $pool:ident => $body:expr) => {
+        match $store {
+            $crate::store::Store::Postgres($pool) => $body,
+            $crate::store::Store::Sqlite { write: $pool, .. } => $body,
         }
     };
 }
@@ -56,15 +71,19 @@ pub enum Error {
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        /// PostgreSQL: connection, resources and operator intervention classes (SQLSTATE 08, 53, 57).
-        const AWAY: [&str; 3] = ["08", "53", "57"];
-        /// SQLite: SQLITE_BUSY and SQLITE_LOCKED.
-        const LOCKED: [&str; 2] = ["5", "6"];
+        /// PostgreSQL, classes of SQLSTATE: connection, transaction rollback (a deadlock, say), resources, operator
+        /// intervention.
+        const AWAY: [&str; 4] = ["08", "40", "53", "57"];
+        /// SQLite: SQLITE_BUSY and SQLITE_LOCKED, the low byte of whatever extended code says more.
+        const LOCKED: [u32; 2] = [5, 6];
         let away = match &error {
             sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
-            sqlx::Error::Database(refusal) => refusal.code().is_some_and(|code| {
-                LOCKED.contains(&code.as_ref()) || (code.len() == 5 && AWAY.iter().any(|class| code.starts_with(class)))
-            }),
+            sqlx::Error::Database(refusal) => {
+                refusal.code().is_some_and(|code| match refusal.try_downcast_ref::<SqliteError>() {
+                    Some(_) => code.parse::<u32>().is_ok_and(|code| LOCKED.contains(&(code & 0xff))),
+                    None => AWAY.iter().any(|class| code.starts_with(class)),
+                })
+            }
             _ => false,
         };
         if away { Self::Unavailable(error) } else { Self::Refused(error) }
@@ -90,6 +109,9 @@ pub enum OpenError {
 
 impl Store {
     /// Opens the database that `url` names, or `portolan.db` in `data_dir` without one, and brings its schema up to date.
+    ///
+    /// # Errors
+    /// One sentence for the person who starts Portolan, without credentials.
     pub async fn open(url: Option<&str>, data_dir: &Path) -> Result<Self, OpenError> {
         match url {
             None => Self::open_sqlite(SqliteConnectOptions::new().filename(data_dir.join("portolan.db"))).await,
@@ -110,6 +132,7 @@ impl Store {
 
     async fn open_sqlite(options: SqliteConnectOptions) -> Result<Self, OpenError> {
         let place = format!("the SQLite database {}", options.get_filename().display());
+        make_private(options.get_filename());
         let options = options
             .create_if_missing(true)
             .journal_mode(SqliteJournalMode::Wal)
@@ -117,14 +140,18 @@ impl Store {
             .foreign_keys(true)
             .busy_timeout(ACQUIRE_TIMEOUT)
             .disable_statement_logging();
-        let pool = SqlitePoolOptions::new()
-            .max_connections(SQLITE_CONNECTIONS)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .connect_with(options)
+        let write = SqlitePoolOptions::new()
+            .max_connections(1)
+            .acquire_timeout(WRITE_TIMEOUT)
+            .connect_with(options.clone())
             .await
             .map_err(|error| OpenError::Connect { place: place.clone(), reason: one_line(&error) })?;
-        migrated(place, sqlx::migrate!("migrations/sqlite").run(&pool).await)?;
-        Ok(Self::Sqlite(pool))
+        migrated(place, sqlx::migrate!("migrations/sqlite").run(&write).await)?;
+        let read = SqlitePoolOptions::new()
+            .max_connections(SQLITE_READERS)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .connect_lazy_with(options);
+        Ok(Self::Sqlite { read, write })
     }
 
     async fn open_postgres(options: PgConnectOptions) -> Result<Self, OpenError> {
@@ -153,24 +180,43 @@ impl Store {
 
     /// Whether the database answers; for `/v1/ready`.
     pub async fn ping(&self) -> Result<(), Error> {
-        on_db!(self, pool => sqlx::query("SELECT 1").execute(pool).await.map(|_| ())?);
+        on_db!(self, read pool => sqlx::query("SELECT 1").execute(pool).await.map(|_| ())?);
         Ok(())
     }
 
     /// Ends all connections, after the statements that are running.
     pub async fn close(&self) {
-        on_db!(self, pool => pool.close().await);
+        match self {
+            Self::Postgres(pool) => pool.close().await,
+            Self::Sqlite { read, write } => {
+                read.close().await;
+                write.close().await;
+            }
+        }
     }
 
     /// What the start-up lines say of this store: kind and place, no credentials.
     pub fn describe(&self) -> String {
         match self {
-            Self::Sqlite(pool) => format!("SQLite in {}", pool.connect_options().get_filename().display()),
+            Self::Sqlite { write, .. } => format!("SQLite in {}", write.connect_options().get_filename().display()),
             Self::Postgres(pool) => {
                 let options = pool.connect_options();
                 format!("PostgreSQL at {}:{}", options.get_host(), options.get_port())
             }
         }
+    }
+}
+
+/// Makes the database file readable for its owner alone before SQLite makes it for everybody; new journals take the mode
+/// over. What goes wrong here goes wrong again at the open, which says so.
+fn make_private(file: &Path) {
+    let _ = std::fs::OpenOptions::new().append(true).create(true).open(file);
+    #[cfg(unix)]
+    for suffix in ["", "-wal", "-shm"] {
+        let mut name = file.as_os_str().to_owned();
+        name.push(suffix);
+        let owner_only = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        let _ = std::fs::set_permissions(name, owner_only);
     }
 }
 

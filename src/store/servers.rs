@@ -35,7 +35,7 @@ impl Store {
             columns!()
         );
         let config = to_text(connector);
-        on_db!(self, pool => sqlx::query_as(SQL)
+        on_db!(self, write pool => sqlx::query_as(SQL)
             .bind(id)
             .bind(server_name)
             .bind(connector.server_type().as_str())
@@ -50,17 +50,19 @@ impl Store {
     /// All servers, oldest first. A row whose configuration cannot be read is among them (CONTRACT row 10).
     pub async fn servers(&self) -> Result<Vec<Server>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM servers ORDER BY created_at, id");
-        Ok(on_db!(self, pool => sqlx::query_as(SQL).fetch_all(pool).await)?)
+        Ok(on_db!(self, read pool => sqlx::query_as(SQL).fetch_all(pool).await)?)
     }
 
+    /// The server with this id.
     pub async fn server(&self, id: &str) -> Result<Option<Server>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM servers WHERE id = $1");
-        Ok(on_db!(self, pool => sqlx::query_as(SQL).bind(id).fetch_optional(pool).await)?)
+        Ok(on_db!(self, read pool => sqlx::query_as(SQL).bind(id).fetch_optional(pool).await)?)
     }
 
+    /// The server with this name.
     pub async fn server_by_name(&self, server_name: &str) -> Result<Option<Server>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM servers WHERE server_name = $1");
-        Ok(on_db!(self, pool => sqlx::query_as(SQL).bind(server_name).fetch_optional(pool).await)?)
+        Ok(on_db!(self, read pool => sqlx::query_as(SQL).bind(server_name).fetch_optional(pool).await)?)
     }
 
     /// Changes a server as `change` says of its present row, in one transaction that holds the row, so that of two
@@ -79,7 +81,7 @@ impl Store {
              era = NULL, state = $6, error = NULL WHERE id = $1 RETURNING ",
             columns!()
         );
-        on_db!(self, pool => {
+        on_db!(self, write pool => {
             let mut transaction = pool.begin().await.map_err(Error::from)?;
             let current = sqlx::query_as(LOCK).bind(id).fetch_optional(&mut *transaction).await.map_err(Error::from)?;
             let Some(current) = current else { return Ok(None) };
@@ -110,14 +112,15 @@ impl Store {
     /// Removes a server and its tools; `false` when there is none.
     pub async fn delete_server(&self, id: &str) -> Result<bool, Error> {
         const SQL: &str = "DELETE FROM servers WHERE id = $1 RETURNING id";
-        let gone: Option<(String,)> = on_db!(self, pool => sqlx::query_as(SQL).bind(id).fetch_optional(pool).await)?;
+        let gone: Option<(String,)> =
+            on_db!(self, write pool => sqlx::query_as(SQL).bind(id).fetch_optional(pool).await)?;
         Ok(gone.is_some())
     }
 
     /// Notes what an attempt to reach the server found, unless its configuration has changed since.
     pub async fn record_reached(&self, id: &str, revision: i64, reached: &Reached) -> Result<(), Error> {
         const SQL: &str = "UPDATE servers SET state = $3, error = $4, era = $5 WHERE id = $1 AND revision = $2";
-        on_db!(self, pool => sqlx::query(SQL)
+        on_db!(self, write pool => sqlx::query(SQL)
             .bind(id)
             .bind(revision)
             .bind(reached.state.as_str())

@@ -15,38 +15,41 @@ macro_rules! columns {
     };
 }
 
+/// Tools inserted by one statement; six values each, and SQLite takes 32,766.
+const ROWS_AT_ONCE: usize = 500;
+
+const LIST: &str = concat!("SELECT ", columns!(), " FROM tools WHERE server_id = $1 ORDER BY position");
+
 impl Store {
     /// The tools of a server in the server's own order.
     pub async fn tools(&self, server_id: &str) -> Result<Vec<Tool>, Error> {
-        const SQL: &str = concat!("SELECT ", columns!(), " FROM tools WHERE server_id = $1 ORDER BY position");
-        Ok(on_db!(self, pool => sqlx::query_as(SQL).bind(server_id).fetch_all(pool).await)?)
+        Ok(on_db!(self, read pool => sqlx::query_as(LIST).bind(server_id).fetch_all(pool).await)?)
     }
 
     /// A tool of this server; a tool of another one is not found (CONTRACT row 9).
     pub async fn tool(&self, server_id: &str, tool_id: &str) -> Result<Option<Tool>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM tools WHERE id = $1 AND server_id = $2");
-        Ok(on_db!(self, pool => sqlx::query_as(SQL).bind(tool_id).bind(server_id).fetch_optional(pool).await)?)
+        Ok(on_db!(self, read pool => sqlx::query_as(SQL).bind(tool_id).bind(server_id).fetch_optional(pool).await)?)
     }
 
     /// Makes the tools of a server equal to `offered` (names unique, in the server's order) and notes that it is ready,
-    /// in one transaction. A tool keeps its id as long as its name is offered. `None` when the server is gone or its
-    /// configuration is no longer `revision`; then nothing is changed.
+    /// with a `notice` for its status, in one transaction. A tool keeps its id as long as its name is offered. `None` when
+    /// the server is gone or its configuration is no longer `revision`; then nothing is changed.
     pub async fn sync_tools(
         &self,
         server_id: &str,
         revision: i64,
         era: Option<Era>,
+        notice: Option<&str>,
         offered: &[Offered],
     ) -> Result<Option<ToolChanges>, Error> {
         // The first statement also takes the server's row lock (on SQLite: the write lock) against a second sync.
-        const READY: &str = "UPDATE servers SET state = $3, error = NULL, era = $4, last_synced_at = $5 \
+        const READY: &str = "UPDATE servers SET state = $3, error = $6, era = $4, last_synced_at = $5 \
                              WHERE id = $1 AND revision = $2 RETURNING id";
-        const CURRENT: &str = concat!("SELECT ", columns!(), " FROM tools WHERE server_id = $1 ORDER BY position");
         const DELETE: &str = "DELETE FROM tools WHERE id = $1";
         const UPDATE: &str = "UPDATE tools SET position = $2, definition = $3 WHERE id = $1";
-        const INSERT: &str = "INSERT INTO tools (id, server_id, name, name_digest, position, definition) \
-                              VALUES ($1, $2, $3, $4, $5, $6)";
-        on_db!(self, pool => {
+        const INSERT: &str = "INSERT INTO tools (id, server_id, name, name_digest, position, definition) ";
+        on_db!(self, write pool => {
             let mut transaction = pool.begin().await?;
             let ready: Option<(String,)> = sqlx::query_as(READY)
                 .bind(server_id)
@@ -54,12 +57,13 @@ impl Store {
                 .bind(State::Ready.as_str())
                 .bind(era.map(Era::as_str))
                 .bind(now())
+                .bind(notice)
                 .fetch_optional(&mut *transaction)
                 .await?;
             if ready.is_none() {
                 return Ok(None);
             }
-            let current: Vec<Tool> = sqlx::query_as(CURRENT).bind(server_id).fetch_all(&mut *transaction).await?;
+            let current: Vec<Tool> = sqlx::query_as(LIST).bind(server_id).fetch_all(&mut *transaction).await?;
             let plan = Plan::new(&current, offered);
             for tool in &plan.delete {
                 sqlx::query(DELETE).bind(&tool.id).execute(&mut *transaction).await?;
@@ -72,16 +76,17 @@ impl Store {
                     .execute(&mut *transaction)
                     .await?;
             }
-            for (position, offered) in &plan.insert {
-                sqlx::query(INSERT)
-                    .bind(format!("tool-{}", uuid::Uuid::new_v4()))
-                    .bind(server_id)
-                    .bind(&offered.name)
-                    .bind(sha256_hex(&offered.name))
-                    .bind(position)
-                    .bind(&offered.definition)
-                    .execute(&mut *transaction)
-                    .await?;
+            for rows in plan.insert.chunks(ROWS_AT_ONCE) {
+                let mut insert = sqlx::QueryBuilder::new(INSERT);
+                insert.push_values(rows, |mut row, (position, offered)| {
+                    row.push_bind(format!("tool-{}", uuid::Uuid::new_v4()))
+                        .push_bind(server_id)
+                        .push_bind(&offered.name)
+                        .push_bind(sha256_hex(&offered.name))
+                        .push_bind(*position)
+                        .push_bind(&offered.definition);
+                });
+                insert.build().execute(&mut *transaction).await?;
             }
             transaction.commit().await?;
             Ok(Some(plan.changes))

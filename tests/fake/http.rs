@@ -67,7 +67,8 @@ pub(super) async fn receive(shared: &Shared, script: &Script, request: Request) 
     {
         return Err(with(plain(StatusCode::UNAUTHORIZED), header::WWW_AUTHENTICATE, &script.www_authenticate));
     }
-    if let Some(to) = &script.redirect {
+    // A relative one is an address here, which is not sent on again.
+    if let Some(to) = script.redirect.as_deref().filter(|to| *to != head.uri.path()) {
         return Err(with(plain(StatusCode::TEMPORARY_REDIRECT), header::LOCATION, to));
     }
     let status = match head.method {

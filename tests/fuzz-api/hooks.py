@@ -1,12 +1,40 @@
-"""Loaded by schemathesis (SCHEMATHESIS_HOOKS). A made-up URL that Portolan would dial becomes one of this machine where nobody
-listens: a fuzzer run sends nothing to any other host. Text that is no http URL stays as it was made."""
+"""Loaded by schemathesis (SCHEMATHESIS_HOOKS): aims its cases at what `run.py` registered, and counts what is answered.
 
+- A made-up URL becomes one of this machine where nobody listens, and a made-up command loses its slashes, so that it is looked for
+  in an empty PATH: a run sends nothing to any other host and starts nothing but the fixture server. Other text stays as it was made.
+- Most ids become those of live servers and their tools; the rest stay as they were made, or name a server whose upstream is gone.
+- What deletes or reconfigures goes to throw-away servers: those that the fuzzer made itself, else one made for it.
+- Most valid server names are made unique, since the fuzzer loves short ones and a second "0" is only ever a conflict.
+
+Choices hang on the content of a case, so that a case which is repeated (to shrink it) is aimed at the same thing again. There is one worker, hence no locks.
+"""
+
+import atexit
+import collections
+import itertools
+import json
+import os
 import re
+import urllib.request
+import zlib
 
 import schemathesis
+from schemathesis.core.failures import ServerError
+
+# From run.py: url; live: [{id, tools: [ids]}]; gone: such a one; upstream: a URL that is alive; command; counts: a file to write.
+GIVEN = json.loads(os.environ["PORTOLAN_FUZZ"])
+LIVE, GONE = GIVEN["live"], GIVEN["gone"]
+KEPT = {it["id"] for it in [*LIVE, GONE]}
+MOST_THROWAWAYS = 60  # so that the list of all servers stays short
 
 NOBODY = "http://127.0.0.1:1/"
 HTTP = re.compile(r"[\x00-\x20]*h\s*t\s*t\s*p\s*s?\s*:", re.IGNORECASE)  # as lenient as URL parsers are
+NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,255}")
+SERVER_ID = re.compile(r"mcp_server-[0-9a-f-]{36}")
+
+numbers = itertools.count(1)
+throwaways = {}  # id -> is it a command? oldest first
+counts = collections.defaultdict(collections.Counter)
 
 
 def tame(value, key=None):
@@ -14,14 +42,118 @@ def tame(value, key=None):
         return {name: tame(it, name) for name, it in value.items()}
     if isinstance(value, list):
         return [tame(it) for it in value]
-    if isinstance(value, str) and HTTP.match(value) and not value.startswith("http://127.0.0.1:1"):
+    if isinstance(value, str) and HTTP.match(value) and not value.startswith(NOBODY):
         return NOBODY + re.sub(r"[^a-z0-9]", "", value.lower())[:60]
+    if key == "command" and isinstance(value, str) and value != GIVEN["command"]:
+        return value.replace("/", "_")
     return value
+
+
+def unique(name):
+    if not NAME.fullmatch(name) or not name.strip():
+        return name
+    suffix = f" {next(numbers)}"
+    return name[: 255 - len(suffix)] + suffix
+
+
+def request(method, path, body=None):
+    """A request of our own, which is not counted."""
+    wanted = urllib.request.Request(
+        f"{GIVEN['url']}/v1/mcp-servers/{path}", json.dumps(body).encode() if body else None,
+        {"content-type": "application/json"}, method=method,
+    )
+    with urllib.request.urlopen(wanted, timeout=30) as answer:
+        return answer.read()
+
+
+def throwaway(is_command):
+    """The id of a server that may be spoilt. Those made here are live, and their session ends by what is done to them."""
+    known = next((it for it, kind in reversed(throwaways.items()) if kind == is_command), None)
+    if known:
+        return known
+    config = {"command": GIVEN["command"]} if is_command else {"server_url": GIVEN["upstream"]}
+    made = json.loads(request("POST", "", {"server_name": f"throw-away {next(numbers)}", "config": config}))["id"]
+    keep_as_throwaway(made, is_command)
+    return made
+
+
+def keep_as_throwaway(server_id, is_command):
+    throwaways[server_id] = is_command
+    if len(throwaways) > MOST_THROWAWAYS:
+        surplus = next(iter(throwaways))
+        del throwaways[surplus]
+        request("DELETE", surplus)
+
+
+def aim(case, operation, roll):
+    ids = case.path_parameters
+    made_up, share, pick = ids["mcp_server_id"], roll % 8, roll // 8
+    # An id that stood in an answer is good for a second look, one out of thin air only for a 404.
+    if SERVER_ID.fullmatch(str(made_up)) and made_up not in KEPT and share >= 4:
+        return
+    if operation == "mcp_delete_mcp_server":
+        if share < 6 or made_up in KEPT:
+            ids["mcp_server_id"] = throwaway(is_command=pick % 16 == 0)
+        return
+    if operation == "mcp_update_mcp_server":
+        body = case.body if isinstance(case.body, dict) else {"config": None, "": None}
+        if body.keys() <= {"server_name"} and made_up != GONE["id"] and share < 4:
+            ids["mcp_server_id"] = LIVE[pick % len(LIVE)]["id"]
+        elif share < 7 or made_up in KEPT:
+            config = body["config"] if isinstance(body.get("config"), dict) else body
+            is_command = bool(config.keys() & {"command", "args", "env"}) or "stdio" in map(str, config.values())
+            ids["mcp_server_id"] = throwaway(is_command != (share == 6))  # a few of the other type: a switch or a 422
+        return
+    if share == 7:
+        return
+    server = GONE if share == 6 else LIVE[pick % len(LIVE)]
+    ids["mcp_server_id"] = server["id"]
+    if "tool_id" in ids and share != 5:
+        ids["tool_id"] = server["tools"][pick // len(LIVE) % len(server["tools"])]
 
 
 @schemathesis.hook
 def before_call(_context, case, _kwargs):
+    operation = case.operation.definition.raw["operationId"]
+    roll = zlib.crc32(repr((operation, case.path_parameters, case.query, case.body)).encode(errors="replace"))
     if isinstance(case.body, (dict, list)):
         case.body = tame(case.body)
     elif isinstance(case.body, bytes):
         case.body = re.sub(rb"(?i)https?:[^\"'\s]*", NOBODY.encode(), case.body)
+    if isinstance(case.body, dict) and isinstance(case.body.get("server_name"), str) and roll % 8:
+        case.body = case.body | {"server_name": unique(case.body["server_name"])}
+    if "mcp_server_id" in case.path_parameters and case.method == case.operation.method.upper():
+        aim(case, operation, roll)
+
+
+@schemathesis.hook
+def after_call(_context, case, response):
+    if case.method != case.operation.method.upper():
+        return
+    operation = case.operation.definition.raw["operationId"]
+    positive = case.meta is not None and case.meta.generation.mode.is_positive
+    counts[operation][str(response.status_code)] += 1
+    if positive:
+        counts[operation][f"valid {response.status_code}"] += 1
+    if operation == "mcp_run_tool" and response.status_code == 200:
+        counts[operation][response.json()["status"]] += 1
+    if operation == "mcp_delete_mcp_server" and response.status_code == 204:
+        throwaways.pop(case.path_parameters["mcp_server_id"], None)
+    if response.status_code == 200 and operation in ("mcp_create_mcp_server", "mcp_update_mcp_server"):
+        server = response.json()
+        if server["id"] not in KEPT:
+            keep_as_throwaway(server["id"], server["mcp_server_type"] == "stdio")
+
+
+@schemathesis.hook
+def filter_failure(_context, failure, case, response):
+    """No session with a server that is not live is a 502 or 503 by contract, not a fault."""
+    is_run = case.operation.definition.raw["operationId"] == "mcp_run_tool"
+    live = case.path_parameters.get("mcp_server_id") in {it["id"] for it in LIVE}
+    return not (isinstance(failure, ServerError) and is_run and not live and response.status_code in (502, 503))
+
+
+@atexit.register
+def write_counts():
+    with open(GIVEN["counts"], "w") as file:
+        json.dump(counts, file)

@@ -3,7 +3,7 @@
 //! The database is SQLite in a temporary folder, or, with `PORTOLAN_TEST_POSTGRES_URL`, a fresh database of that server.
 //! Every answer is held against `openapi.yaml`. [`Portolan::stop`] asserts that no child, session or task is left.
 
-pub(crate) mod contract;
+pub(crate) mod openapi;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -270,7 +270,7 @@ impl Answer {
             .iter()
             .map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
             .collect();
-        contract::check(method, path, status, &pairs, &body);
+        openapi::check(method, path, status, &pairs, &body);
         Self { status, headers, text: String::from_utf8_lossy(&body).into_owned() }
     }
 

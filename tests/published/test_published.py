@@ -230,11 +230,13 @@ def test_fastmcp_speaks_the_newest_revision_it_offers(registered, upstream):
 
 
 @on("everything-http")
-def test_a_server_that_went_away_is_an_error_in_bounded_time(http, registered, upstream):
+def test_a_server_that_went_away_is_a_502_in_bounded_time(http, registered, upstream):
     assert registered.run("echo", {"message": "x"})["func_return"] == "Echo: x"
     upstream.process.stop()
     tool = registered.tools["echo"]["id"]
     answer = http.post(f"/{registered.server['id']}/tools/{tool}/run", json={"args": {"message": "x"}}, timeout=httpx.Timeout(30))
-    assert (answer.status_code, answer.headers.get("x-should-retry")) == (502, "false") or (
-        answer.status_code == 200 and answer.json()["status"] == "error"
-    ), answer.text
+    # Nobody listens any more, so the call cannot have been sent (CONTRACT row 14).
+    assert (answer.status_code, answer.headers.get("x-should-retry")) == (502, "false"), answer.text
+    error = answer.json()["error"]
+    assert error["type"] == "mcp_connection_error"
+    assert error["message"] and error["detail"]

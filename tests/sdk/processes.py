@@ -8,7 +8,6 @@ set, an empty Postgres database for this session alone (otherwise Portolan makes
 import json
 import os
 import pathlib
-import secrets
 import signal
 import subprocess
 import tempfile
@@ -133,10 +132,6 @@ class Portolan(Process):
         settings = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         argv = [os.environ["PORTOLAN_BIN"], "--listen", "127.0.0.1:0", "--data-dir", str(data)]
         if url := os.environ.get("PORTOLAN_DATABASE_URL"):
-            key = self.folder / "key"
-            key.write_text(secrets.token_hex(16))  # 32 bytes
-            key.chmod(0o600)
-            settings["PORTOLAN_KEY_FILE"] = str(key)
             argv += ["--database-url", url]
         super().__init__(argv, settings | (env or {}))
         self.url = self.line_with(" listens on http://").split(" listens on ")[1].strip()

@@ -8,7 +8,6 @@ import fs from "node:fs";
 import os from "node:os";
 import path from "node:path";
 import { createInterface } from "node:readline";
-import { randomBytes } from "node:crypto";
 
 const FIXTURE = path.join(import.meta.dirname, "..", "fixture_server.py");
 const DEADLINE = 30_000;
@@ -99,11 +98,7 @@ export class Portolan extends Process {
     const ours = /^(PORTOLAN_|LETTA_|MCP_|NODE_|DATABASE_URL)/;
     const env = Object.fromEntries(Object.entries(process.env).filter(([key]) => !ours.test(key)));
     const args = ["--listen", "127.0.0.1:0", "--data-dir", path.join(folder, "data")];
-    if (process.env.PORTOLAN_DATABASE_URL) {
-      env.PORTOLAN_KEY_FILE = path.join(folder, "key");
-      fs.writeFileSync(env.PORTOLAN_KEY_FILE, randomBytes(16).toString("hex"), { mode: 0o600 }); // 32 bytes
-      args.push("--database-url", process.env.PORTOLAN_DATABASE_URL);
-    }
+    if (process.env.PORTOLAN_DATABASE_URL) args.push("--database-url", process.env.PORTOLAN_DATABASE_URL);
     const portolan = new Portolan(process.env.PORTOLAN_BIN, args, env);
     portolan.folder = folder;
     portolan.url = (await portolan.lineWith(" listens on http://")).split(" listens on ")[1].trim();

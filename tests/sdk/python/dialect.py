@@ -36,23 +36,23 @@ except ImportError:
 __all__ = ["CLASS", "FLAT", "KINDS", "ToolExecutionResult", "create", "kind_of", "update"]
 
 
-def create(client, server_name, kind, *, extra_query=None, **fields):
+def create(client, server_name, kind, **fields):
     """`mcp_servers.create` with this SDK's typed parameters; returns what it returns (a coroutine from an async client)."""
     if FLAT:
-        return client.mcp_servers.create(server_name=server_name, type=kind, extra_query=extra_query, **fields)
+        return client.mcp_servers.create(server_name=server_name, type=kind, **fields)
     config = CREATE.get(kind, dict)(mcp_server_type=kind, **fields)
-    return client.mcp_servers.create(server_name=server_name, config=config, extra_query=extra_query)
+    return client.mcp_servers.create(server_name=server_name, config=config)
 
 
-def update(client, server_id, kind, *, extra_query=None, **fields):
+def update(client, server_id, kind, **fields):
     """`mcp_servers.update`: `server_name` is optional, every other field goes where this SDK wants it."""
     name = {"server_name": fields.pop("server_name")} if "server_name" in fields else {}
     if FLAT:
         if "auth_token" in fields:
             fields["token"] = fields.pop("auth_token")
-        return client.mcp_servers.update(server_id, extra_query=extra_query, **name, **fields)
+        return client.mcp_servers.update(server_id, **name, **fields)
     config = UPDATE[kind](mcp_server_type=kind, **(dict.fromkeys(REQUIRED[kind]) | fields))
-    return client.mcp_servers.update(server_id, config=config, extra_query=extra_query, **name)
+    return client.mcp_servers.update(server_id, config=config, **name)
 
 
 def kind_of(server):

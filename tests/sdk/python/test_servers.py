@@ -7,7 +7,6 @@ import letta_client
 import pytest
 from dialect import CLASS, FLAT, KINDS, create, kind_of, update
 
-REVEAL = {"reveal": "true"}
 UNKNOWN = "mcp_server-00000000-0000-4000-8000-000000000000"
 DEAD_URL = "http://127.0.0.1:1/mcp"  # nobody listens on port 1
 SERVER_ID = re.compile(r"mcp_server-[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -124,36 +123,34 @@ def test_change_of_args_moves_the_next_call(client, register, start):
 @pytest.mark.parametrize("kind", ["sse", "streamable_http"])
 def test_token_and_headers_are_kept_and_sent_as_given(client, register, start, kind):
     given = {"auth_header": "X-API-Key", "auth_token": "abc-1", "custom_headers": {"X-Suite": "one", "X-Other": "two"}}
-    server = register(kind, **given, **start(kind), extra_query=REVEAL)
+    server = register(kind, **given, **start(kind))
     assert {key: getattr(server, key) for key in given} == given
-    revealed = client.mcp_servers.retrieve(server.id, extra_query=REVEAL)
-    assert {key: getattr(revealed, key) for key in given} == given
-    plain = client.mcp_servers.retrieve(server.id)
-    assert plain.auth_header == "X-API-Key"
-    assert plain.auth_token in ("abc-1", "********")  # masked unless secrets-in-responses=full
-    assert plain.custom_headers in (given["custom_headers"], dict.fromkeys(given["custom_headers"], "********"))
+    listed = next(it for it in client.mcp_servers.list() if it.id == server.id)
+    for answered in (client.mcp_servers.retrieve(server.id), listed):
+        assert {key: getattr(answered, key) for key in given} == given
     sent = whoami(client, server)["headers"]
     assert (sent["x-api-key"], sent["x-suite"], sent["x-other"]) == ("abc-1", "one", "two")
     assert "authorization" not in sent
 
-    # Sending back what was answered (masked or not) changes nothing.
-    update(client, server.id, kind, auth_token=plain.auth_token, custom_headers=plain.custom_headers)
+    # Sending back what was answered changes nothing.
+    same = update(client, server.id, kind, auth_token=server.auth_token, custom_headers=server.custom_headers)
+    assert {key: getattr(same, key) for key in given} == given
     assert whoami(client, server)["headers"]["x-api-key"] == "abc-1"
 
     # null keeps, also beside a change.
-    kept = update(client, server.id, kind, auth_token=None, custom_headers=None, extra_query=REVEAL)
+    kept = update(client, server.id, kind, auth_token=None, custom_headers=None)
     assert {key: getattr(kept, key) for key in given} == given
-    changed = update(client, server.id, kind, auth_token="abc-2", extra_query=REVEAL)
+    changed = update(client, server.id, kind, auth_token="abc-2")
     assert (changed.auth_token, changed.auth_header) == ("abc-2", "X-API-Key")
     assert changed.custom_headers == given["custom_headers"]
     assert whoami(client, server)["headers"]["x-api-key"] == "abc-2"
 
     # A map replaces, {} and "" clear.
-    replaced = update(client, server.id, kind, custom_headers={"X-Suite": "three"}, extra_query=REVEAL)
+    replaced = update(client, server.id, kind, custom_headers={"X-Suite": "three"})
     assert replaced.custom_headers == {"X-Suite": "three"}
     sent = whoami(client, server)["headers"]
     assert sent["x-suite"] == "three" and "x-other" not in sent
-    cleared = update(client, server.id, kind, custom_headers={}, auth_token="", extra_query=REVEAL)
+    cleared = update(client, server.id, kind, custom_headers={}, auth_token="")
     assert not cleared.custom_headers and not cleared.auth_token
     sent = whoami(client, server)["headers"]
     assert "x-suite" not in sent and "x-api-key" not in sent

@@ -18,13 +18,13 @@ const BASE: &str = "urn:portolan:openapi";
 /// How much of a body a failure message shows, in characters.
 const SHOWN: usize = 2_000;
 
-static CONTRACT: LazyLock<Contract> = LazyLock::new(|| Contract::parse(include_str!("../../openapi.yaml")));
+static OPENAPI: LazyLock<Openapi> = LazyLock::new(|| Openapi::parse(include_str!("../../openapi.yaml")));
 
 /// Checks one exchange against openapi.yaml; panics with a readable message naming the exchange when the document does
 /// not allow it. `path` may carry a query and one trailing slash more or less than the document writes.
 #[track_caller]
 pub(crate) fn check(method: &str, path: &str, status: u16, headers: &[(String, String)], body: &[u8]) {
-    if let Err(reason) = CONTRACT.allows(method, path, status, headers, body) {
+    if let Err(reason) = OPENAPI.allows(method, path, status, headers, body) {
         let body = String::from_utf8_lossy(body);
         let shown: String = body.chars().take(SHOWN).collect();
         panic!("openapi.yaml does not allow this answer:\n  {method} {path} -> {status}\n{reason}\nbody: {shown}");
@@ -33,11 +33,11 @@ pub(crate) fn check(method: &str, path: &str, status: u16, headers: &[(String, S
 
 /// (method, path template) pairs of the document in document order, for comparing with the route table both ways.
 pub(crate) fn operations() -> Vec<(String, String)> {
-    let paths = CONTRACT.paths.iter();
+    let paths = OPENAPI.paths.iter();
     paths.flat_map(|path| path.methods.iter().map(|(method, _)| (method.clone(), path.template.clone()))).collect()
 }
 
-struct Contract {
+struct Openapi {
     /// In document order.
     paths: Vec<Path>,
     not_found: Answer,
@@ -63,7 +63,7 @@ struct Header {
     schema: Validator,
 }
 
-impl Contract {
+impl Openapi {
     fn parse(yaml: &str) -> Self {
         let root = serde_norway::from_str(yaml).expect("openapi.yaml is YAML");
         let document = Document::new(&root);
@@ -340,7 +340,7 @@ mod tests {
     }
 
     fn allows(method: &str, path: &str, status: u16, more: &[(&str, &str)], body: &Value) -> Result<(), String> {
-        CONTRACT.allows(method, path, status, &headers(more), body.to_string().as_bytes())
+        OPENAPI.allows(method, path, status, &headers(more), body.to_string().as_bytes())
     }
 
     #[track_caller]
@@ -424,7 +424,7 @@ mod tests {
     fn headers_must_be_there_and_true() {
         let body = server().to_string();
         let json = [("content-type".to_owned(), "application/json".to_owned())];
-        refused(CONTRACT.allows("GET", SERVER, 200, &json, body.as_bytes()), "x-request-id is missing");
+        refused(OPENAPI.allows("GET", SERVER, 200, &json, body.as_bytes()), "x-request-id is missing");
 
         let conflict = |more: &[(&str, &str)]| allows("POST", SERVERS, 409, more, &error("name_taken"));
         assert_eq!(conflict(&[("x-should-retry", "false")]), Ok(()));
@@ -449,7 +449,7 @@ mod tests {
         let yaml = |content_type: &str, body: &str| {
             let headers =
                 [("x-request-id".to_owned(), "r1".to_owned()), ("content-type".to_owned(), content_type.to_owned())];
-            CONTRACT.allows("GET", "/openapi.yaml", 200, &headers, body.as_bytes())
+            OPENAPI.allows("GET", "/openapi.yaml", 200, &headers, body.as_bytes())
         };
         assert_eq!(yaml("application/yaml", include_str!("../../openapi.yaml")), Ok(()));
         refused(yaml("text/plain", "openapi: 3.1.0"), "content-type");
@@ -458,7 +458,7 @@ mod tests {
         let file = |content_type: &str, body: &[u8]| {
             let headers =
                 [("x-request-id".to_owned(), "r1".to_owned()), ("content-type".to_owned(), content_type.to_owned())];
-            CONTRACT.allows("GET", "/docs/a", 200, &headers, body)
+            OPENAPI.allows("GET", "/docs/a", 200, &headers, body)
         };
         assert_eq!(file("text/css;charset=UTF-8", b"a {}"), Ok(()));
         assert_eq!(file("image/png", b"\x89PNG\xff"), Ok(()));
@@ -471,20 +471,20 @@ mod tests {
 
     #[test]
     fn a_body_must_be_json() {
-        refused(CONTRACT.allows("GET", SERVER, 200, &headers(&[]), b""), "not JSON");
-        refused(CONTRACT.allows("GET", SERVER, 200, &headers(&[]), b"{} {}"), "not JSON");
+        refused(OPENAPI.allows("GET", SERVER, 200, &headers(&[]), b""), "not JSON");
+        refused(OPENAPI.allows("GET", SERVER, 200, &headers(&[]), b"{} {}"), "not JSON");
         let spaced = format!("   {}", server());
-        assert_eq!(CONTRACT.allows("GET", SERVER, 200, &headers(&[]), spaced.as_bytes()), Ok(()));
+        assert_eq!(OPENAPI.allows("GET", SERVER, 200, &headers(&[]), spaced.as_bytes()), Ok(()));
     }
 
     #[test]
     fn no_body_means_none() {
         let none = [("x-request-id".to_owned(), "r1".to_owned())];
-        assert_eq!(CONTRACT.allows("DELETE", SERVER, 204, &none, b""), Ok(()));
-        refused(CONTRACT.allows("DELETE", SERVER, 204, &none, b"null"), "no body");
-        assert_eq!(CONTRACT.allows("HEAD", SERVERS, 200, &headers(&[]), b""), Ok(()));
-        refused(CONTRACT.allows("HEAD", SERVERS, 200, &headers(&[]), b"[]"), "no body");
-        assert_eq!(CONTRACT.allows("HEAD", RUN, 405, &headers(&[("allow", "POST")]), b""), Ok(()));
+        assert_eq!(OPENAPI.allows("DELETE", SERVER, 204, &none, b""), Ok(()));
+        refused(OPENAPI.allows("DELETE", SERVER, 204, &none, b"null"), "no body");
+        assert_eq!(OPENAPI.allows("HEAD", SERVERS, 200, &headers(&[]), b""), Ok(()));
+        refused(OPENAPI.allows("HEAD", SERVERS, 200, &headers(&[]), b"[]"), "no body");
+        assert_eq!(OPENAPI.allows("HEAD", RUN, 405, &headers(&[("allow", "POST")]), b""), Ok(()));
     }
 
     #[test]
@@ -570,7 +570,7 @@ mod tests {
 
     #[test]
     fn each_operation_documents_what_it_can_answer() {
-        for path in &CONTRACT.paths {
+        for path in &OPENAPI.paths {
             for (method, answers) in &path.methods {
                 let takes_body = ["POST", "PATCH"].contains(&method.as_str()) && !path.template.ends_with("/refresh");
                 let needed = [500, 503].into_iter().chain(path.template.contains('{').then_some(404));

@@ -1,0 +1,182 @@
+//! Children of every kind: what they print, when they die, what they leave behind.
+
+use serde_json::{Value, json};
+
+use crate::harness::{Portolan, eventually, fake_mcp};
+
+fn tools(names: &[&str]) -> Value {
+    let own = names.iter().map(|name| json!({"name": name, "inputSchema": {"type": "object"}}));
+    json!(crate::fake::script::standard_tools().into_iter().chain(own).collect::<Vec<_>>())
+}
+
+fn alive(pid: &str) -> bool {
+    // A zombie has an entry, too, but no command line.
+    std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| !line.is_empty())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_child_starts_goes_with_it() {
+    let portolan = Portolan::start().await;
+    for how in ["stop", "kill", "delete"] {
+        let (server, _script) = portolan.create_stdio(how, &json!({ "tools": tools(&["spawn_child", "pid"]) })).await;
+        let id = server["id"].as_str().unwrap();
+        let grandchild = portolan.run(id, "spawn_child", json!({})).await["func_return"].take();
+        let grandchild = grandchild.as_str().unwrap().to_owned();
+        let child = portolan.run(id, "pid", json!({})).await["func_return"].take();
+        assert!(alive(&grandchild));
+        match how {
+            "kill" => crate::harness::kill(child.as_str().unwrap().parse().unwrap()),
+            "delete" => drop(portolan.delete(&format!("/v1/mcp-servers/{id}")).await.expect(204)),
+            _ => portolan.app.mcp.forget(id),
+        }
+        eventually("the grandchild ends", || !alive(&grandchild)).await;
+    }
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn standard_error_is_drained_and_a_banner_is_passed_over() {
+    let portolan = Portolan::start().await;
+    let script = json!({
+        "banner": "Welcome!\n{\"not\": \"JSON-RPC\"}\n", "stderr": "w".repeat(300_000),
+        "tools": tools(&["stderr"]),
+    });
+    let (server, _script) = portolan.create_stdio("talks", &script).await;
+    assert_eq!(server["status"]["state"], "ready", "{server}");
+    let run = portolan.run(server["id"].as_str().unwrap(), "stderr", json!({"bytes": 5_000_000})).await;
+    assert_eq!(run["func_return"], "done");
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_that_dies_at_any_stage_is_told_apart_by_its_exit_code() {
+    let portolan = Portolan::start().await;
+    for (stage, code) in [("start", 3), ("initialize", 4)] {
+        let (server, _script) = portolan.create_stdio(stage, &json!({"exit_at": stage, "exit_code": code})).await;
+        assert_eq!(server["status"]["state"], "unreachable");
+        let error = server["status"]["error"].as_str().unwrap();
+        assert!(error.contains(&format!("exit status: {code}")), "{error}");
+        let tool = format!("/v1/mcp-servers/{}/refresh", server["id"].as_str().unwrap());
+        portolan.send("PATCH", &tool, None).await.expect(404);
+    }
+    let (server, script) = portolan.create_stdio("list", &json!({"exit_at": "list"})).await;
+    assert_eq!(server["status"]["state"], "unreachable", "{server}");
+    script.set(&json!({}));
+    let id = server["id"].as_str().unwrap();
+    assert!(portolan.refresh(id).await.expect(200)["added"].as_array().unwrap().len() > 5, "and it can come back");
+    eventually("one child is left", || portolan.children().len() == 1).await;
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_dying_child_says_names_no_secret() {
+    let portolan = Portolan::start().await;
+    let script = "echo first >&2; echo \"no luck with $KEY\u{1b}[31m\" >&2; exit 1";
+    let config = json!({"command": "/bin/sh", "args": ["-c", script], "env": {"KEY": "hunter2-secret"}});
+    let server = portolan.create("secretive", config).await;
+    let error = server["status"]["error"].as_str().unwrap();
+    assert!(error.contains(r"no luck with ********\u{1b}[31m"), "{error}");
+    let refused = portolan.refresh(server["id"].as_str().unwrap()).await.expect(404);
+    assert!(!refused.to_string().contains("hunter2"), "{refused}");
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_child_is_given_up_in_time_and_leaves_nothing() {
+    let portolan = Portolan::start_with(|settings| {
+        settings.upstream.start_timeout = std::time::Duration::from_millis(700);
+        settings.upstream.list_timeout = std::time::Duration::from_millis(700);
+    })
+    .await;
+    for stage in ["initialize", "list"] {
+        let (server, _script) = portolan.create_stdio(stage, &json!({"silent_at": stage, "stubborn": true})).await;
+        assert_eq!(server["status"]["state"], "unreachable", "{server}");
+        assert!(server["status"]["error"].as_str().unwrap().contains("in time"), "{server}");
+        eventually("its child is ended", || portolan.children().is_empty()).await;
+    }
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn those_who_wait_for_a_server_share_its_failure() {
+    let portolan = Portolan::start_with(|settings| {
+        settings.upstream.start_timeout = std::time::Duration::from_secs(2);
+    })
+    .await;
+    let (server, script) = portolan.create_stdio("dead", &json!({})).await;
+    let id = server["id"].as_str().unwrap();
+    let tool = portolan.tool_id(id, "echo").await;
+    script.set(&json!({"silent_at": "initialize"}));
+    portolan.app.mcp.forget(id);
+    let path = format!("/v1/mcp-servers/{id}/tools/{tool}/run");
+    let body = json!({});
+    let runs = (0..10).map(|_| portolan.post(&path, &body));
+    for answer in futures_util::future::join_all(runs).await {
+        answer.expect(502);
+    }
+    let starts = script.seen().iter().map(|(pid, _)| *pid).collect::<std::collections::HashSet<_>>().len();
+    // The first child, and at most one attempt for those who came before it failed, and one after.
+    assert!(starts <= 3, "{starts} children were started for 10 callers");
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_child_that_reads_no_more_can_be_replaced() {
+    let portolan = Portolan::start_with(|settings| {
+        settings.upstream.list_timeout = std::time::Duration::from_millis(500);
+    })
+    .await;
+    let (server, _script) = portolan.create_stdio("deaf", &json!({ "tools": tools(&["deaf"]) })).await;
+    let id = server["id"].as_str().unwrap();
+    assert_eq!(portolan.run(id, "deaf", json!({})).await["func_return"], "done");
+    portolan.refresh(id).await.expect(404);
+    assert_eq!(portolan.run(id, "echo", json!({"message": "heard"})).await["func_return"], "heard");
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_deleted_while_others_wait_for_it_keeps_no_child() {
+    let portolan = Portolan::start().await;
+    let (server, script) = portolan.create_stdio("deleted", &json!({})).await;
+    let id = server["id"].as_str().unwrap();
+    script.set(&json!({"list_delay_ms": 700}));
+    let (first, second, third, deleted) =
+        tokio::join!(portolan.refresh(id), portolan.refresh(id), portolan.refresh(id), async {
+            let lists = script.methods().len();
+            eventually("a refresh is under way", || script.methods().len() > lists).await;
+            portolan.delete(&format!("/v1/mcp-servers/{id}")).await
+        });
+    deleted.expect(204);
+    for refresh in [first, second, third] {
+        assert_eq!(refresh.expect(404)["code"], "not_found");
+    }
+    eventually("its child is ended", || portolan.children().is_empty()).await;
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_asks_without_end_is_ended() {
+    let portolan = Portolan::start().await;
+    // It greets, then asks and asks, and reads nothing more.
+    let script = r#"
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("method") == "initialize":
+        result = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}, "serverInfo": {"name": "n", "version": "1"}}
+        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
+    elif "id" in message and message.get("method") == "server/discover":
+        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32601, "message": "no"}}), flush=True)
+    elif message.get("method") == "tools/list":
+        while True:
+            print(json.dumps({"jsonrpc": "2.0", "id": 7, "method": "ping"}), flush=True)
+"#;
+    let file = portolan.script(&json!({}));
+    std::fs::write(&file.0, script).unwrap();
+    let server = portolan.create("asks", json!({"command": "python3", "args": [file.0]})).await;
+    assert_eq!(server["status"]["state"], "unreachable", "{server}");
+    eventually("its child is ended", || portolan.children().is_empty()).await;
+    let fine = json!({"command": fake_mcp(), "args": ["stdio"]});
+    assert_eq!(portolan.create("fine", fine).await["status"]["state"], "ready");
+    portolan.stop().await;
+}
