@@ -146,6 +146,9 @@ async fn bad_creates_are_refused_by_place_and_store_nothing() {
         assert_clear(&answer.expect(422), place);
     }
     assert_eq!(portolan.get("/v1/mcp-servers/").await.expect(200), json!([]));
+    let crowd: serde_json::Map<String, Value> = (0..5000).map(|number| (format!("k{number}"), json!(1))).collect();
+    let crowded = portolan.post("/v1/mcp-servers/", &Value::Object(crowd)).await.expect(422);
+    assert_eq!(crowded["errors"].as_array().unwrap().len(), 100, "an answer names no more");
     let allowed = json!({"server_name": "n", "config": {"server_url": "http://127.0.0.1:1/", "auth_token": SECRET}});
     portolan.post("/v1/mcp-servers/", &allowed).await.expect(200);
     portolan.stop().await;
@@ -289,6 +292,7 @@ async fn wrong_methods_and_paths_are_told_apart() {
         "/v1/mcp-servers//",
         "/v1/tools",
         "/docs/nope.js",
+        "/docs/%ff",
         "/docs/%2e%2e%2fCargo.toml",
     ] {
         assert_eq!(portolan.get(path).await.expect(404)["code"], "not_found", "{path}");

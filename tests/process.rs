@@ -102,12 +102,28 @@ async fn it_says_where_it_listens_what_it_keeps_and_where_the_docs_are() {
         assert!(text.contains(part), "{path}");
         assert!(path != "/docs" || !text.contains("//cdn"), "everything comes from here");
     }
+    if database.url().is_none() {
+        for file in ["portolan.db", "portolan.db-wal"] {
+            let mode =
+                std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(data.join(file)).unwrap().permissions());
+            assert_eq!(mode & 0o777, 0o600, "{file}");
+        }
+    }
+    let body = json!({"server_name": "kept", "config": {"command": fake_mcp(), "args": ["stdio"], "env": {"K": "v"}}});
+    let registering = client.post(format!("{}/v1/mcp-servers", program.url)).json(&body).send().await.unwrap();
+    let registered: Value = registering.json().await.unwrap();
+    assert_eq!(registered["status"]["state"], "ready", "{registered}");
+    let tools = format!("/v1/mcp-servers/{}/tools", registered["id"].as_str().unwrap());
+    let read = async |url: String| client.get(url).send().await.unwrap().json::<Value>().await.unwrap();
+    let before = read(format!("{}{tools}", program.url)).await;
     program.signal("-INT");
     assert_eq!(program.exit_code(), Some(0));
-    // What was registered is there after a restart, here through the flag instead of the variable.
+    // What was registered is there after a restart, here with flags instead of variables.
     let mut again = command(folder.path(), database.url().as_deref());
     again.env_remove("PORTOLAN_LISTEN").args(["serve", "--listen", "127.0.0.1:0", "--log", "warn"]);
     let mut program = Program::start(again);
+    assert_eq!(read(format!("{}/v1/mcp-servers", program.url)).await, json!([registered]));
+    assert_eq!(read(format!("{}{tools}", program.url)).await, before);
     program.signal("-TERM");
     assert_eq!(program.exit_code(), Some(0));
     database.remove().await;
@@ -181,6 +197,27 @@ async fn a_stop_finishes_what_is_under_way_and_leaves_no_child() {
         assert_eq!(processes_naming(&folder.path().to_string_lossy()), Vec::<u32>::new());
         assert!(client.get(&servers).send().await.is_err());
     }
+    database.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_also_ends_what_is_being_opened_or_listed() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    let mut start = command(folder.path(), database.url().as_deref());
+    start.args(["--create-sync-timeout", "200ms"]);
+    let mut program = Program::start(start);
+    for stage in ["initialize", "list"] {
+        let script = folder.path().join(format!("{stage}.json"));
+        std::fs::write(&script, json!({"silent_at": stage, "stubborn": true}).to_string()).unwrap();
+        let body = json!({"server_name": stage, "config": {"command": fake_mcp(), "args": ["stdio", script]}});
+        let answer = client().post(format!("{}/v1/mcp-servers", program.url)).json(&body).send().await.unwrap();
+        assert_eq!(answer.json::<Value>().await.unwrap()["status"]["state"], "never_connected");
+    }
+    assert_eq!(processes_naming(&folder.path().to_string_lossy()).len(), 2);
+    program.signal("-TERM");
+    assert_eq!(program.exit_code(), Some(0));
+    assert_eq!(processes_naming(&folder.path().to_string_lossy()), Vec::<u32>::new());
     database.remove().await;
 }
 

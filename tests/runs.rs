@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use crate::fake::{self, Fake, Script};
-use crate::harness::{PATIENCE, Portolan, eventually, kill};
+use crate::harness::{Portolan, eventually, kill};
 
 /// The fake server with its standard tools and the unlisted ones that these tests call.
 fn tools(names: &[&str]) -> Value {
@@ -125,7 +125,7 @@ async fn a_run_without_body_has_no_arguments_and_heartbeats_stay_here() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_is_kept_and_shared() {
     let portolan = Portolan::start().await;
-    let (server, script) = portolan.create_stdio("kept", &json!({ "tools": tools(&["count", "pid", "slow"]) })).await;
+    let (server, script) = portolan.create_stdio("kept", &json!({ "tools": tools(&["count", "pid", "never"]) })).await;
     let id = server["id"].as_str().unwrap();
     let pid = portolan.run(id, "pid", json!({})).await["func_return"].clone();
     for count in 1..=5 {
@@ -133,16 +133,15 @@ async fn a_session_is_kept_and_shared() {
     }
     assert_eq!(portolan.run(id, "pid", json!({})).await["func_return"], pid);
     assert_eq!(script.methods().iter().filter(|method| *method == "initialize").count(), 1);
-    let started = std::time::Instant::now();
-    let slow = portolan.run(id, "slow", json!({"ms": 1500}));
-    let quick = async {
-        tokio::time::sleep(Duration::from_millis(200)).await;
-        assert_eq!(portolan.run(id, "echo", json!({"message": "overtakes"})).await["func_return"], "overtakes");
-        started.elapsed()
-    };
-    let (slow, quick) = tokio::join!(slow, quick);
-    assert_eq!(slow["func_return"], "done");
-    assert!(quick < Duration::from_millis(1500), "a slow call holds up no other");
+    let called = |name: &str| script.seen().iter().any(|(_, message)| message["params"]["name"] == name);
+    tokio::select! {
+        never = portolan.run(id, "never", json!({})) => panic!("{never}"),
+        () = async {
+            eventually("the first call is under way", || called("never")).await;
+            let echo = portolan.run(id, "echo", json!({"message": "overtakes"})).await;
+            assert_eq!(echo["func_return"], "overtakes", "a call that takes its time holds up no other");
+        } => {}
+    }
     portolan.stop().await;
 }
 
@@ -241,6 +240,34 @@ async fn a_death_during_a_call_is_an_error_result_and_never_a_repeat() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_turned_away_says_so_and_the_status_knows() {
+    let portolan = Portolan::start().await;
+    for kind in ["streamable_http", "sse"] {
+        let running = match kind {
+            "sse" => fake::sse::serve(Fake::new(Script::default())),
+            _ => fake::http::serve(Fake::new(Script::default())),
+        };
+        let config = json!({ "mcp_server_type": kind, "server_url": running.url });
+        let server = portolan.create(kind, config).await;
+        let id = server["id"].as_str().unwrap();
+        let tool = portolan.tool_id(id, "echo").await;
+        let path = format!("/v1/mcp-servers/{id}/tools/{tool}/run");
+        running.set_script(serde_json::from_value(json!({"require_header": ["x-key", "k"]})).unwrap());
+        let run = portolan.post(&path, &json!({})).await.expect(200);
+        assert_eq!(run["status"], "error");
+        let text = run["func_return"].as_str().unwrap();
+        assert!(text.contains("did not take the call") && text.contains("sign-in"), "{text}");
+        let one = format!("/v1/mcp-servers/{id}");
+        assert_eq!(portolan.get(&one).await.expect(200)["status"]["state"], "auth_required");
+        running.set_script(Script::default());
+        let body = json!({"args": {"message": "in again"}});
+        assert_eq!(portolan.post(&path, &body).await.expect(200)["func_return"], "in again");
+        assert_eq!(portolan.get(&one).await.expect(200)["status"]["state"], "ready");
+    }
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_run_over_its_time_is_an_error_result_and_is_cancelled() {
     let portolan = Portolan::start_with(|settings| settings.upstream.run_timeout = Duration::from_millis(300)).await;
     let (stdio, log) = portolan.create_stdio("stdio", &json!({ "tools": tools(&["never"]) })).await;
@@ -266,10 +293,6 @@ async fn a_caller_that_goes_away_cancels_its_run() {
     let path = format!("/v1/mcp-servers/{id}/tools/{tool}/run");
     let waiting = portolan.request("POST", &path).json(&json!({})).timeout(Duration::from_millis(300)).send();
     assert!(waiting.await.unwrap_err().is_timeout());
-    let told = tokio::time::timeout(
-        PATIENCE,
-        eventually("the server is told", || log.methods().iter().any(|method| method == "notifications/cancelled")),
-    );
-    told.await.unwrap();
+    eventually("the server is told", || log.methods().iter().any(|method| method == "notifications/cancelled")).await;
     portolan.stop().await;
 }

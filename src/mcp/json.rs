@@ -22,7 +22,7 @@ pub fn compact(json: &str) -> String {
 }
 
 /// The text with U+FFFD for each half of a surrogate pair. JavaScript writes such halves when it cuts an emoji in two;
-/// they are JSON, but no text in Rust or in a database.
+/// they are JSON by the letter (RFC 8259 §8.2), but most readers, our callers' among them, refuse the whole text for one.
 pub fn mend(json: &str) -> Cow<'_, str> {
     let mut mended = String::new();
     let mut copied = 0;

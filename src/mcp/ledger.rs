@@ -3,6 +3,7 @@
 //! rmcp's typed results drop unknown fields and fail a whole list for one odd tool, so the transports hand every inbound
 //! text to the ledger first: the results of `tools/list` and `tools/call` are kept raw here, and rmcp gets a shorter one. Whether a request was sent decides between "never ran" and "may have run" when a session is lost.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -10,6 +11,8 @@ use rmcp::model::{ClientJsonRpcMessage, ClientRequest, ErrorData, RequestId, Ser
 use serde::Deserialize;
 use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde_json::value::RawValue;
+
+use super::json::mend;
 
 /// Clones share one ledger. An entry lives from the sending of its request until [`Ledger::close`].
 #[derive(Clone, Default)]
@@ -49,7 +52,7 @@ struct Envelope<'a> {
 #[serde(untagged)]
 enum Id<'a> {
     Number(i64),
-    Text(#[serde(borrow)] std::borrow::Cow<'a, str>),
+    Text(#[serde(borrow)] Cow<'a, str>),
     Other(IgnoredAny),
 }
 
@@ -155,7 +158,10 @@ impl Ledger {
         let mut entries = self.entries();
         let entry = entries.get_mut(&id)?;
         if entry.result.is_none() {
-            entry.result = Some(result.to_owned());
+            entry.result = Some(match mend(result.get()) {
+                Cow::Borrowed(_) => result.to_owned(),
+                Cow::Owned(mended) => RawValue::from_string(mended).unwrap_or_else(|_| result.to_owned()),
+            });
         }
         Some(entry.method)
     }
@@ -246,6 +252,13 @@ mod tests {
         let seen = ledger.read(br#" {"jsonrpc":"2.0","id":"3","result":{ "n": 123456789012345678901234567890 }}"#);
         assert!(matches!(&seen[..], [ServerJsonRpcMessage::Response(answer)] if answer.id == RequestId::Number(3)));
         assert_eq!(raw(&ledger, 3).unwrap(), r#"{ "n": 123456789012345678901234567890 }"#);
+    }
+
+    #[test]
+    fn half_a_surrogate_pair_is_the_one_thing_that_is_mended() {
+        let ledger = ledger_with_call(1);
+        ledger.read(br#"{"jsonrpc":"2.0","id":1,"result":{"cut":"\ud83d", "whole":"\ud83d\udc4d"}}"#);
+        assert_eq!(raw(&ledger, 1).unwrap(), r#"{"cut":"\ufffd", "whole":"\ud83d\udc4d"}"#);
     }
 
     #[test]

@@ -8,8 +8,6 @@ use serde_json::{Map, Value};
 
 use crate::model::{Offered, Skipped, Tool};
 
-use super::json::mend;
-
 /// The most tools of one server, and the most bytes and depth of one tool's parts, that are kept.
 pub const MAX_TOOLS: usize = 5_000;
 /// How many tools that are not kept are named, and the characters of each name.
@@ -31,7 +29,7 @@ pub struct Definition {
 
 /// The definition of a kept tool.
 pub fn definition(tool: &Tool) -> Definition {
-    serde_json::from_str(&mend(&tool.definition)).unwrap_or_else(|_| Definition {
+    serde_json::from_str(&tool.definition).unwrap_or_else(|_| Definition {
         name: tool.name.clone(),
         description: None,
         input_schema: Value::Object(Map::new()),
@@ -77,9 +75,8 @@ fn read_tool(raw: &str) -> Result<Definition, (String, &'static str)> {
     struct Named {
         name: String,
     }
-    let mended = mend(raw);
-    let name = serde_json::from_str(&mended).map(|Named { name }| name).unwrap_or_default();
-    let Ok(value) = serde_json::from_str::<Value>(&mended) else {
+    let name = serde_json::from_str(raw).map(|Named { name }| name).unwrap_or_default();
+    let Ok(value) = serde_json::from_str::<Value>(raw) else {
         return Err((name, "its definition cannot be read: it is nested too deeply, or a number is too large"));
     };
     let refuse = |reason| Err((name.clone(), reason));
@@ -127,16 +124,15 @@ mod tests {
             r#"{"name":"nul\u0000","inputSchema":{}}"#,
             r#"{"name":"odd","inputSchema":{},"annotations":{"readOnlyHint":"yes"},"icons":7}"#,
             r#"{"name":"number","inputSchema":{},"description":5}"#,
-            r#"{"name":"cut","inputSchema":{},"description":"\ud83d"}"#,
             r#"{"name":"huge","inputSchema":{"maximum":1e400}}"#,
             "17",
         ]
         .map(|raw| RawValue::from_string(raw.to_owned()).unwrap());
         let (offered, skipped) = accept(&list);
         let kept: Vec<_> = offered.iter().map(|tool| tool.name.as_str()).collect();
-        assert_eq!(kept, ["a", "odd", "cut"]);
+        assert_eq!(kept, ["a", "odd"]);
         let skipped: Vec<_> = skipped.iter().map(|tool| tool.name.as_str()).collect();
-        assert_eq!(skipped, ["a", "no schema", "(tool 4)", "(tool 5)", "number", "huge", "(tool 10)"]);
+        assert_eq!(skipped, ["a", "no schema", "(tool 4)", "(tool 5)", "number", "huge", "(tool 9)"]);
     }
 
     #[test]

@@ -1,12 +1,13 @@
 """Loaded by schemathesis (SCHEMATHESIS_HOOKS): aims its cases at what `run.py` registered, and counts what is answered.
 
-- A made-up URL becomes one of this machine where nobody listens, and a made-up command loses its slashes, so that it is looked for
-  in an empty PATH: a run sends nothing to any other host and starts nothing but the fixture server. Other text stays as it was made.
+- A made-up URL becomes one of this machine where nobody listens, and a made-up command loses its slashes, so that it is looked
+  for in an empty PATH: a run sends nothing to any other host and starts nothing but the fixture server. Other text stays.
 - Most ids become those of live servers and their tools; the rest stay as they were made, or name a server whose upstream is gone.
 - What deletes or reconfigures goes to throw-away servers: those that the fuzzer made itself, else one made for it.
 - Most valid server names are made unique, since the fuzzer loves short ones and a second "0" is only ever a conflict.
 
-Choices hang on the content of a case, so that a case which is repeated (to shrink it) is aimed at the same thing again. There is one worker, hence no locks.
+Choices hang on the content of a case, so that a case which is repeated (to shrink it) is aimed at the same kind of thing again.
+There is one worker, hence no locks.
 """
 
 import atexit
@@ -66,10 +67,10 @@ def request(method, path, body=None):
         return answer.read()
 
 
-def throwaway(is_command):
+def throwaway(is_command, pick):
     """The id of a server that may be spoilt. Those made here are live, and their session ends by what is done to them."""
     known = next((it for it, kind in reversed(throwaways.items()) if kind == is_command), None)
-    if known:
+    if known and pick % (64 if is_command else 8):  # to start a command takes a second
         return known
     config = {"command": GIVEN["command"]} if is_command else {"server_url": GIVEN["upstream"]}
     made = json.loads(request("POST", "", {"server_name": f"throw-away {next(numbers)}", "config": config}))["id"]
@@ -93,7 +94,7 @@ def aim(case, operation, roll):
         return
     if operation == "mcp_delete_mcp_server":
         if share < 6 or made_up in KEPT:
-            ids["mcp_server_id"] = throwaway(is_command=pick % 16 == 0)
+            ids["mcp_server_id"] = throwaway(pick % 16 == 1, pick)
         return
     if operation == "mcp_update_mcp_server":
         body = case.body if isinstance(case.body, dict) else {"config": None, "": None}
@@ -102,7 +103,7 @@ def aim(case, operation, roll):
         elif share < 7 or made_up in KEPT:
             config = body["config"] if isinstance(body.get("config"), dict) else body
             is_command = bool(config.keys() & {"command", "args", "env"}) or "stdio" in map(str, config.values())
-            ids["mcp_server_id"] = throwaway(is_command != (share == 6))  # a few of the other type: a switch or a 422
+            ids["mcp_server_id"] = throwaway(is_command != (share == 6), pick)  # a few of the other type: a switch or a 422
         return
     if share == 7:
         return
