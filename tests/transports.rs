@@ -121,8 +121,8 @@ async fn arguments_that_a_modern_server_wants_as_headers_are_sent_so() {
     let http = fake::http::serve(Fake::new(script(json!({ "revisions": [MODERN], "tools": tools }))));
     let server = portolan.create("tenants", json!({ "server_url": http.url })).await;
     let id = server["id"].as_str().unwrap();
-    // On the session of the sync, and on a new one that has listed nothing yet.
-    for _ in 0..2 {
+    // On the session of the sync, and on new ones that have listed nothing yet.
+    for _ in 0..30 {
         let run = portolan.run(id, "tenant", json!({"tenant": "blue"})).await;
         assert_eq!(run["status"], "success", "{run}");
         portolan.app.mcp.forget(id);

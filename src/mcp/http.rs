@@ -250,7 +250,12 @@ impl HttpClient {
         }
         let new_session = text_header(&response, &SESSION);
         if is_media_type(&response, EVENT_STREAM) {
-            return Ok(StreamableHttpPostResponse::Sse(self.stream(response, deadline), new_session));
+            let stream = self.stream(response, deadline);
+            return if is_list(message) {
+                answer(stream).await.map(|answer| StreamableHttpPostResponse::Json(answer, new_session))
+            } else {
+                Ok(StreamableHttpPostResponse::Sse(stream, new_session))
+            };
         }
         if !is_media_type(&response, JSON) {
             return Err(StreamableHttpError::Client(HttpError::ContentType));
@@ -367,6 +372,26 @@ impl StreamableHttpClient for HttpClient {
 fn agent_id(message: &ClientJsonRpcMessage) -> Option<HeaderValue> {
     let ClientJsonRpcMessage::Request(request) = message else { return None };
     request.request.extensions().get::<AgentId>().map(|agent| agent.0.clone())
+}
+
+fn is_list(message: &ClientJsonRpcMessage) -> bool {
+    matches!(message, ClientJsonRpcMessage::Request(request) if matches!(request.request, ClientRequest::ListToolsRequest(_)))
+}
+
+/// The answer that a stream of events ends in. rmcp learns from a list which arguments a server wants as header fields
+/// (`x-mcp-header`), but not always: from a stream that ends with its answer it may take the answer and learn nothing.
+async fn answer(
+    mut stream: BoxStream<'static, Result<Sse, SseError>>,
+) -> Result<ServerJsonRpcMessage, StreamableHttpError<HttpError>> {
+    while let Some(event) = stream.next().await {
+        let data = event?.data.unwrap_or_default();
+        if let Ok(message @ (ServerJsonRpcMessage::Response(_) | ServerJsonRpcMessage::Error(_))) =
+            serde_json::from_str(&data)
+        {
+            return Ok(message);
+        }
+    }
+    Err(StreamableHttpError::UnexpectedEndOfStream)
 }
 
 fn as_events(messages: Vec<ServerJsonRpcMessage>) -> BoxStream<'static, Result<Sse, SseError>> {
