@@ -89,6 +89,8 @@ fn bad_creates() -> Vec<(Value, &'static str)> {
         json!("javascript:alert(1)"),
         json!("http://"),
         json!("http:///path"),
+        json!("http:h://x"),
+        json!("https:127.0.0.1:1/?://b"),
         json!("http://h:99999/"),
         json!("http://h/ b"),
         json!(" http://h/"),

@@ -140,12 +140,13 @@ async fn a_server_deleted_while_others_wait_for_it_keeps_no_child() {
     let (server, script) = portolan.create_stdio("deleted", &json!({})).await;
     let id = server["id"].as_str().unwrap();
     script.set(&json!({"list_delay_ms": 700}));
+    let messages = script.methods().len();
+    let delete = async {
+        eventually("a refresh is under way", || script.methods().len() > messages).await;
+        portolan.delete(&format!("/v1/mcp-servers/{id}")).await
+    };
     let (first, second, third, deleted) =
-        tokio::join!(portolan.refresh(id), portolan.refresh(id), portolan.refresh(id), async {
-            let lists = script.methods().len();
-            eventually("a refresh is under way", || script.methods().len() > lists).await;
-            portolan.delete(&format!("/v1/mcp-servers/{id}")).await
-        });
+        tokio::join!(portolan.refresh(id), portolan.refresh(id), portolan.refresh(id), delete);
     deleted.expect(204);
     for refresh in [first, second, third] {
         assert_eq!(refresh.expect(404)["code"], "not_found");

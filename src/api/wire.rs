@@ -423,7 +423,9 @@ fn valid_url(url: Option<String>, loc: &[&str], reader: &mut Reader) -> Option<S
         return None;
     };
     // The URL parser forgives white space, control characters and missing or extra slashes; the next one may not.
-    let slashes = url.split_once("://").is_some_and(|(_, rest)| !rest.starts_with('/'));
+    let slashes = url.split_once("://").is_some_and(|(scheme, rest)| {
+        ["http", "https"].iter().any(|known| scheme.eq_ignore_ascii_case(known)) && !rest.starts_with('/')
+    });
     let clean =
         url.chars().count() <= MAX_URL_CHARS && !url.chars().any(|c| c.is_control() || c.is_whitespace() || c == '\\');
     let parsed = Url::parse(&url).ok().filter(|parsed| matches!(parsed.scheme(), "http" | "https"));

@@ -24,7 +24,9 @@ impl Answer {
             structured_content: Option<&'a RawValue>,
             is_error: Option<bool>,
         }
-        let result: CallToolResult<'_> = serde_json::from_str(raw.get()).ok()?;
+        // serde would take an array of three for the struct, too.
+        let object = Some(raw.get()).filter(|text| text.starts_with('{'))?;
+        let result: CallToolResult<'_> = serde_json::from_str(object).ok()?;
         let blocks: Vec<_> = result.content.iter().flatten().map(|block| block_text(block)).collect();
         let text = match (&blocks[..], result.structured_content) {
             ([], Some(structured)) => compact(structured.get()),
@@ -83,7 +85,7 @@ mod tests {
 
     #[test]
     fn what_is_no_tool_result_is_not_taken_for_one() {
-        for result in ["null", "\"text\"", "[]", r#"{"content":"text"}"#, r#"{"isError":"yes"}"#] {
+        for result in ["null", "\"text\"", "[]", "[null,null,null]", r#"{"content":"text"}"#, r#"{"isError":"yes"}"#] {
             let raw = RawValue::from_string(result.to_owned()).unwrap();
             assert!(Answer::read(&raw).is_none(), "{result}");
         }

@@ -1,7 +1,7 @@
 //! A Portolan for one test, on the database the run is for, and the checks that every test makes.
 //!
 //! The database is SQLite in a temporary folder, or, with `PORTOLAN_TEST_POSTGRES_URL`, a fresh database of that server.
-//! Every answer is held against `openapi.yaml`. [`Portolan::stop`] asserts that no child, session or task is left.
+//! Every answer is held against `openapi.yaml`, and so is the body of every request that succeeds. [`Portolan::stop`] asserts that no child, session or task is left.
 
 pub(crate) mod openapi;
 
@@ -253,7 +253,7 @@ pub(crate) async fn eventually(what: &str, mut test: impl FnMut() -> bool) {
     }
 }
 
-/// An answer that `openapi.yaml` allows.
+/// An answer that `openapi.yaml` allows, to a request that it allows if the answer is a success.
 pub(crate) struct Answer {
     pub(crate) status: u16,
     pub(crate) headers: reqwest::header::HeaderMap,
@@ -262,7 +262,10 @@ pub(crate) struct Answer {
 
 impl Answer {
     pub(crate) async fn of(method: &str, path: &str, request: reqwest::RequestBuilder) -> Self {
-        let response = request.send().await.expect("Portolan answers");
+        let (client, request) = request.build_split();
+        let request = request.expect("a request can be made of this");
+        let sent = request.body().and_then(reqwest::Body::as_bytes).unwrap_or_default().to_vec();
+        let response = client.execute(request).await.expect("Portolan answers");
         let status = response.status().as_u16();
         let headers = response.headers().clone();
         let body = response.bytes().await.expect("the body arrives");
@@ -271,6 +274,7 @@ impl Answer {
             .map(|(name, value)| (name.to_string(), String::from_utf8_lossy(value.as_bytes()).into_owned()))
             .collect();
         openapi::check(method, path, status, &pairs, &body);
+        openapi::check_request(method, path, status, &sent);
         Self { status, headers, text: String::from_utf8_lossy(&body).into_owned() }
     }
 

@@ -3,6 +3,8 @@
 //! Nothing passes that the document does not name: an undocumented status, media type or key of a body is a failure,
 //! and so is a required header that is missing. Two answers are documented once for the whole server instead of in each
 //! operation: 404 for a path without a template, and 405 for a method that a template does not have.
+//!
+//! Requests are held against it the other way round: a body that the server takes must be one that the document allows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -31,10 +33,28 @@ pub(crate) fn check(method: &str, path: &str, status: u16, headers: &[(String, S
     }
 }
 
+/// Checks the body of a request against openapi.yaml; panics with a readable message naming the exchange when the server
+/// took (2xx) what the document does not allow. `path` as in [`check`].
+#[track_caller]
+pub(crate) fn check_request(method: &str, path: &str, status: u16, body: &[u8]) {
+    if !(200..300).contains(&status) {
+        return;
+    }
+    if let Err(reason) = OPENAPI.allows_request(method, path, body) {
+        let body = String::from_utf8_lossy(body);
+        let shown: String = body.chars().take(SHOWN).collect();
+        panic!(
+            "openapi.yaml does not allow this request, which the server took:\n  {method} {path} -> {status}\n{reason}\n\
+             body: {shown}"
+        );
+    }
+}
+
 /// (method, path template) pairs of the document in document order, for comparing with the route table both ways.
 pub(crate) fn operations() -> Vec<(String, String)> {
     let paths = OPENAPI.paths.iter();
-    paths.flat_map(|path| path.methods.iter().map(|(method, _)| (method.clone(), path.template.clone()))).collect()
+    let pairs = |path: &'static Path| path.operations.iter().map(|one| (one.method.clone(), path.template.clone()));
+    paths.flat_map(pairs).collect()
 }
 
 struct Openapi {
@@ -46,8 +66,22 @@ struct Openapi {
 
 struct Path {
     template: String,
-    /// Upper-case method and its answers by status, in document order.
-    methods: Vec<(String, BTreeMap<u16, Answer>)>,
+    /// In document order.
+    operations: Vec<Operation>,
+}
+
+struct Operation {
+    /// In upper case.
+    method: String,
+    /// None when the document has no body for it, and whatever is sent is ignored.
+    body: Option<RequestBody>,
+    /// By status.
+    answers: BTreeMap<u16, Answer>,
+}
+
+struct RequestBody {
+    required: bool,
+    schema: Validator,
 }
 
 struct Answer {
@@ -90,7 +124,7 @@ impl Openapi {
                 _ => Err("no path of the document matches, so the status must be 404 or 405".into()),
             };
         };
-        let Some(answers) = path.answers(method) else {
+        let Some(Operation { answers, .. }) = path.operation(method) else {
             if status != 405 {
                 return Err(format!("{} has no {method}, so the status must be 405", path.template));
             }
@@ -102,6 +136,16 @@ impl Openapi {
             return Err(format!("{} documents the statuses {} only", path.template, known.join(", ")));
         };
         answer.allows(method, headers, body)
+    }
+
+    fn allows_request(&self, method: &str, path: &str, body: &[u8]) -> Result<(), String> {
+        let operation = self.find(path).and_then(|path| path.operation(method));
+        let Some(known) = operation.and_then(|operation| operation.body.as_ref()) else { return Ok(()) };
+        if body.is_empty() {
+            return if known.required { Err("the document wants a body".into()) } else { Ok(()) };
+        }
+        let value = serde_json::from_slice(body).map_err(|error| format!("the body is not JSON: {error}"))?;
+        matches(&known.schema, &value)
     }
 
     /// The template that matches; where two do, the one that is literal first.
@@ -120,18 +164,12 @@ impl Path {
     fn read(document: &Document, template: String, at: &str) -> Self {
         const METHODS: [&str; 8] = ["get", "put", "post", "delete", "options", "head", "patch", "trace"];
         let operations = document.children(at).into_iter().filter(|(key, _)| METHODS.contains(&key.as_str()));
-        let methods = operations.map(|(method, at)| {
-            let answers = document.children(&format!("{at}/responses")).into_iter().map(|(status, at)| {
-                let status = status.parse().expect("openapi.yaml writes each status as a number");
-                (status, Answer::read(document, &at))
-            });
-            (method.to_uppercase(), answers.collect())
-        });
-        Self { methods: methods.collect(), template }
+        let operations = operations.map(|(method, at)| Operation::read(document, &method, &at));
+        Self { operations: operations.collect(), template }
     }
 
-    fn answers(&self, method: &str) -> Option<&BTreeMap<u16, Answer>> {
-        let find = |wanted: &str| self.methods.iter().find(|(name, _)| name == wanted).map(|(_, answers)| answers);
+    fn operation(&self, method: &str) -> Option<&Operation> {
+        let find = |wanted: &str| self.operations.iter().find(|operation| operation.method == wanted);
         find(method).or_else(|| if method == "HEAD" { find("GET") } else { None })
     }
 
@@ -139,11 +177,26 @@ impl Path {
     fn allow_is_true(&self, headers: &[(String, String)]) -> Result<(), String> {
         let told = values(headers, "allow").flat_map(|value| value.split(',')).map(str::trim);
         let told: BTreeSet<_> = told.filter(|method| !["HEAD", "OPTIONS"].contains(method)).collect();
-        let true_ones: BTreeSet<_> = self.methods.iter().map(|(method, _)| method.as_str()).collect();
+        let true_ones: BTreeSet<_> = self.operations.iter().map(|operation| operation.method.as_str()).collect();
         if told == true_ones {
             return Ok(());
         }
         Err(format!("the header allow names {told:?}, {} has {true_ones:?}", self.template))
+    }
+}
+
+impl Operation {
+    fn read(document: &Document, method: &str, at: &str) -> Self {
+        let answers = document.children(&format!("{at}/responses")).into_iter().map(|(status, at)| {
+            let status = status.parse().expect("openapi.yaml writes each status as a number");
+            (status, Answer::read(document, &at))
+        });
+        let body = format!("{at}/requestBody");
+        let body = document.get(&body).map(|known| RequestBody {
+            required: known.get("required") == Some(&Value::Bool(true)),
+            schema: document.validator(&format!("{body}/content/application~1json/schema")),
+        });
+        Self { method: method.to_uppercase(), body, answers: answers.collect() }
     }
 }
 
@@ -226,7 +279,10 @@ impl<'a> Document<'a> {
     fn get(&self, pointer: &str) -> Option<&'a Value> {
         let mut value = self.root;
         for key in pointer.split('/').skip(1) {
-            value = self.follow(value).get(key.replace("~1", "/").replace("~0", "~"))?;
+            value = match self.follow(value) {
+                Value::Array(items) => items.get(key.parse::<usize>().ok()?)?,
+                other => other.get(key.replace("~1", "/").replace("~0", "~"))?,
+            };
         }
         Some(self.follow(value))
     }
@@ -571,10 +627,11 @@ mod tests {
     #[test]
     fn each_operation_documents_what_it_can_answer() {
         for path in &OPENAPI.paths {
-            for (method, answers) in &path.methods {
-                let takes_body = ["POST", "PATCH"].contains(&method.as_str()) && !path.template.ends_with("/refresh");
-                let needed = [500, 503].into_iter().chain(path.template.contains('{').then_some(404));
-                let needed = needed.chain(takes_body.then_some([413, 415, 422]).into_iter().flatten());
+            for Operation { method, body, answers } in &path.operations {
+                let asks_database = path.template.starts_with("/v1/") && path.template != "/v1/health/";
+                let needed = [500].into_iter().chain(asks_database.then_some(503));
+                let needed = needed.chain(path.template.contains('{').then_some(404));
+                let needed = needed.chain(body.as_ref().map(|_| [400, 413, 415, 422]).into_iter().flatten());
                 for status in needed {
                     assert!(answers.contains_key(&status), "{method} {} lacks {status}", path.template);
                 }
@@ -587,32 +644,111 @@ mod tests {
     }
 
     #[test]
-    fn the_examples_of_the_document_are_valid() {
-        fn walk(document: &Document, at: &str, checked: &mut usize) {
-            for (name, example) in document.children(&format!("{at}/examples")) {
-                if let Some(value) = document.get(&format!("{example}/value")) {
-                    let outcome = matches(&document.validator(&format!("{at}/schema")), value);
-                    assert_eq!(outcome, Ok(()), "the example {name} at {at}");
-                    *checked += 1;
+    fn bodies_are_taken_where_the_document_has_one() {
+        let of = |method: &str, path: &str, body: &str| OPENAPI.allows_request(method, path, body.as_bytes());
+        assert_eq!(of("POST", "/v1/mcp-servers?x=1", r#"{"server_name":"n","config":{"command":"c"}}"#), Ok(()));
+        refused(of("POST", SERVERS, r#"{"server_name":"n","config":{"command":"c","extra":1}}"#), "'extra'");
+        refused(of("POST", SERVERS, ""), "wants a body");
+        refused(of("POST", SERVERS, "{"), "not JSON");
+        refused(of("PATCH", SERVER, r#"{"config":{"auth_token":7}}"#), "/config/auth_token");
+        assert_eq!(of("POST", RUN, ""), Ok(()));
+        refused(of("POST", RUN, r#"{"args":[]}"#), "/args");
+        assert_eq!(of("DELETE", SERVER, "anything"), Ok(()));
+        assert_eq!(of("PATCH", &format!("{SERVER}/refresh"), "anything"), Ok(()));
+    }
+
+    #[test]
+    #[should_panic(expected = "which the server took:\n  POST /v1/mcp-servers/ -> 200")]
+    fn a_body_that_was_taken_must_be_documented() {
+        check_request("POST", SERVERS, 422, b"{}");
+        check_request("POST", SERVERS, 200, b"{}");
+    }
+
+    /// Calls `found` with each example in the document, the pointer to its schema and the pointer to itself.
+    fn examples(document: &Document, found: &mut dyn FnMut(&str, &str)) {
+        fn walk(document: &Document, value: &Value, at: &str, found: &mut dyn FnMut(&str, &str)) {
+            let schema = format!("{at}/schema");
+            let has_schema = value.get("schema").is_some();
+            match value.get("examples") {
+                Some(Value::Object(_)) if has_schema => {
+                    for (_, example) in document.children(&format!("{at}/examples")) {
+                        found(&schema, &format!("{example}/value"));
+                    }
+                }
+                Some(Value::Array(items)) => {
+                    (0..items.len()).for_each(|index| found(at, &format!("{at}/examples/{index}")));
+                }
+                _ => {}
+            }
+            if has_schema && value.get("example").is_some() {
+                found(&schema, &format!("{at}/example"));
+            }
+            let entries = value.as_object().into_iter().flatten().map(|(key, value)| (key.clone(), value));
+            let items = value.as_array().into_iter().flatten().enumerate();
+            for (key, value) in entries.chain(items.map(|(index, value)| (index.to_string(), value))) {
+                if !["example", "examples", "$ref"].contains(&key.as_str()) {
+                    let key = key.replace('~', "~0").replace('/', "~1");
+                    walk(document, value, &format!("{at}/{key}"), found);
                 }
             }
-            if !at.ends_with("/schema") {
-                document.children(at).iter().for_each(|(_, child)| walk(document, child, checked));
-            }
         }
+        walk(document, document.root, "", found);
+    }
+
+    #[test]
+    fn the_examples_of_the_document_are_valid() {
         let root = document();
         let document = Document::new(&root);
         let mut checked = 0;
-        walk(&document, "/paths", &mut checked);
-        walk(&document, "/components/responses", &mut checked);
-        assert!(checked > 60, "only {checked} examples were found");
+        examples(&document, &mut |schema, at| {
+            let value = document.get(at).unwrap_or_else(|| panic!("openapi.yaml has no {at}"));
+            assert_eq!(matches(&document.validator(schema), value), Ok(()), "the example {at}");
+            checked += 1;
+        });
+        assert!(checked > 40, "only {checked} examples were found");
+    }
 
-        for (name, at) in document.children("/components/schemas") {
-            let examples = document.get(&format!("{at}/examples")).and_then(Value::as_array);
-            for example in examples.into_iter().flatten() {
-                assert_eq!(matches(&document.validator(&at), example), Ok(()), "the example of {name}");
-            }
-        }
+    #[test]
+    fn the_error_examples_have_the_texts_of_the_server() {
+        use portolan::error::{Error, Issue};
+
+        let named = || portolan::mcp::Error::Closed;
+        let internal = || "a cause".into();
+        let invalid = |error: &Value| {
+            let issues = error["errors"].as_array().expect("an invalid request names its places").iter();
+            let issue = |issue: &Value| Issue {
+                loc: issue["loc"].as_array().expect("a list").clone(),
+                msg: issue["msg"].as_str().expect("a text").to_owned(),
+            };
+            Error::Invalid(issues.map(issue).collect())
+        };
+        let root = document();
+        let document = Document::new(&root);
+        let mut codes = BTreeSet::new();
+        examples(&document, &mut |_, at| {
+            let example = document.get(at).expect("it is there");
+            let Some(code) = example.get("code").and_then(Value::as_str) else { return };
+            let (error, text) = match code {
+                "not_found" => (Error::NoServer, &example["detail"]),
+                "method_not_allowed" => (Error::MethodNotAllowed, &example["detail"]),
+                "name_taken" => (Error::NameTaken, &example["detail"]),
+                "body_incomplete" => (Error::BodyIncomplete, &example["detail"]),
+                "body_too_large" => (Error::BodyTooLarge { limit: 1024 * 1024 }, &example["detail"]),
+                "unsupported_media_type" => (Error::UnsupportedMediaType, &example["detail"]),
+                "invalid_request" => (invalid(example), &example["detail"]),
+                "internal" => (Error::Internal(internal()), &example["detail"]),
+                "unavailable" => (Error::Unavailable(sqlx::Error::PoolTimedOut.into()), &example["detail"]),
+                "mcp_server_unavailable" => {
+                    let server_name = "search".to_owned();
+                    (Error::Refresh { server_name, source: named() }, &example["detail"]["message"])
+                }
+                "mcp_connection_error" => (Error::Connect(named()), &example["error"]["message"]),
+                other => panic!("an example of an unknown error {other}"),
+            };
+            assert_eq!(*text, error.to_string(), "{at}");
+            codes.insert(code.to_owned());
+        });
+        assert_eq!(codes.len(), 11, "{codes:?}");
     }
 
     #[test]
@@ -634,6 +770,39 @@ mod tests {
                 true,
             ),
             (&create, json!({"server_name": " ", "command": "c"}), false),
+            (&create, json!({"server_name": format!(" {} ", "é".repeat(255)), "command": "c"}), true),
+            (&create, json!({"server_name": "é".repeat(256), "command": "c"}), false),
+            (&create, json!({"server_name": null, "command": "c"}), false),
+            (&create, json!({"server_name": null, "config": {"command": "c"}}), false),
+            (&create, json!({"server_name": "n", "config": null, "command": "c"}), true),
+            (&create, json!({"server_name": "n", "config": {"command": " "}}), false),
+            (&create, json!({"server_name": "n", "config": {"command": "é".repeat(4096), "args": null}}), true),
+            (&create, json!({"server_name": "n", "config": {"command": "c", "args": vec!["a"; 257]}}), false),
+            (&create, json!({"server_name": "n", "config": {"command": "c", "args": ["a".repeat(32 * 1024)]}}), true),
+            (
+                &create,
+                json!({"server_name": "n", "config": {"command": "c", "args": ["a".repeat(32 * 1024 + 1)]}}),
+                false,
+            ),
+            (&create, json!({"server_name": "n", "config": {"command": "c", "env": {"A=B": ""}}}), false),
+            (&create, json!({"server_name": "n", "config": {"command": "c", "server_url": null, "type": null}}), true),
+            (&create, json!({"server_name": "n", "config": {"command": "c", "auth_token": ""}}), false),
+            (&create, json!({"server_name": "n", "config": {"command": "c", "token": null}}), false),
+            (
+                &create,
+                json!({"server_name": "n", "config": {"command": null, "server_url": "https://x", "args": null}}),
+                true,
+            ),
+            (
+                &create,
+                json!({"server_name": "n", "config": {"type": "sse", "mcp_server_type": "streamable_http", "server_url": "https://x"}}),
+                false,
+            ),
+            (
+                &create,
+                json!({"server_name": "n", "config": {"type": "sse", "mcp_server_type": null, "server_url": "https://x"}}),
+                true,
+            ),
             (&create, json!({"server_name": "a\u{7}", "command": "c"}), false),
             (&create, json!({"server_name": "n", "command": ""}), false),
             (&create, json!({"server_name": "n", "command": "c", "server_url": "https://x"}), false),
@@ -647,10 +816,44 @@ mod tests {
             (&create, json!({"server_name": "n", "config": {"server_url": "https://x", "auth_header": "a b"}}), false),
             (&create, json!({"server_name": "n", "config": {"server_url": "https://x", "auth_token": "a\nb"}}), false),
             (&create, json!({"server_name": "n", "config": {"server_url": "https://x", "extra": 1}}), false),
+            (
+                &create,
+                json!({"server_name": "n", "config": {"server_url": "https://x", "auth_header": "", "auth_token": ""}}),
+                true,
+            ),
+            (&create, json!({"server_name": "n", "config": {"server_url": "https://x", "auth_token": "é"}}), false),
+            (
+                &create,
+                json!({"server_name": "n", "config": {"server_url": "https://x", "auth_header": "Mcp-SESSION-id"}}),
+                false,
+            ),
+            (
+                &create,
+                json!({"server_name": "n", "config": {"server_url": "https://x", "custom_headers": {"TE": "1"}}}),
+                false,
+            ),
+            (
+                &create,
+                json!({"server_name": "n", "config": {"server_url": "https://x", "custom_headers": {"X-Te": "a\tb"}}}),
+                true,
+            ),
+            (&create, json!({"server_name": "n", "config": {"server_url": "HTTP://exämple.com:1/{a}?b=\"c\""}}), true),
+            (&create, json!({"server_name": "n", "config": {"server_url": "http:///x"}}), false),
+            (&create, json!({"server_name": "n", "config": {"server_url": "http://x\\y"}}), false),
+            (&create, json!({"server_name": "n", "config": {"server_url": "http://x/\u{3000}"}}), false),
+            (&create, json!({"server_name": "n", "config": {"server_url": "http://x/#"}}), false),
             (&update, json!({}), true),
             (&update, json!({"server_name": null, "config": null}), true),
             (&update, json!({"config": {"mcp_server_type": "stdio", "command": null, "args": null}}), true),
             (&update, json!({"server_url": "https://x", "token": "t"}), true),
+            (&update, json!({"token": "t", "auth_token": null, "config": null, "command": null}), true),
+            (&update, json!({"token": "t", "auth_token": ""}), false),
+            (&update, json!({"type": "sse", "mcp_server_type": "sse"}), true),
+            (&update, json!({"type": "sse", "mcp_server_type": "streamable_http"}), false),
+            (&update, json!({"config": {"type": "sse", "mcp_server_type": "stdio"}}), false),
+            (&update, json!({"config": {"mcp_server_type": "sse", "command": "c"}}), false),
+            (&update, json!({"config": {"auth_header": "", "server_url": null}}), true),
+            (&update, json!({"server_name": ""}), false),
             (&update, json!({"config": {"auth_token": "", "custom_headers": {}}}), true),
             (&update, json!({"config": {"custom_headers": {"a": null}}}), false),
             (&update, json!({"id": "x"}), false),
