@@ -253,6 +253,7 @@ impl Server {
 #[derive(Clone, Debug, FromRow)]
 pub struct Tool {
     /// `tool-<uuid4>`; kept as long as the server offers a tool of this name.
+    #[sqlx(rename = "tool_id")]
     pub id: String,
     pub server_id: String,
     pub name: String,
@@ -260,6 +261,15 @@ pub struct Tool {
     pub position: i64,
     /// The MCP tool definition, byte for byte as the server sent it (JSON).
     pub definition: String,
+}
+
+/// A tool and its server, as one row; the server's `tool_count` is not counted here.
+#[derive(Clone, Debug, FromRow)]
+pub struct ServerTool {
+    #[sqlx(flatten)]
+    pub server: Server,
+    #[sqlx(flatten)]
+    pub tool: Tool,
 }
 
 /// A tool as a server offers it now.

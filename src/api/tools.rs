@@ -9,7 +9,7 @@ use tokio::task::spawn_blocking;
 use crate::app::App;
 use crate::error::Error;
 use crate::mcp::{self, Room};
-use crate::model::{Server, Tool};
+use crate::model::ServerTool;
 
 use super::guard::{RunBody, ServerId, ToolId};
 use super::wire::{ToolExecutionResult, ToolObject, run_arguments, tools_array};
@@ -24,7 +24,7 @@ pub async fn list(State(app): State<App>, ServerId(id): ServerId) -> Result<Resp
 }
 
 pub async fn retrieve(State(app): State<App>, ids: ToolId) -> Result<Response, Error> {
-    let (server, tool) = find(&app, &ids).await?;
+    let ServerTool { server, tool } = find(&app, &ids).await?;
     Ok(Json(ToolObject::new(&server, &tool, &mut Room::default())).into_response())
 }
 
@@ -34,7 +34,7 @@ pub async fn run(
     RunBody(body): RunBody,
 ) -> Result<Json<ToolExecutionResult>, Error> {
     let arguments = run_arguments(body)?;
-    let (server, tool) = find(&app, &ids).await?;
+    let ServerTool { server, tool } = find(&app, &ids).await?;
     let outcome = app.mcp.run_tool(&server, &tool, arguments).await.map_err(|error| match error {
         mcp::Error::Deleted => Error::NoServer,
         error => Error::Connect(error),
@@ -42,8 +42,10 @@ pub async fn run(
     Ok(Json(outcome.into()))
 }
 
-async fn find(app: &App, ToolId { server_id, tool_id }: &ToolId) -> Result<(Server, Tool), Error> {
-    let server = app.store.server(server_id).await?.ok_or(Error::NoServer)?;
-    let tool = app.store.tool(server_id, tool_id).await?.ok_or(Error::NoTool)?;
-    Ok((server, tool))
+async fn find(app: &App, ToolId { server_id, tool_id }: &ToolId) -> Result<ServerTool, Error> {
+    match app.store.tool(server_id, tool_id).await? {
+        Some(found) => Ok(found),
+        None if app.store.server(server_id).await?.is_some() => Err(Error::NoTool),
+        None => Err(Error::NoServer),
+    }
 }

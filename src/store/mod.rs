@@ -20,6 +20,8 @@ use sqlx::{ConnectOptions, Connection};
 
 pub use servers::{Reached, ServerUpdate};
 
+/// How long a connection to PostgreSQL may have been idle to be used without a look at it.
+const TRUSTED_IDLE: Duration = Duration::from_secs(1);
 /// How long a statement may wait for a connection, and a connection for the database.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a change may wait for its turn to write to SQLite.
@@ -142,6 +144,7 @@ impl Store {
             .disable_statement_logging();
         let write = SqlitePoolOptions::new()
             .max_connections(1)
+            .test_before_acquire(false)
             .acquire_timeout(WRITE_TIMEOUT)
             .connect_with(options.clone())
             .await
@@ -149,6 +152,7 @@ impl Store {
         migrated(place, sqlx::migrate!("migrations/sqlite").run(&write).await)?;
         let read = SqlitePoolOptions::new()
             .max_connections(SQLITE_READERS)
+            .test_before_acquire(false)
             .acquire_timeout(ACQUIRE_TIMEOUT)
             .connect_lazy_with(options);
         Ok(Self::Sqlite { read, write })
@@ -173,6 +177,16 @@ impl Store {
         let pool = PgPoolOptions::new()
             .max_connections(POSTGRES_CONNECTIONS)
             .acquire_timeout(ACQUIRE_TIMEOUT)
+            // A look at a connection costs a round trip: only for one that was idle long enough to have been cut.
+            .test_before_acquire(false)
+            .before_acquire(|connection, meta| {
+                Box::pin(async move {
+                    if meta.idle_for > TRUSTED_IDLE {
+                        connection.ping().await?;
+                    }
+                    Ok(true)
+                })
+            })
             .connect_lazy_with(options);
         migrated(place, sqlx::migrate!("migrations/postgres").run(&pool).await)?;
         Ok(Self::Postgres(pool))

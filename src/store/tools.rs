@@ -4,14 +4,14 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value};
 
-use crate::model::{Changed, Era, Offered, State, Tool, ToolChanges, sha256_hex};
+use crate::model::{Changed, Era, Offered, ServerTool, State, Tool, ToolChanges, sha256_hex};
 
 use super::{Error, Store, now, on_db};
 
-/// The columns of [`Tool`].
+/// The columns of [`Tool`], as `tools` has them.
 macro_rules! columns {
     () => {
-        "id, server_id, name, position, definition"
+        "tools.id AS tool_id, server_id, name, position, definition"
     };
 }
 
@@ -26,9 +26,15 @@ impl Store {
         Ok(on_db!(self, read pool => sqlx::query_as(LIST).bind(server_id).fetch_all(pool).await)?)
     }
 
-    /// A tool of this server; a tool of another one is not found (CONTRACT row 9).
-    pub async fn tool(&self, server_id: &str, tool_id: &str) -> Result<Option<Tool>, Error> {
-        const SQL: &str = concat!("SELECT ", columns!(), " FROM tools WHERE id = $1 AND server_id = $2");
+    /// A tool of this server, with the server; a tool of another one is not found (CONTRACT row 9). One round trip,
+    /// because every run waits for it.
+    pub async fn tool(&self, server_id: &str, tool_id: &str) -> Result<Option<ServerTool>, Error> {
+        const SQL: &str = concat!(
+            "SELECT servers.id, server_name, type, config, revision, era, state, error, last_synced_at, created_at, \
+             updated_at, CAST(0 AS BIGINT) AS tool_count, ",
+            columns!(),
+            " FROM tools JOIN servers ON servers.id = server_id WHERE tools.id = $1 AND server_id = $2"
+        );
         Ok(on_db!(self, read pool => sqlx::query_as(SQL).bind(tool_id).bind(server_id).fetch_optional(pool).await)?)
     }
 
