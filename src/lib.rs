@@ -16,7 +16,7 @@
 //! | [`model`] | plain data, also the table rows |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON, in and out), one file per group of routes |
 //! | [`mcp`] | speaks MCP: `pool` and `session`, the transports `stdio`, `http` and `sse`, `egress`, `ledger` (raw results), `events`, `schema` |
 //! | [`store`] | speaks SQL: one file per table |
 //!

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Database, client, fake_mcp, processes_naming};
+use crate::harness::{Database, client, eventually, fake_mcp, processes_naming};
 
 struct Program {
     child: Child,
@@ -187,7 +187,11 @@ async fn a_stop_finishes_what_is_under_way_and_leaves_no_child() {
         let run = format!("{one}/{}/run", tools[0]["id"].as_str().unwrap());
         let runs: Vec<_> =
             (0..10).map(|_| tokio::spawn(client.post(&run).json(&json!({"args": {"ms": 1500}})).send())).collect();
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        let calls = || {
+            let log = std::fs::read_to_string(format!("{}.log", script.display())).unwrap_or_default();
+            log.matches("tools/call").count()
+        };
+        eventually("all runs are under way", || calls() == 10).await;
         program.signal(signal);
         for run in runs {
             let answer: Value = run.await.unwrap().expect("it is answered").json().await.unwrap();

@@ -1,19 +1,15 @@
-//! Letta's JSON, exactly: what a client sends becomes a model, a model becomes what a client reads (docs/CONTRACT.md).
+//! What a client sends.
 //!
 //! Both generations of bodies are read here: `{server_name, config: {…}}` of every stable SDK, and the flat body of the
 //! pre-releases. All that is wrong with a body is told at once, by place and never by value.
 
 use http::{HeaderName, HeaderValue};
-use serde::Serialize;
-use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 use url::Url;
 
+use crate::api::guard::shown;
 use crate::error::{Error, Issue};
-use crate::mcp::{Outcome, Room, definition, json_schema};
-use crate::model::{Connector, Remote, Secret, SecretMap, Server, ServerType, State, Stdio, Tool, clear, sha256_hex};
-
-use super::guard::shown;
+use crate::model::{Connector, Remote, Secret, SecretMap, Server, ServerType, Stdio};
 
 const MAX_NAME_CHARS: usize = 255;
 const MAX_COMMAND_CHARS: usize = 4096;
@@ -25,9 +21,6 @@ const MAX_ITEMS: usize = 256;
 const MAX_ISSUES: usize = 100;
 /// What is wrong with an entry of a list or map.
 const ENTRY: &str = "This must be a string of at most 32 KiB.";
-
-/// Letta's default user, which every tool was made by.
-const USER: &str = "user-00000000-0000-4000-8000-000000000000";
 
 /// Header fields that belong to HTTP or MCP itself and cannot be configured.
 const RESERVED_HEADERS: [&str; 15] = [
@@ -483,215 +476,5 @@ pub fn run_arguments(mut body: Map<String, Value>) -> Result<Map<String, Value>,
     match body.keys().next() {
         None => Ok(arguments),
         Some(key) => Err(Error::invalid(vec![json!("body"), json!(shown(key))], "Unknown field.")),
-    }
-}
-
-/// A server as Letta shows it, then what Portolan adds (CONTRACT row 5).
-#[derive(Serialize)]
-pub struct ServerObject<'a> {
-    mcp_server_type: ServerType,
-    #[serde(flatten)]
-    connector: ConnectorObject<'a>,
-    id: &'a str,
-    server_name: &'a str,
-    r#type: ServerType,
-    created_at: String,
-    updated_at: String,
-    status: Status<'a>,
-}
-
-#[derive(Serialize)]
-#[serde(untagged)]
-enum ConnectorObject<'a> {
-    Stdio {
-        command: &'a str,
-        args: &'a [String],
-        #[serde(serialize_with = "clear_map")]
-        env: &'a Option<SecretMap>,
-    },
-    Remote {
-        server_url: &'a str,
-        auth_header: Option<&'a str>,
-        #[serde(serialize_with = "clear_option")]
-        auth_token: &'a Option<Secret>,
-        #[serde(serialize_with = "clear_map")]
-        custom_headers: &'a Option<SecretMap>,
-    },
-}
-
-fn clear_map<S: serde::Serializer>(map: &&Option<SecretMap>, out: S) -> Result<S::Ok, S::Error> {
-    clear::option_map(map, out)
-}
-
-fn clear_option<S: serde::Serializer>(secret: &&Option<Secret>, out: S) -> Result<S::Ok, S::Error> {
-    clear::option(secret, out)
-}
-
-#[derive(Serialize)]
-struct Status<'a> {
-    state: State,
-    error: Option<std::borrow::Cow<'a, str>>,
-    tool_count: i64,
-    last_synced_at: Option<String>,
-}
-
-impl<'a> From<&'a Server> for ServerObject<'a> {
-    fn from(server: &'a Server) -> Self {
-        let (state, error) = match &server.config.0 {
-            Ok(_) => (server.state, server.error.as_deref().map(Into::into)),
-            Err(unreadable) => (State::Unreachable, Some(unreadable.to_string().into())),
-        };
-        let connector = match (&server.config.0, server.server_type) {
-            (Ok(Connector::Stdio(Stdio { command, args, env })), _) => ConnectorObject::Stdio { command, args, env },
-            (Ok(Connector::Sse(remote) | Connector::StreamableHttp(remote)), _) => ConnectorObject::Remote {
-                server_url: &remote.server_url,
-                auth_header: remote.auth_header.as_deref(),
-                auth_token: &remote.auth_token,
-                custom_headers: &remote.custom_headers,
-            },
-            (Err(_), ServerType::Stdio) => ConnectorObject::Stdio { command: "", args: &[], env: &None },
-            (Err(_), ServerType::Sse | ServerType::StreamableHttp) => {
-                ConnectorObject::Remote { server_url: "", auth_header: None, auth_token: &None, custom_headers: &None }
-            }
-        };
-        Self {
-            mcp_server_type: server.server_type,
-            connector,
-            id: &server.id,
-            server_name: &server.server_name,
-            r#type: server.server_type,
-            created_at: rfc3339(server.created_at),
-            updated_at: rfc3339(server.updated_at),
-            status: Status {
-                state,
-                error,
-                tool_count: server.tool_count,
-                last_synced_at: server.last_synced_at.map(rfc3339),
-            },
-        }
-    }
-}
-
-fn rfc3339(time: chrono::DateTime<chrono::Utc>) -> String {
-    time.to_rfc3339_opts(chrono::SecondsFormat::Micros, true)
-}
-
-/// A tool as Letta shows it (CONTRACT row 12), with the untouched MCP definition under `metadata_.mcp.definition`.
-#[derive(Serialize)]
-pub struct ToolObject<'a> {
-    id: &'a str,
-    tool_type: &'static str,
-    description: Option<String>,
-    source_type: &'static str,
-    name: &'a str,
-    tags: [String; 1],
-    source_code: String,
-    json_schema: Value,
-    args_json_schema: Map<String, Value>,
-    return_char_limit: u32,
-    pip_requirements: (),
-    npm_requirements: (),
-    default_requires_approval: (),
-    enable_parallel_execution: bool,
-    created_by_id: &'static str,
-    last_updated_by_id: &'static str,
-    metadata_: Metadata<'a>,
-    project_id: (),
-}
-
-#[derive(Serialize)]
-struct Metadata<'a> {
-    mcp: Origin<'a>,
-    tool_hash: String,
-}
-
-#[derive(Serialize)]
-struct Origin<'a> {
-    server_name: &'a str,
-    server_id: &'a str,
-    definition: Option<&'a RawValue>,
-}
-
-impl<'a> ToolObject<'a> {
-    /// What the answer has room for is counted in `room`, shared by all tools of one answer.
-    pub fn new(server: &'a Server, tool: &'a Tool, room: &mut Room) -> Self {
-        let parts = definition(tool);
-        // What Letta stores as the code of every MCP tool; its own clients show it.
-        let source_code = format!(
-            "def {}(**kwargs):\n    raise RuntimeError(\"Something went wrong - we should never be using the \
-             persisted source code for MCP. Please reach out to Letta team\")",
-            tool.name
-        );
-        let hash = sha256_hex(&format!("{source_code}|python|"));
-        Self {
-            id: &tool.id,
-            tool_type: "external_mcp",
-            json_schema: json_schema(&tool.name, parts.description.as_deref(), &parts.input_schema, room),
-            description: parts.description,
-            source_type: "python",
-            name: &tool.name,
-            tags: [format!("mcp:{}", server.server_name)],
-            source_code,
-            args_json_schema: Map::new(),
-            return_char_limit: 50_000,
-            pip_requirements: (),
-            npm_requirements: (),
-            default_requires_approval: (),
-            enable_parallel_execution: false,
-            created_by_id: USER,
-            last_updated_by_id: USER,
-            metadata_: Metadata {
-                mcp: Origin {
-                    server_name: &server.server_name,
-                    server_id: &server.id,
-                    definition: serde_json::from_str(&tool.definition).ok(),
-                },
-                tool_hash: hash[..12].to_owned(),
-            },
-            project_id: (),
-        }
-    }
-}
-
-/// The tools of a server as a JSON array, written one by one: all of them at once as values would take several times the
-/// memory.
-pub fn tools_array(server: &Server, tools: &[Tool]) -> Vec<u8> {
-    let mut room = Room::default();
-    let mut array = vec![b'['];
-    for tool in tools {
-        if array.len() > 1 {
-            array.push(b',');
-        }
-        serde_json::to_writer(&mut array, &ToolObject::new(server, tool, &mut room)).expect("a tool is JSON");
-    }
-    array.push(b']');
-    array
-}
-
-/// What came of a run, with Letta's six keys and Portolan's two (CONTRACT row 13).
-#[derive(Serialize)]
-pub struct ToolExecutionResult {
-    status: &'static str,
-    func_return: String,
-    agent_state: (),
-    stdout: (),
-    stderr: (),
-    sandbox_config_fingerprint: (),
-    result: Option<Box<RawValue>>,
-    duration_ms: f64,
-}
-
-impl From<Outcome> for ToolExecutionResult {
-    fn from(outcome: Outcome) -> Self {
-        Self {
-            status: if outcome.is_error { "error" } else { "success" },
-            func_return: outcome.text,
-            agent_state: (),
-            stdout: (),
-            stderr: (),
-            sandbox_config_fingerprint: (),
-            result: outcome.result,
-            duration_ms: (outcome.duration.as_secs_f64() * 1_000_000.0).round() / 1_000.0,
-        }
     }
 }

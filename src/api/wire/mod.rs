@@ -1,0 +1,7 @@
+//! Letta's JSON, exactly: what a client sends becomes a model, a model becomes what a client reads (docs/CONTRACT.md).
+
+mod answer;
+mod request;
+
+pub use answer::{ServerObject, ToolExecutionResult, ToolObject, tools_array};
+pub use request::{CreateServer, UpdateServer, run_arguments};
