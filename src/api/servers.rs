@@ -24,13 +24,19 @@ const REPEATED_CREATE: TimeDelta = TimeDelta::minutes(5);
 
 pub async fn create(State(app): State<App>, headers: HeaderMap, JsonBody(body): JsonBody) -> Result<Response, Error> {
     let request = CreateServer::read(body)?;
+    let creating = app.clone();
+    let server = app.to_the_end(async move { register(&creating, &headers, &request).await }).await?;
+    Ok(Json(ServerObject::from(&server)).into_response())
+}
+
+async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Result<Server, Error> {
     let id = format!("mcp_server-{}", Uuid::new_v4());
     let server = match app.store.create_server(&id, &request.server_name, &request.connector).await {
         Ok(server) => {
             tracing::info!(server.id, server.r#type = server.server_type.as_str(), "server registered");
             server
         }
-        Err(store::Error::NameTaken) => earlier_try(&app, &headers, &request).await?.ok_or(Error::NameTaken)?,
+        Err(store::Error::NameTaken) => earlier_try(app, headers, request).await?.ok_or(Error::NameTaken)?,
         Err(error) => return Err(error.into()),
     };
     let mut done = true;
@@ -41,7 +47,7 @@ pub async fn create(State(app): State<App>, headers: HeaderMap, JsonBody(body): 
     if !done && server.state == ServerState::NeverConnected {
         server.error = Some("The server is still being connected; its tools will appear when it answers.".to_owned());
     }
-    Ok(Json(ServerObject::from(&server)).into_response())
+    Ok(server)
 }
 
 /// The server that an earlier try of the same create made, when the SDK says that this is a repetition (CONTRACT row 4).

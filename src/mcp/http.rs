@@ -280,6 +280,8 @@ impl HttpClient {
             return Err(StreamableHttpError::AuthRequired(AuthRequiredError::new(challenge)));
         }
         if status == StatusCode::NOT_FOUND && in_session {
+            // Not taken; rmcp sends it again on a new session, if it gets one.
+            self.ledger.mark_sent(request_number(message), false);
             return Err(StreamableHttpError::SessionExpired);
         }
         let retry_after = text_header(&response, &RETRY_AFTER);
@@ -300,6 +302,7 @@ impl HttpClient {
             if let Some(error) = error {
                 // Several servers answer 400 where the specification has 404 for a session they do not know.
                 if in_session && status == StatusCode::BAD_REQUEST && error.message.to_lowercase().contains("session") {
+                    self.ledger.mark_sent(request_number(message), false);
                     return Err(StreamableHttpError::SessionExpired);
                 }
                 let answer = ServerJsonRpcMessage::error(error, Some(request.id.clone()));

@@ -43,8 +43,13 @@ struct Envelope<'a> {
     id: Option<Id<'a>>,
     #[serde(borrow)]
     method: Option<&'a RawValue>,
-    #[serde(borrow)]
+    #[serde(borrow, default, deserialize_with = "present")]
     result: Option<&'a RawValue>,
+}
+
+/// A null result is a result.
+fn present<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<&'de RawValue>, D::Error> {
+    <&RawValue>::deserialize(deserializer).map(Some)
 }
 
 /// Ours are numbers; some servers send them back as strings.
@@ -147,7 +152,11 @@ impl Ledger {
             return text;
         };
         match self.keep(id, result) {
-            Some(method) => thin(id, method, result),
+            Some(method) => {
+                let message = thin(id, method, result);
+                let readable = serde_json::from_str::<ServerJsonRpcMessage>(&message).is_ok();
+                if readable { message } else { thin(id, Method::Call, result) }
+            }
             None => text,
         }
     }
@@ -306,6 +315,13 @@ mod tests {
         for noise in [&b"starting up..."[..], b"{\"id\":8,\"result\":NaN}", b"17", b""] {
             assert!(ledger.read(noise).is_empty());
         }
+    }
+
+    #[test]
+    fn a_null_result_is_a_result() {
+        let ledger = ledger_with_call(7);
+        assert_eq!(ledger.read(br#"{"jsonrpc":"2.0","id":7,"result":null}"#).len(), 1);
+        assert_eq!(raw(&ledger, 7).unwrap(), "null");
     }
 
     #[test]

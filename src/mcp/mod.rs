@@ -16,6 +16,7 @@ mod session;
 mod sse;
 mod stdio;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -171,7 +172,7 @@ pub struct Outcome {
 #[derive(Clone)]
 pub struct Mcp {
     store: Store,
-    pool: Pool,
+    pool: Arc<Pool>,
     settings: Upstream,
     tracker: TaskTracker,
     stop: CancellationToken,
@@ -191,7 +192,7 @@ impl Mcp {
         let stop = CancellationToken::new();
         let client = egress::client(settings.connect_timeout)?;
         let context = Context { settings: settings.clone(), client, tracker: tracker.clone(), stop: stop.clone() };
-        Ok(Self { store, pool: Pool::new(context), settings, tracker, stop, syncing: Arc::default() })
+        Ok(Self { store, pool: Arc::new(Pool::new(context)), settings, tracker, stop, syncing: Arc::default() })
     }
 
     /// Lists the tools of a new server for the first time, in the background: the sync goes on when the caller leaves.
@@ -284,36 +285,46 @@ impl Mcp {
             match listing.await.unwrap_or(Err(Error::ListTimeout)) {
                 Ok(tools) => return Ok((tools, session.era())),
                 Err(Error::Closed | Error::Http(_)) if !new && !second => {
-                    self.pool.discard(&server.id, &session).await;
+                    self.pool.discard(&server.id, &session);
                     second = true;
                 }
                 Err(error) => {
                     // A session that cannot even list is not worth keeping.
-                    self.pool.discard(&server.id, &session).await;
+                    self.pool.discard(&server.id, &session);
                     return Err(error);
                 }
             }
         }
     }
 
-    /// The live session of a server, and whether it was opened just now.
+    /// The live session of a server, and whether it was opened just now. An opening goes on when the caller leaves.
     async fn session(&self, server: &Server) -> Result<(Arc<Session>, bool), Error> {
-        let (session, new) = self.pool.session(server).await?;
-        if !new {
+        if let Some(session) = self.pool.live(server) {
+            return Ok((session, false));
+        }
+        let (mcp, server) = (self.clone(), server.clone());
+        let opening = self.tracker.spawn(async move { mcp.open(&server).await });
+        // It ends without an outcome only with the runtime.
+        opening.await.unwrap_or(Err(Error::Stopping))
+    }
+
+    async fn open(&self, server: &Server) -> Result<(Arc<Session>, bool), Error> {
+        let opened = self.pool.session(server).await;
+        if let Ok((session, false)) = opened {
             return Ok((session, false));
         }
         // The server may have been deleted or changed between the reading of its row and the opening, when there was
         // nothing to forget yet: without this look its old command or token would stay in use.
-        match self.store.server(&server.id).await {
-            Ok(None) => {
+        match (self.store.server(&server.id).await, opened) {
+            (Ok(None), _) => {
                 self.pool.forget(&server.id);
                 Err(Error::Deleted)
             }
-            Ok(Some(current)) if current.revision != server.revision => {
-                self.pool.discard(&server.id, &session).await;
+            (Ok(Some(current)), Ok((session, _))) if current.revision != server.revision => {
+                self.pool.discard(&server.id, &session);
                 Err(Error::Reconfigured)
             }
-            Ok(Some(_)) | Err(_) => Ok((session, true)),
+            (_, opened) => opened,
         }
     }
 
@@ -332,15 +343,17 @@ impl Mcp {
         if arguments.contains_key(HEARTBEAT) && !declares(&definition(tool).input_schema, HEARTBEAT) {
             arguments.shift_remove(HEARTBEAT);
         }
-        let called = match self.call(server, tool, &arguments).await {
-            // The session was found dead, or of an old configuration, before anything was sent: a new one is as good.
-            Err(CallError::NotSent(Error::Closed | Error::Http(_) | Error::Reconfigured)) => {
-                let current = self.store.server(&server.id).await;
-                self.call(current.ok().flatten().as_ref().unwrap_or(server), tool, &arguments).await
+        let mut server = Cow::Borrowed(server);
+        let mut called = self.call(&server, tool, &arguments).await;
+        // A kept session was found dead, or of an old configuration, before anything was sent: a new one is as good.
+        if let Err(Failed { again: true, .. }) = called {
+            if let Ok(current) = self.store.server(&server.id).await {
+                server = Cow::Owned(current.ok_or(Error::Deleted)?);
             }
-            called => called,
-        };
-        let (is_error, text, result) = match called {
+            called = self.call(&server, tool, &arguments).await;
+        }
+        let server = &*server;
+        let (is_error, text, result) = match called.map_err(|failed| failed.error) {
             Ok(result) => match Answer::read(&result) {
                 Some(answer) => (answer.is_error, answer.text, Some(result)),
                 None => (true, "The server's answer is not a tool result.".to_owned(), None),
@@ -371,22 +384,32 @@ impl Mcp {
         server: &Server,
         tool: &Tool,
         arguments: &Map<String, Value>,
-    ) -> Result<Box<RawValue>, CallError> {
-        let (session, _) = self.session(server).await.map_err(CallError::NotSent)?;
-        if server.state != State::Ready {
+    ) -> Result<Box<RawValue>, Failed> {
+        let (session, new) = self.session(server).await.map_err(|error| {
+            let again = matches!(error, Error::Reconfigured);
+            Failed { error: CallError::NotSent(error), again }
+        })?;
+        if server.state != State::Ready || server.era() != Some(session.era()) {
             self.note(server, Ok(session.era())).await;
         }
         let needs_list = tool.definition.contains("x-mcp-header");
         let called = session.call_tool(&tool.name, arguments.clone(), needs_list, self.settings.run_timeout).await;
-        // What turned the call away or lost it may be all that is wrong: the next call gets a session of its own.
-        if matches!(called, Err(CallError::NotSent(_) | CallError::Refused(_) | CallError::Lost(_))) {
-            self.pool.discard(&server.id, &session).await;
-        }
-        called
+        called.map_err(|error| {
+            // What turned the call away or lost it may be all that is wrong: the next call gets a session of its own.
+            if matches!(error, CallError::NotSent(_) | CallError::Refused(_) | CallError::Lost(_)) {
+                self.pool.discard(&server.id, &session);
+            }
+            let again = !new && matches!(error, CallError::NotSent(_));
+            Failed { error, again }
+        })
     }
 
     /// Notes in the server's status what came of an attempt to reach it. That it cannot be noted harms no answer.
     async fn note(&self, server: &Server, attempt: Result<Era, &Error>) {
+        // What a stop cut off says nothing about the server.
+        if self.stop.is_cancelled() {
+            return;
+        }
         let reached = match attempt {
             Ok(era) => Reached { state: State::Ready, error: None, era: Some(era) },
             // These say nothing about the server.
@@ -415,6 +438,12 @@ impl Mcp {
         self.tracker.close();
         timeout(CLOSE_TIMEOUT, self.tracker.wait()).await.is_ok()
     }
+}
+
+/// A call without a result, and whether another attempt may be made: nothing was sent, and the reason may be gone.
+struct Failed {
+    error: CallError,
+    again: bool,
 }
 
 /// What a status says of tools that were not kept.

@@ -1,26 +1,21 @@
 //! One live session per server: opened at its first use, shared by all callers, opened again after its end.
 //!
 //! The lock of a slot is the single flight: whoever comes while a session is being opened waits for that attempt and
-//! shares its outcome, a failure too. The attempt belongs to the pool: it goes on when the caller who began it leaves. A
-//! session is in use as long as somebody holds its `Arc`; the pool's own hold ends when the server's configuration has a
+//! shares its outcome, a failure too. A session is in use as long as somebody holds its `Arc`; the pool's own hold ends when the server's configuration has a
 //! newer revision, when the server is deleted, or when Portolan stops, and calls that are under way finish on it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
-use tokio::sync::{Mutex as Lock, OwnedMutexGuard};
+use tokio::sync::Mutex as Lock;
 
 use crate::model::Server;
 
 use super::Error;
 use super::session::{Context, Session};
 
-/// Clones share one pool.
-#[derive(Clone)]
-pub struct Pool(Arc<Inner>);
-
-struct Inner {
+pub struct Pool {
     context: Context,
     slots: Mutex<Slots>,
 }
@@ -50,17 +45,25 @@ impl Slot {
 impl Pool {
     pub fn new(context: Context) -> Self {
         let slots = Mutex::new(Slots { by_server: HashMap::new(), closed: false });
-        Self(Arc::new(Inner { context, slots }))
+        Self { context, slots }
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
-        self.0.slots.lock().expect("no code panics while it holds the slots")
+        self.slots.lock().expect("no code panics while it holds the slots")
     }
 
-    /// The live session of this server, and whether it was opened for this call.
+    /// The session of this server, if there is a live one and nobody is just opening another.
+    pub fn live(&self, server: &Server) -> Option<Arc<Session>> {
+        let slot = self.slots().by_server.get(&server.id).cloned()?;
+        slot.try_lock().ok()?.live(server.revision)
+    }
+
+    /// The live session of this server, and whether it was opened for this call. To be awaited to its end: an opening
+    /// that is dropped half-way is lost to those who wait for it.
     ///
     /// # Errors
-    /// Why it could not be opened; [`Error::Stopping`] once [`Pool::close`] was called.
+    /// Why it could not be opened; [`Error::Reconfigured`] when the server was forgotten meanwhile, and
+    /// [`Error::Stopping`] once [`Pool::close`] was called.
     pub async fn session(&self, server: &Server) -> Result<(Arc<Session>, bool), Error> {
         let arrived = Instant::now();
         let slot = {
@@ -73,56 +76,51 @@ impl Pool {
                 None => slots.by_server.entry(server.id.clone()).or_default().clone(),
             }
         };
-        let held = slot.clone().lock_owned().await;
+        let mut held = slot.lock().await;
         if let Some(session) = held.live(server.revision) {
             return Ok((session, false));
         }
+        self.check_current(&server.id, &slot)?;
         if let Some((at, revision, error)) = &held.failed
             && *at > arrived
             && *revision == server.revision
         {
             return Err(error.clone());
         }
-        let opening = self.0.context.tracker.spawn(self.clone().open(slot, held, server.clone()));
-        match opening.await {
-            Ok(opened) => opened.map(|session| (session, true)),
-            // The runtime ends, or a bug: either way there is no session.
-            Err(_) => Err(Error::Stopping),
-        }
-    }
-
-    async fn open(
-        self,
-        slot: Arc<Lock<Slot>>,
-        mut held: OwnedMutexGuard<Slot>,
-        server: Server,
-    ) -> Result<Arc<Session>, Error> {
         held.live = None;
         let opened = match &server.config.0 {
-            Ok(connector) => Session::open(connector, server.era(), &self.0.context).await.map(Arc::new),
+            Ok(connector) => Session::open(connector, server.era(), &self.context).await.map(Arc::new),
             Err(unreadable) => Err(Error::Config(*unreadable)),
         };
-        match &opened {
-            Err(error) => held.failed = Some((Instant::now(), server.revision, error.clone())),
-            Ok(session) => {
-                tracing::info!(server.id, server.r#type = server.server_type.as_str(), "session opened");
-                held.failed = None;
-                // After a forget or a stop in the meantime only its callers hold it.
-                let slots = self.slots();
-                let current = slots.by_server.get(&server.id).is_some_and(|current| Arc::ptr_eq(current, &slot));
-                if current && !slots.closed {
-                    held.live = Some((server.revision, session.clone()));
-                }
-            }
+        let session = opened.inspect_err(|error| {
+            held.failed = Some((Instant::now(), server.revision, error.clone()));
+        })?;
+        tracing::info!(server.id, server.r#type = server.server_type.as_str(), "session opened");
+        held.failed = None;
+        // After a forget or a stop in the meantime its caller may find out why.
+        self.check_current(&server.id, &slot)?;
+        held.live = Some((server.revision, session.clone()));
+        Ok((session, true))
+    }
+
+    /// Whether this slot still is the server's.
+    fn check_current(&self, server_id: &str, slot: &Arc<Lock<Slot>>) -> Result<(), Error> {
+        let slots = self.slots();
+        match slots.by_server.get(server_id) {
+            _ if slots.closed => Err(Error::Stopping),
+            Some(current) if Arc::ptr_eq(current, slot) => Ok(()),
+            _ => Err(Error::Reconfigured),
         }
-        opened
     }
 
     /// Lets go of a session that proved to be dead, unless another one has taken its place.
-    pub async fn discard(&self, server_id: &str, session: &Arc<Session>) {
+    pub fn discard(&self, server_id: &str, session: &Arc<Session>) {
+        session.retire();
         let Some(slot) = self.slots().by_server.get(server_id).cloned() else { return };
-        let mut held = slot.lock().await;
-        if held.live.as_ref().is_some_and(|(_, current)| Arc::ptr_eq(current, session)) {
+        // Whoever holds the lock looks at the session himself, and finds it retired.
+        if let Ok(mut held) = slot.try_lock()
+            && held.live.as_ref().is_some_and(|(_, current)| Arc::ptr_eq(current, session))
+        {
             held.live = None;
         }
     }

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -66,6 +66,7 @@ pub struct Session {
     tracker: TaskTracker,
     era: Era,
     closed: CancellationToken,
+    retired: AtomicBool,
     listed: OnceCell<()>,
     _end: DropGuard,
 }
@@ -100,14 +101,16 @@ impl Session {
             Some(era) => (Attempt::Only(era), Attempt::Find),
             None => (Attempt::Find, Attempt::Only(Era::Initialize)),
         };
-        match Self::attempt(connector, first, context, deadline).await {
-            Err(error) if error.is_about_the_handshake() => {
+        let opened = match Self::attempt(connector, first, context, deadline).await {
+            Err(error) if error.is_about_the_handshake() && !context.stop.is_cancelled() => {
                 let again = Self::attempt(connector, second, context, deadline).await;
                 // The first error says more, unless the second attempt got further.
                 again.map_err(|later| if later.is_about_the_handshake() { error } else { later })
             }
             result => result,
-        }
+        };
+        // What a stop cut off says nothing about the server.
+        opened.map_err(|error| if context.stop.is_cancelled() { Error::Stopping } else { error })
     }
 
     async fn attempt(
@@ -165,6 +168,7 @@ impl Session {
             tracker: context.tracker.clone(),
             era,
             closed,
+            retired: AtomicBool::new(false),
             listed: OnceCell::new(),
             _end: end.drop_guard(),
         })
@@ -177,7 +181,12 @@ impl Session {
 
     /// No more calls can be made on this session.
     pub fn is_closed(&self) -> bool {
-        self.closed.is_cancelled() || self.peer.is_transport_closed()
+        self.retired.load(Ordering::Relaxed) || self.closed.is_cancelled() || self.peer.is_transport_closed()
+    }
+
+    /// Takes no more calls; those that are under way finish.
+    pub fn retire(&self) {
+        self.retired.store(true, Ordering::Relaxed);
     }
 
     /// All tools, page after page, each definition as the server wrote it. The caller sets the deadline.
@@ -366,7 +375,11 @@ fn who_we_are() -> InitializeRequestParams {
 
 /// Why a handshake failed, in our own words.
 async fn explain(error: ClientInitializeError, process: Option<Process>) -> Error {
-    if let Some(process) = process {
+    let lost = match &error {
+        ClientInitializeError::LegacyFallbackFailed { fallback, .. } => is_lost(fallback),
+        error => is_lost(error),
+    };
+    if let Some(process) = process.filter(|_| lost) {
         // The pipe closes a moment before the child can be reaped.
         let _ = timeout(REST_OF_OUTPUT, process.exited().cancelled_owned()).await;
         if let Some(words) = process.last_words() {
@@ -381,6 +394,11 @@ async fn explain(error: ClientInitializeError, process: Option<Process>) -> Erro
         ClientInitializeError::ConnectionClosed(_) => Error::Closed,
         _ => Error::Handshake,
     }
+}
+
+/// The connection was lost, so that the end of the child may be the reason; after a refusal its end is the consequence.
+fn is_lost(error: &ClientInitializeError) -> bool {
+    matches!(error, ClientInitializeError::ConnectionClosed(_) | ClientInitializeError::TransportError { .. })
 }
 
 /// What a transport's error says, if it says more than that the session is over.

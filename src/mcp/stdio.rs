@@ -103,7 +103,7 @@ pub fn spawn(
         }
     });
     let (queue, outgoing) = mpsc::channel(QUEUE);
-    tracker.spawn(write(stdin, outgoing, ledger.clone(), exited.clone()));
+    tracker.spawn(write(stdin, outgoing, ledger.clone(), exited.clone(), end.clone()));
     let transport = StdioTransport {
         lines: FramedRead::new(stdout, AnyDelimiterCodec::new_with_max_length(b"\n".into(), vec![], max_line)),
         read: VecDeque::new(),
@@ -175,6 +175,7 @@ async fn write(
     mut outgoing: mpsc::Receiver<(Option<i64>, Vec<u8>)>,
     ledger: Ledger,
     exited: CancellationToken,
+    end: CancellationToken,
 ) {
     while let Some((request, line)) = outgoing.recv().await {
         let mut written = 0;
@@ -192,7 +193,8 @@ async fn write(
                     }
                     written += count;
                 }
-                _ => return,
+                // Nobody reads any more: what waits for an answer must not wait for its deadline.
+                _ => return end.cancel(),
             }
         }
     }
@@ -203,8 +205,12 @@ fn last_line(stderr: &VecDeque<u8>, secrets: &[Secret]) -> Option<String> {
     let bytes: Vec<u8> = stderr.iter().copied().collect();
     let text = String::from_utf8_lossy(&bytes);
     let mut line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?.to_owned();
-    for secret in secrets.iter().map(Secret::expose).filter(|secret| secret.len() >= SHORTEST_SECRET) {
-        line = line.replace(secret, "********");
+    // Each line of each value, the longest first: a shorter one may be a part of it.
+    let mut values: Vec<&str> = secrets.iter().flat_map(|secret| secret.expose().lines()).map(str::trim).collect();
+    values.retain(|value| value.len() >= SHORTEST_SECRET);
+    values.sort_by_key(|value| std::cmp::Reverse(value.len()));
+    for value in values {
+        line = line.replace(value, "********");
     }
     Some(line.chars().take(STDERR_SHOWN).flat_map(char::escape_debug).collect())
 }

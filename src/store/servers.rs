@@ -35,16 +35,23 @@ impl Store {
             columns!()
         );
         let config = to_text(connector);
-        on_db!(self, write pool => sqlx::query_as(SQL)
-            .bind(id)
-            .bind(server_name)
-            .bind(connector.server_type().as_str())
-            .bind(config)
-            .bind(State::NeverConnected.as_str())
-            .bind(now())
-            .fetch_one(pool)
-            .await)
-        .map_err(taken)
+        // A transaction, although it is one statement: sqlx takes one row from SQLite and hears nothing of a commit that
+        // fails after it.
+        on_db!(self, write pool => {
+            let mut transaction = pool.begin().await?;
+            let server = sqlx::query_as(SQL)
+                .bind(id)
+                .bind(server_name)
+                .bind(connector.server_type().as_str())
+                .bind(config)
+                .bind(State::NeverConnected.as_str())
+                .bind(now())
+                .fetch_one(&mut *transaction)
+                .await
+                .map_err(taken)?;
+            transaction.commit().await?;
+            Ok(server)
+        })
     }
 
     /// All servers, oldest first. A row whose configuration cannot be read is among them (CONTRACT row 10).
@@ -111,10 +118,13 @@ impl Store {
 
     /// Removes a server and its tools; `false` when there is none.
     pub async fn delete_server(&self, id: &str) -> Result<bool, Error> {
-        const SQL: &str = "DELETE FROM servers WHERE id = $1 RETURNING id";
-        let gone: Option<(String,)> =
-            on_db!(self, write pool => sqlx::query_as(SQL).bind(id).fetch_optional(pool).await)?;
-        Ok(gone.is_some())
+        const SQL: &str = "DELETE FROM servers WHERE id = $1";
+        let deleted = on_db!(self, write pool => sqlx::query(SQL)
+            .bind(id)
+            .execute(pool)
+            .await
+            .map(|done| done.rows_affected()))?;
+        Ok(deleted > 0)
     }
 
     /// Notes what an attempt to reach the server found, unless its configuration has changed since.
