@@ -17,7 +17,7 @@
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
 //! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON, in and out), one file per group of routes |
-//! | [`mcp`] | speaks MCP: `pool` and `session`, the transports `stdio`, `http` and `sse`, `egress`, `ledger` (raw results), `events`, `schema` |
+//! | [`mcp`] | speaks MCP: `pool` and `session`, the transports `stdio`, `http` and `sse`, `egress`, `ledger` (raw results), `events`, `listing` and `schema` (tools), `result` and `json` (answers) |
 //! | [`store`] | speaks SQL: one file per table |
 //!
 //! # Who may import whom
