@@ -92,9 +92,24 @@ pub struct Upstream {
     /// How long one run of a tool may take
     #[arg(long, env = "PORTOLAN_RUN_TIMEOUT", default_value = "5m", value_parser = duration, global = true, value_name = "TIME")]
     pub run_timeout: Duration,
+    /// How long a session to a server that nobody uses is kept
+    #[arg(long, env = "PORTOLAN_IDLE_TIMEOUT", default_value = "5m", value_parser = duration, global = true, value_name = "TIME")]
+    pub idle_timeout: Duration,
+    /// How many calls one server gets at a time; more wait in its queue
+    #[arg(long, env = "PORTOLAN_MAX_CALLS_PER_SERVER", default_value_t = 16, value_parser = at_least_one, global = true, value_name = "NUMBER")]
+    pub max_calls_per_server: usize,
+    /// How many calls may wait for one server; more are answered 503
+    #[arg(long, env = "PORTOLAN_MAX_QUEUE_PER_SERVER", default_value_t = 64, global = true, value_name = "NUMBER")]
+    pub max_queue_per_server: usize,
+    /// How many stdio servers may run at a time; the one that is idle longest makes room for the next
+    #[arg(long, env = "PORTOLAN_MAX_CHILDREN", default_value_t = 64, value_parser = at_least_one, global = true, value_name = "NUMBER")]
+    pub max_children: usize,
     /// The largest line, event or body taken from a server, in bytes
     #[arg(long, env = "PORTOLAN_MAX_MESSAGE_BYTES", default_value_t = 16 * 1024 * 1024, global = true, value_name = "BYTES")]
     pub max_message_bytes: usize,
+    /// How many bytes of answers from all servers may be held at a time, shared fairly between servers
+    #[arg(long, env = "PORTOLAN_MAX_BYTES_IN_FLIGHT", default_value_t = 256 * 1024 * 1024, global = true, value_name = "BYTES")]
+    pub max_bytes_in_flight: usize,
     /// Split each argument of a stdio server at white space, as Letta did; for rows written for Letta
     #[arg(long, env = "PORTOLAN_LEGACY_ARG_SPLIT", global = true)]
     pub legacy_arg_split: bool,
@@ -109,6 +124,10 @@ fn duration(text: &str) -> Result<Duration, String> {
         Ok(time) => Ok(time),
         Err(_) => Err("write a number and a unit, for example 500ms, 20s or 5m".to_owned()),
     }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|number| *number > 0).ok_or_else(|| "write a whole number, 1 or more".to_owned())
 }
 
 fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {

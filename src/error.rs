@@ -4,6 +4,7 @@
 //! A handler returns [`Error`]; it travels in the response's extensions to [`Error::render`], which knows the request id.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::http::header::{ALLOW, HeaderName, RETRY_AFTER};
@@ -47,6 +48,9 @@ pub enum Error {
     Refresh { server_name: String, source: mcp::Error },
     #[error("Failed to connect to MCP server.")]
     Connect(#[source] mcp::Error),
+    /// Nothing was sent, and nothing is known to be wrong with another attempt in a while (CONTRACT row 14).
+    #[error("{source}")]
+    Overload { source: mcp::Error, retry_after: Duration },
     #[error("The database is not available; try again in a moment.")]
     Unavailable(#[source] store::Error),
     #[error("Something went wrong inside Portolan; its log names this request id.")]
@@ -58,6 +62,22 @@ fn summary(issues: &[Issue]) -> String {
         [] => "The request is not valid.".to_owned(),
         [only] => only.msg.clone(),
         [first, rest @ ..] => format!("{} ({} more problems are listed in errors.)", first.msg, rest.len()),
+    }
+}
+
+/// `Retry-After` in seconds (RFC 9110, 10.2.3), never 0.
+fn whole_seconds(time: Duration) -> u64 {
+    (time.as_secs_f64().ceil() as u64).max(1)
+}
+
+impl From<mcp::Error> for Error {
+    /// Why a run was not sent.
+    fn from(error: mcp::Error) -> Self {
+        match (&error, error.retry_after()) {
+            (mcp::Error::Deleted, _) => Self::NoServer,
+            (_, Some(retry_after)) => Self::Overload { source: error, retry_after },
+            (_, None) => Self::Connect(error),
+        }
     }
 }
 
@@ -89,6 +109,7 @@ impl Error {
             // Letta's own status for a server that a refresh cannot reach (CONTRACT row 11).
             Self::Refresh { .. } => (StatusCode::NOT_FOUND, "mcp_server_unavailable"),
             Self::Connect(_) => (StatusCode::BAD_GATEWAY, "mcp_connection_error"),
+            Self::Overload { .. } => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
             Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         }
@@ -99,6 +120,7 @@ impl Error {
         let (status, code) = self.status();
         match self {
             // The server of a user is away; Portolan is well.
+            Self::Overload { .. } => tracing::debug!(cause = %causes(self), code, "no room for a run"),
             Self::Connect(_) => tracing::warn!(cause = %causes(self), code, "no session for a run"),
             _ if status.is_server_error() => {
                 tracing::error!(error = %self, cause = %causes(self), code, "request failed")
@@ -124,6 +146,9 @@ impl Error {
         match self {
             Self::NameTaken | Self::Refresh { .. } | Self::Connect(_) | Self::Internal(_) => {
                 headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
+            }
+            Self::Overload { retry_after, .. } => {
+                headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(*retry_after)));
             }
             Self::Unavailable(_) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));

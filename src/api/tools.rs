@@ -8,7 +8,7 @@ use tokio::task::spawn_blocking;
 
 use crate::app::App;
 use crate::error::Error;
-use crate::mcp::{self, Room};
+use crate::mcp::Room;
 use crate::model::ServerTool;
 
 use super::guard::{RunBody, ServerId, ToolId};
@@ -35,11 +35,7 @@ pub async fn run(
 ) -> Result<Json<ToolExecutionResult>, Error> {
     let arguments = run_arguments(body)?;
     let ServerTool { server, tool } = find(&app, &ids).await?;
-    let outcome = app.mcp.run_tool(&server, &tool, arguments).await.map_err(|error| match error {
-        mcp::Error::Deleted => Error::NoServer,
-        error => Error::Connect(error),
-    })?;
-    Ok(Json(outcome.into()))
+    Ok(Json(app.mcp.run_tool(&server, &tool, arguments).await?.into()))
 }
 
 async fn find(app: &App, ToolId { server_id, tool_id }: &ToolId) -> Result<ServerTool, Error> {

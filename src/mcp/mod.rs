@@ -96,6 +96,12 @@ pub enum Error {
     Config(Unreadable),
     #[error("Portolan is stopping.")]
     Stopping,
+    #[error("The server has as many calls as it may have, and as many waiting; try again in a moment.")]
+    QueueFull,
+    #[error("As many stdio servers as may run are busy; try again in a moment, or raise --max-children.")]
+    NoChildFree,
+    #[error("{reason} Portolan tries it again in {} s.", .rest.as_secs_f64().ceil())]
+    Resting { reason: Box<Error>, rest: Duration },
 }
 
 impl Error {
@@ -113,6 +119,15 @@ impl Error {
             Self::Http(HttpError::SignIn) => true,
             Self::Http(HttpError::Status(status)) => status.is_client_error(),
             _ => false,
+        }
+    }
+
+    /// In what time another attempt may do, when the attempt at hand was not even made.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Resting { rest, .. } => Some(*rest),
+            Self::QueueFull | Self::NoChildFree => Some(Duration::from_secs(1)),
+            _ => None,
         }
     }
 
