@@ -12,6 +12,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Settings;
 use crate::error::Error;
 use crate::mcp::Mcp;
+pub use crate::mcp::keeper::{Keeper, keep_children};
 use crate::store::{OpenError, Store};
 use crate::{api, serve};
 
@@ -46,12 +47,20 @@ impl App {
     /// # Errors
     /// One sentence for the person who starts Portolan.
     pub async fn open(settings: Settings) -> Result<Self, StartError> {
+        Self::open_kept(settings, None).await
+    }
+
+    /// As [`App::open`], with a process that ends the children should this one be killed.
+    ///
+    /// # Errors
+    /// One sentence for the person who starts Portolan.
+    pub async fn open_kept(settings: Settings, keeper: Option<Keeper>) -> Result<Self, StartError> {
         let folder = &settings.storage.data_dir;
         make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
         let url = settings.storage.database_url.as_ref().map(|url| url.expose());
         let store = Store::open(url, folder).await?;
         let tracker = TaskTracker::new();
-        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), tracker.clone())?;
+        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), tracker.clone(), keeper)?;
         Ok(Self { settings: Arc::new(settings), store, mcp, tracker })
     }
 

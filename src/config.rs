@@ -22,6 +22,9 @@ pub struct Cli {
 pub enum Command {
     /// Serve the API (what happens without a command, too)
     Serve,
+    /// Ends children that are left when Portolan was killed; Portolan starts it by itself
+    #[command(hide = true)]
+    KeepChildren,
 }
 
 #[derive(Args, Clone, Debug)]

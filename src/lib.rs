@@ -17,20 +17,21 @@
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
 //! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON, in and out), one file per group of routes |
-//! | [`mcp`] | speaks MCP: `pool` and `session`, the transports `stdio`, `http` and `sse`, `egress`, `ledger` (raw results), `events`, `listing` and `schema` (tools), `result` and `json` (answers) |
+//! | [`mcp`] | speaks MCP: `pool` (one live session per server) and `watch` (what happens between calls), `session` (handshake, list, call), the transports `stdio`, `http` and `sse`, and what they are made of: `message` (JSON-RPC), `exchange` (who waits for which answer), `lines` and `events` (what is read, bounded), `budget` (how much of it at a time), `mirror` (arguments as header fields), `egress` (what goes out), `keeper` (no child outlives us); `listing` and `schema` (tools), `result` and `json` (answers) |
 //! | [`store`] | speaks SQL: one file per table |
 //!
 //! # Who may import whom
 //!
 //! `main` → `app`; `app` → `serve`, `api`, `mcp`, `store`; `api` → `mcp` (its front door), `store`; `mcp` → `store`;
-//! `store` → nothing of ours; all of them → `model`, `config`. axum stays in `app`, `serve`, `api` and `error`; rmcp in
-//! `mcp`; sqlx in `store`, and its derive in `model`. A test reads the `use` lines and keeps this true.
+//! `store` → nothing of ours; all of them → `model`, `config`. axum stays in `app`, `serve`, `api` and `error`;
+//! sqlx in `store`, and its derive in `model`. A test reads the `use` lines and keeps this true.
 //!
 //! # One request
 //!
 //! `POST …/tools/{tool_id}/run`: route table → `guard` (ids, body) → `api::tools::run` reads server and tool →
-//! [`mcp::Mcp::run_tool`] → `pool` hands out the live session, or opens one → `session` sends the call with a deadline
-//! → `ledger` keeps the result as the server wrote it → `wire::ToolExecutionResult`.
+//! [`mcp::Mcp::run_tool`] → `pool` gives it a place among the server's calls and hands out the live session, or opens
+//! one → `session` sends the call with a deadline → the transport brings the result as the server wrote it →
+//! `wire::ToolExecutionResult`.
 
 pub mod api;
 pub mod app;

@@ -4,18 +4,18 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use portolan::app::App;
+use portolan::app::{App, Keeper, keep_children};
 use portolan::config::{Cli, Command, Settings};
 use portolan::telemetry;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-#[tokio::main]
-async fn main() -> ExitCode {
+fn main() -> ExitCode {
     let Cli { command, settings } = Cli::parse();
     let result = match command.unwrap_or(Command::Serve) {
-        Command::Serve => serve(settings).await,
+        Command::Serve => run(serve(settings)),
+        Command::KeepChildren => Ok(keep_children()),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -27,13 +27,18 @@ async fn main() -> ExitCode {
     }
 }
 
+fn run(command: impl Future<Output = Result<(), String>>) -> Result<(), String> {
+    let runtime = tokio::runtime::Runtime::new().map_err(|error| format!("Cannot start threads: {error}."))?;
+    runtime.block_on(command)
+}
+
 async fn serve(settings: Settings) -> Result<(), String> {
     telemetry::init(&settings.logs.log)?;
     let listen = settings.entry.listen.clone();
     let unusable = |error| format!("Cannot listen on {listen}: {error}.");
     let listener = TcpListener::bind(&listen).await.map_err(unusable)?;
     let address = listener.local_addr().map_err(unusable)?;
-    let app = App::open(settings).await.map_err(|error| error.to_string())?;
+    let app = App::open_kept(settings, Some(Keeper::default())).await.map_err(|error| error.to_string())?;
     let lines = format!(
         "Portolan {} listens on http://{address}\nDatabase: {}\nAPI reference: http://{address}/docs\n",
         env!("CARGO_PKG_VERSION"),

@@ -22,9 +22,9 @@ pub fn init(filter: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// rmcp logs message contents, hyper and reqwest addresses and header fields, whatever filter somebody sets: arguments,
-/// results and tokens stay out of the log.
+/// hyper and reqwest log addresses and header fields, whatever filter somebody sets: tokens
+/// stay out of the log.
 fn is_discreet(metadata: &Metadata<'_>) -> bool {
     let module = metadata.target().split("::").next().unwrap_or_default();
-    !matches!(module, "rmcp" | "h2" | "hyper" | "hyper_util" | "reqwest" | "rustls")
+    !matches!(module, "h2" | "hyper" | "hyper_util" | "reqwest" | "rustls")
 }

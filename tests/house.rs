@@ -26,7 +26,7 @@ const MAY_IMPORT: [(&str, &[&str]); 11] = [
     ("model.rs", &["sqlx"]),
     ("telemetry.rs", &[]),
     ("api", &["app", "error", "mcp", "model", "store", "axum"]),
-    ("mcp", &["config", "model", "store", "rmcp"]),
+    ("mcp", &["config", "model", "store"]),
     ("store", &["model", "sqlx"]),
 ];
 const OURS: [&str; 9] = ["api", "app", "config", "error", "mcp", "model", "serve", "store", "telemetry"];

@@ -106,7 +106,7 @@ async fn the_era_is_found_once_and_remembered() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_ignores_unknown_methods_is_still_reached() {
-    // rmcp gives such a server 10 s to answer `server/discover`.
+    // Such a server gets 10 s to answer `server/discover`.
     let portolan = Portolan::start().await;
     let (server, _script) = portolan.create_stdio("mute", &json!({"ignore_unknown": true})).await;
     works(&portolan, &server).await;

@@ -91,7 +91,7 @@ pub async fn update(
         };
         let server = changing.store.update_server(&id, change).await?.ok_or(Error::NoServer)?;
         if reconfigured {
-            changing.mcp.forget(&id);
+            changing.mcp.reconfigured(&id, server.revision);
         }
         Ok(server)
     });

@@ -1,51 +1,56 @@
-//! Streamable HTTP: our own `StreamableHttpClient` under rmcp's session loop (MCP 2025-03-26 to 2026-07-28).
+//! Streamable HTTP, MCP 2025-03-26 to 2026-07-28: one POST per message, answered with JSON or with an event stream.
 //!
-//! What it adds to the one rmcp ships: a deadline on every wait, one shared pooled client, typed reasons without URLs,
-//! raw results through the [`Ledger`], no standing GET stream, and a lost session recognised whatever its status.
+//! Nothing runs between calls but one task, which listens for changed lists if the server announces them, and says goodbye
+//! at the end. A call that nobody waits for any more is dropped with its connection, and an older server is told so.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
-use futures_util::stream::BoxStream;
-use http::header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use http::header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
-use rmcp::model::{
-    ClientJsonRpcMessage, ClientNotification, ClientRequest, ErrorData, GetExtensions, ServerJsonRpcMessage,
-};
-use rmcp::transport::streamable_http_client::{
-    AuthRequiredError, HttpStatusError, SseError, StreamableHttpClient, StreamableHttpClientTransport,
-    StreamableHttpClientTransportConfig, StreamableHttpError, StreamableHttpPostResponse,
-};
-use sse_stream::Sse;
-use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 
-use crate::config::Upstream;
 use crate::model::Remote;
 
-use super::events::events;
-use super::ledger::{Ledger, request_number};
+use super::budget::{Held, Oversize, Share};
+use super::events::{Event, Events};
+use super::exchange::Answer;
+use super::message::{self, Inbound, RpcError};
+use super::mirror::encode;
+use super::session::{Ask, CallError, Context, Greeted};
+use super::watch::Bell;
 use super::{AgentId, Error};
 
 pub const EVENT_STREAM: &str = "text/event-stream";
 const JSON: &str = "application/json";
 const BOTH: HeaderValue = HeaderValue::from_static("application/json, text/event-stream");
 const SESSION: HeaderName = HeaderName::from_static("mcp-session-id");
+const VERSION: HeaderName = HeaderName::from_static("mcp-protocol-version");
+const METHOD: HeaderName = HeaderName::from_static("mcp-method");
+const NAME: HeaderName = HeaderName::from_static("mcp-name");
 const LAST_EVENT: HeaderName = HeaderName::from_static("last-event-id");
 pub const X_AGENT_ID: HeaderName = HeaderName::from_static("x-agent-id");
 
 /// The most of an error body that is read, in bytes.
 const MAX_ERROR_BODY: usize = 64 * 1024;
-/// How long before a broken answer stream is resumed, however soon the server invites it.
+/// How long before a broken answer stream is resumed, however soon the server invites it, and how often.
 const RESUME_DELAY: Duration = Duration::from_millis(500);
-/// How long the goodbye to a session may take.
-const DELETE_TIMEOUT: Duration = Duration::from_secs(5);
-/// What a call may take beyond its own deadline, which ends it first.
-const MARGIN: Duration = Duration::from_secs(5);
-/// Requests on one session at a time; more wait inside rmcp.
-const CONCURRENT_REQUESTS: usize = 64;
+const MAX_RESUMES: usize = 100;
+/// How long a goodbye, a notice of cancellation or our answer to a server's question may take.
+const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the end of a stream may take after its answer, so that its connection can be used again.
+const REST_OF_STREAM: Duration = Duration::from_secs(1);
+/// How many of a server's questions are being answered at a time.
+const QUESTIONS: usize = 8;
+/// How long before a stream of notices is opened again: doubled from the first to the last.
+const LISTEN_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// The longest `Retry-After` that is believed.
+const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
 /// Why an HTTP exchange did not come about; texts name no URL.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -57,14 +62,16 @@ pub enum HttpError {
     TimedOut,
     #[error("the connection broke: {0}")]
     Broken(String),
-    #[error("the answer is larger than {0} bytes")]
-    TooLarge(usize),
+    #[error("its answer cannot be taken: {0}")]
+    Oversize(#[from] Oversize),
     #[error("it asks for a sign-in (HTTP 401); check auth_token and custom_headers")]
     SignIn,
-    #[error("the server answered HTTP {0}")]
-    Status(StatusCode),
+    #[error("the server answered HTTP {status}")]
+    Status { status: StatusCode, retry_after: Option<Duration> },
     #[error("the server answered with a body that is neither JSON nor an event stream")]
     ContentType,
+    #[error("the server's answer is no JSON-RPC answer to the request")]
+    NoAnswer,
 }
 
 impl From<reqwest::Error> for HttpError {
@@ -75,6 +82,16 @@ impl From<reqwest::Error> for HttpError {
             error if error.is_connect() || error.is_builder() => Self::Connect(reason),
             error if error.is_timeout() => Self::TimedOut,
             _ => Self::Broken(reason),
+        }
+    }
+}
+
+impl HttpError {
+    /// What a status other than 2xx means.
+    pub fn of(response: &reqwest::Response) -> Self {
+        match response.status() {
+            StatusCode::UNAUTHORIZED => Self::SignIn,
+            status => Self::Status { status, retry_after: retry_after(response) },
         }
     }
 }
@@ -120,296 +137,382 @@ fn starts_with_bearer(token: &str) -> bool {
     token.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("bearer "))
 }
 
-/// Opens the transport for one server; nothing is sent before the handshake.
-pub fn transport(
-    remote: &Remote,
-    client: reqwest::Client,
-    settings: &Upstream,
-    ledger: Ledger,
-) -> Result<StreamableHttpClientTransport<HttpClient>, Error> {
-    let client = HttpClient {
-        client,
-        fields: Arc::new(header_fields(remote)?),
-        ledger,
-        handshake_timeout: settings.handshake_timeout,
-        request_timeout: settings.run_timeout + MARGIN,
-        max_body: settings.max_message_bytes,
-    };
-    let config = StreamableHttpClientTransportConfig::with_uri(remote.server_url.as_str())
-        .max_concurrent_requests(CONCURRENT_REQUESTS);
-    Ok(StreamableHttpClientTransport::with_client(client, config))
-}
-
-/// One server's side of the shared client.
+/// One session with one server.
 #[derive(Clone)]
-pub struct HttpClient {
+pub struct HttpWire(Arc<Shared>);
+
+struct Shared {
     client: reqwest::Client,
-    fields: Arc<HeaderMap>,
-    ledger: Ledger,
-    handshake_timeout: Duration,
-    request_timeout: Duration,
+    url: String,
+    fields: HeaderMap,
+    last_id: AtomicU64,
+    /// What the handshake agreed on.
+    agreed: OnceLock<Agreed>,
+    /// The session that the server named in its answer to `initialize`.
+    session: Mutex<Option<HeaderValue>>,
     max_body: usize,
+    share: Arc<Share>,
+    bell: Bell,
+    questions: Arc<Semaphore>,
+    tracker: tokio_util::task::TaskTracker,
+    handshake_timeout: Duration,
 }
 
-type Answer = Result<StreamableHttpPostResponse, StreamableHttpError<HttpError>>;
+struct Agreed {
+    version: HeaderValue,
+    modern: bool,
+}
 
-impl HttpClient {
-    fn deadline(&self, message: &ClientJsonRpcMessage) -> Instant {
-        let time = match message {
-            ClientJsonRpcMessage::Request(request) => match request.request {
-                ClientRequest::InitializeRequest(_) | ClientRequest::DiscoverRequest(_) => self.handshake_timeout,
-                _ => self.request_timeout,
-            },
-            ClientJsonRpcMessage::Notification(notification) => match notification.notification {
-                ClientNotification::InitializedNotification(_) => self.handshake_timeout,
-                _ => self.request_timeout,
-            },
-            _ => self.request_timeout,
-        };
-        Instant::now() + time
+impl HttpWire {
+    /// Nothing is sent before the handshake.
+    ///
+    /// # Errors
+    /// [`Error::Header`] for a configured field that is no legal HTTP.
+    pub fn open(remote: &Remote, context: &Context, share: Arc<Share>, bell: Bell) -> Result<Self, Error> {
+        Ok(Self(Arc::new(Shared {
+            client: context.client.clone(),
+            url: remote.server_url.clone(),
+            fields: header_fields(remote)?,
+            last_id: AtomicU64::new(0),
+            agreed: OnceLock::new(),
+            session: Mutex::new(None),
+            max_body: context.settings.max_message_bytes,
+            share,
+            bell,
+            questions: Arc::new(Semaphore::new(QUESTIONS)),
+            tracker: context.tracker.clone(),
+            handshake_timeout: context.settings.handshake_timeout,
+        })))
     }
 
-    /// A request with the server's own header fields, and those of the protocol and session.
-    fn request(
-        &self,
-        method: Method,
-        uri: &str,
-        session_id: Option<&str>,
-        protocol: HashMap<HeaderName, HeaderValue>,
-    ) -> reqwest::RequestBuilder {
-        let mut request = self.client.request(method, uri).headers((*self.fields).clone());
-        for (name, value) in protocol {
-            request = request.header(name, value);
+    /// Sends a request and waits for its answer until `deadline`.
+    pub async fn request(&self, ask: &Ask<'_>, deadline: Instant) -> Result<Answer, CallError> {
+        let id = self.0.last_id.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut pending = Pending { wire: self, id, sent: false, over: false };
+        let answer = timeout_at(deadline, self.exchange(ask, &mut pending)).await;
+        match answer {
+            Ok(answer) => {
+                pending.over = true;
+                answer
+            }
+            Err(_) if pending.sent => Err(CallError::TimedOut),
+            Err(_) => Err(CallError::NotSent(HttpError::TimedOut.into())),
         }
-        match session_id {
-            Some(session_id) => request.header(SESSION, session_id),
+    }
+
+    /// Sends what has no answer.
+    pub async fn notify(&self, body: Bytes, deadline: Instant) -> Result<(), HttpError> {
+        let request = self.post(body);
+        let response = timeout_at(deadline, request.send()).await.map_err(|_| HttpError::TimedOut)??;
+        if response.status().is_success() { Ok(()) } else { Err(HttpError::of(&response)) }
+    }
+
+    async fn exchange(&self, ask: &Ask<'_>, pending: &mut Pending<'_>) -> Result<Answer, CallError> {
+        let id = pending.id;
+        let mut request = self.post(message::request(id, ask.method, ask.params).into());
+        if self.0.agreed.get().is_some_and(|agreed| agreed.modern) || ask.modern {
+            request = request.header(METHOD, ask.method);
+            if ask.modern {
+                request = request.header(VERSION, super::session::MODERN);
+            }
+            if let Some(name) = ask.tool {
+                request = request.header(NAME, encode(name));
+            }
+            for (name, value) in ask.mirrored {
+                request = request.header(name, value);
+            }
+        }
+        if let Some(AgentId(agent)) = ask.agent {
+            request = request.header(X_AGENT_ID, agent);
+        }
+        pending.sent = true;
+        let in_session = self.session().is_some();
+        let response = match request.send().await.map_err(HttpError::from) {
+            Ok(response) => response,
+            Err(error @ HttpError::Connect(_)) => {
+                pending.sent = false;
+                return Err(CallError::NotSent(error.into()));
+            }
+            Err(error) => return Err(CallError::Lost(error.into())),
+        };
+        let status = response.status();
+        if !status.is_success() {
+            return Err(refused(in_session, response).await);
+        }
+        if let Some(session) = response.headers().get(SESSION)
+            && !in_session
+        {
+            self.0.session.lock().expect("no code panics while it holds the session").get_or_insert(session.clone());
+        }
+        if matches!(status, StatusCode::ACCEPTED | StatusCode::NO_CONTENT) {
+            return Err(CallError::Lost(HttpError::NoAnswer.into()));
+        }
+        if is_media_type(&response, EVENT_STREAM) {
+            return self.streamed(id, response).await;
+        }
+        if !is_media_type(&response, JSON) {
+            return Err(CallError::Lost(HttpError::ContentType.into()));
+        }
+        let mut held = Held::nothing(&self.0.share);
+        let body = body(response, self.0.max_body, Some(&mut held)).await.map_err(untaken)?;
+        self.take(id, &body, held).await.unwrap_or(Err(CallError::Lost(HttpError::NoAnswer.into())))
+    }
+
+    /// Reads an event stream up to the answer. A stream that breaks off is resumed if the server gave its events ids.
+    async fn streamed(&self, id: u64, response: reqwest::Response) -> Result<Answer, CallError> {
+        let mut events = self.events(response);
+        let mut last_event = String::new();
+        let mut delay = RESUME_DELAY;
+        for _ in 0..MAX_RESUMES {
+            let broken = loop {
+                let (event, held) = match events.next().await {
+                    Some(Ok(event)) => event,
+                    Some(Err(error @ HttpError::Oversize(_))) => return Err(untaken(error)),
+                    Some(Err(error)) => break error.into(),
+                    None => break Error::Closed,
+                };
+                let Event { data, id: event_id, retry, .. } = event;
+                last_event = event_id;
+                if let Some(retry) = retry {
+                    delay = Duration::from_millis(retry).max(RESUME_DELAY);
+                }
+                if data.is_empty() {
+                    continue;
+                }
+                if let Some(answer) = self.take(id, data.as_bytes(), held).await {
+                    self.let_end(events);
+                    return answer;
+                }
+            };
+            if last_event.is_empty() {
+                return Err(CallError::Lost(broken));
+            }
+            sleep(delay).await;
+            let request = self.request_for(Method::GET).header(ACCEPT, EVENT_STREAM).header(LAST_EVENT, &last_event);
+            let resumed = timeout(self.0.handshake_timeout, request.send()).await;
+            events = match resumed {
+                Ok(Ok(response)) if response.status().is_success() && is_media_type(&response, EVENT_STREAM) => {
+                    self.events(response)
+                }
+                _ => return Err(CallError::Lost(broken)),
+            };
+        }
+        Err(CallError::Lost(Error::Closed))
+    }
+
+    /// What one text of the server brings: the answer to request `id` if it is among it. Questions are answered.
+    async fn take(&self, id: u64, text: &[u8], held: Held) -> Option<Result<Answer, CallError>> {
+        let mut answer = None;
+        let mut held = held;
+        for inbound in message::read(text) {
+            match inbound {
+                Inbound::Answer { id: answered, result } if answered == id && answer.is_none() => {
+                    answer = Some(match result {
+                        Ok(result) => Ok(Answer { result, held: held.take() }),
+                        Err(error) => Err(CallError::Rpc(error)),
+                    });
+                }
+                Inbound::Answer { .. } => {}
+                Inbound::Request { id, method } => {
+                    // The server waits its turn, and so does what it wrote behind its question.
+                    let turn = self.0.questions.clone().acquire_owned().await;
+                    let turn = turn.expect("the semaphore is never closed");
+                    let (wire, body) = (self.clone(), message::reply(&id, &method));
+                    self.0.tracker.spawn(async move {
+                        let _ = wire.notify(body.into(), Instant::now() + NOTICE_TIMEOUT).await;
+                        drop(turn);
+                    });
+                }
+                Inbound::Notification { method } if method == message::LIST_CHANGED => self.0.bell.list_changed(),
+                Inbound::Notification { .. } => {}
+            }
+        }
+        answer
+    }
+
+    /// Reads the end of a stream that has brought its answer: only then its connection can be used again.
+    fn let_end(&self, mut events: Events) {
+        use futures_util::FutureExt;
+        // Mostly the end came with the answer.
+        if let Some(None) = events.next().now_or_never() {
+            return;
+        }
+        self.0.tracker.spawn(timeout(REST_OF_STREAM, async move { while let Some(Ok(_)) = events.next().await {} }));
+    }
+
+    fn events(&self, response: reqwest::Response) -> Events {
+        Events::new(response.bytes_stream(), self.0.max_body, Held::nothing(&self.0.share))
+    }
+
+    fn post(&self, body: Bytes) -> reqwest::RequestBuilder {
+        self.request_for(Method::POST).header(ACCEPT, BOTH).header(CONTENT_TYPE, JSON).body(body)
+    }
+
+    /// A request with the server's own header fields, and those of the session.
+    fn request_for(&self, method: Method) -> reqwest::RequestBuilder {
+        let mut request = self.0.client.request(method, &self.0.url).headers(self.0.fields.clone());
+        if let Some(Agreed { version, .. }) = self.0.agreed.get() {
+            request = request.header(VERSION, version.clone());
+        }
+        match self.session() {
+            Some(session) => request.header(SESSION, session),
             None => request,
         }
     }
 
-    /// The events of an answer until `deadline`, with the results that the ledger keeps taken out.
-    fn stream(&self, response: reqwest::Response, deadline: Instant) -> BoxStream<'static, Result<Sse, SseError>> {
-        let ledger = self.ledger.clone();
-        events(response.bytes_stream(), self.max_body)
-            .take_until(sleep_until(deadline))
-            .map(move |event| event.map(|event| Sse { data: event.data.map(|data| ledger.thin(data)), ..event }))
-            .boxed()
+    fn session(&self) -> Option<HeaderValue> {
+        self.0.session.lock().expect("no code panics while it holds the session").clone()
     }
 
-    /// Reads at most `max` bytes of a body.
-    async fn body(response: reqwest::Response, max: usize) -> Result<BytesMut, HttpError> {
-        if response.content_length().is_some_and(|length| length > max as u64) {
-            return Err(HttpError::TooLarge(max));
-        }
-        let mut stream = response.bytes_stream();
-        let mut body = BytesMut::new();
-        while let Some(chunk) = stream.next().await {
-            body.extend_from_slice(&chunk?);
-            if body.len() > max {
-                return Err(HttpError::TooLarge(max));
-            }
-        }
-        Ok(body)
+    /// Sets what the handshake agreed on; from now on every request says so.
+    pub fn agree(&self, greeted: &Greeted) {
+        let version = HeaderValue::from_static(greeted.version);
+        // A session shakes hands once.
+        let _ = self.0.agreed.set(Agreed { version, modern: greeted.is_modern() });
     }
 
-    async fn post(
-        &self,
-        uri: &str,
-        message: &ClientJsonRpcMessage,
-        session_id: Option<&str>,
-        protocol: HashMap<HeaderName, HeaderValue>,
-        deadline: Instant,
-    ) -> Answer {
-        let mut request = self.request(Method::POST, uri, session_id, protocol).header(ACCEPT, BOTH);
-        if let Some(agent) = agent_id(message) {
-            request = request.header(X_AGENT_ID, agent);
-        }
-        let number = request_number(message);
-        self.ledger.open(message);
-        self.ledger.mark_sent(number, true);
-        let response = match request.json(message).send().await {
-            Ok(response) => response,
-            Err(error) => {
-                let error = HttpError::from(error);
-                self.ledger.mark_sent(number, !matches!(error, HttpError::Connect(_)));
-                return Err(StreamableHttpError::Client(error));
+    /// Listens for changed lists if the server announces them, until `end`; then says goodbye.
+    pub async fn attend(self, greeted: Greeted, end: CancellationToken) {
+        let listening = async {
+            if greeted.announces_lists {
+                self.listen(&greeted).await;
             }
+            std::future::pending::<()>().await;
         };
-        let status = response.status();
-        if !status.is_success() {
-            return self.refused(message, session_id.is_some(), response).await;
-        }
-        let awaited = matches!(message, ClientJsonRpcMessage::Request(_));
-        if !awaited || matches!(status, StatusCode::ACCEPTED | StatusCode::NO_CONTENT) {
-            // 202 to a request: rmcp would wait for an answer that has no stream to come on.
-            return if awaited {
-                Err(StreamableHttpError::UnexpectedEndOfStream)
-            } else {
-                Ok(StreamableHttpPostResponse::Accepted)
-            };
-        }
-        let new_session = text_header(&response, &SESSION);
-        if is_media_type(&response, EVENT_STREAM) {
-            let stream = self.stream(response, deadline);
-            return if is_list(message) {
-                answer(stream).await.map(|answer| StreamableHttpPostResponse::Json(answer, new_session))
-            } else {
-                Ok(StreamableHttpPostResponse::Sse(stream, new_session))
-            };
-        }
-        if !is_media_type(&response, JSON) {
-            return Err(StreamableHttpError::Client(HttpError::ContentType));
-        }
-        let body = Self::body(response, self.max_body).await.map_err(StreamableHttpError::Client)?;
-        let mut messages = self.ledger.read(&body);
-        match (messages.pop(), messages.is_empty()) {
-            (Some(message), true) => Ok(StreamableHttpPostResponse::Json(message, new_session)),
-            (Some(last), false) => {
-                messages.push(last);
-                Ok(StreamableHttpPostResponse::Sse(as_events(messages), new_session))
-            }
-            (None, _) => Err(StreamableHttpError::UnexpectedServerResponse("not a JSON-RPC message".into())),
+        end.run_until_cancelled(listening).await;
+        // A server that does not take the goodbye forgets the session by itself.
+        if self.session().is_some() {
+            let _ = timeout(NOTICE_TIMEOUT, self.request_for(Method::DELETE).send()).await;
         }
     }
 
-    /// What a status other than 2xx means.
-    async fn refused(&self, message: &ClientJsonRpcMessage, in_session: bool, response: reqwest::Response) -> Answer {
-        let status = response.status();
-        if status == StatusCode::UNAUTHORIZED {
-            let challenge = text_header(&response, &WWW_AUTHENTICATE).unwrap_or_default();
-            return Err(StreamableHttpError::AuthRequired(AuthRequiredError::new(challenge)));
-        }
-        if status == StatusCode::NOT_FOUND && in_session {
-            // Not taken; rmcp sends it again on a new session, if it gets one.
-            self.ledger.mark_sent(request_number(message), false);
-            return Err(StreamableHttpError::SessionExpired);
-        }
-        let retry_after = text_header(&response, &RETRY_AFTER);
-        let is_json = is_media_type(&response, JSON);
-        let error = match Self::body(response, MAX_ERROR_BODY).await {
-            Ok(body) if is_json && status != StatusCode::FORBIDDEN => json_rpc_error(&body),
-            _ => None,
-        };
-        if let ClientJsonRpcMessage::Request(request) = message {
-            // A server of an older revision refuses `server/discover` with any 4xx (MCP 2026-07-28, versioning); its
-            // error often carries no id, and rmcp needs one to fall back to `initialize`.
-            let probe = matches!(request.request, ClientRequest::DiscoverRequest(_)) && status.is_client_error();
-            if probe && status != StatusCode::FORBIDDEN {
-                let error = error.unwrap_or_else(|| ErrorData::invalid_request(format!("HTTP {status}"), None));
-                let answer = ServerJsonRpcMessage::error(error, Some(request.id.clone()));
-                return Ok(StreamableHttpPostResponse::Json(answer, None));
-            }
-            if let Some(error) = error {
-                // Several servers answer 400 where the specification has 404 for a session they do not know.
-                if in_session && status == StatusCode::BAD_REQUEST && error.message.to_lowercase().contains("session") {
-                    self.ledger.mark_sent(request_number(message), false);
-                    return Err(StreamableHttpError::SessionExpired);
+    /// Keeps a stream of notices open, as long as the server allows one: a GET stream, or `subscriptions/listen`.
+    async fn listen(&self, greeted: &Greeted) {
+        let mut delay = LISTEN_AGAIN.0;
+        loop {
+            let opened = Instant::now();
+            let request = if greeted.is_modern() {
+                let id = self.0.last_id.fetch_add(1, Ordering::Relaxed) + 1;
+                let body = message::request(id, message::LISTEN, &greeted.listen_params());
+                self.post(body.into()).header(METHOD, message::LISTEN)
+            } else {
+                self.request_for(Method::GET).header(ACCEPT, EVENT_STREAM)
+            };
+            match timeout(self.0.handshake_timeout, request.send()).await {
+                Ok(Ok(response)) if response.status().is_success() && is_media_type(&response, EVENT_STREAM) => {
+                    let mut events = self.events(response);
+                    while let Some(Ok((event, held))) = events.next().await {
+                        self.take(0, event.data.as_bytes(), held).await;
+                    }
                 }
-                let answer = ServerJsonRpcMessage::error(error, Some(request.id.clone()));
-                return Ok(StreamableHttpPostResponse::Json(answer, None));
+                // The server has no such stream (405), or does not want us.
+                Ok(Ok(response)) if response.status().is_client_error() || response.status().is_success() => return,
+                _ => {}
             }
-        }
-        if status == StatusCode::TOO_MANY_REQUESTS || status.is_server_error() {
-            return Err(StreamableHttpError::HttpStatus(HttpStatusError::new(status.as_u16(), retry_after)));
-        }
-        Err(StreamableHttpError::Client(HttpError::Status(status)))
-    }
-}
-
-impl StreamableHttpClient for HttpClient {
-    type Error = HttpError;
-
-    async fn post_message(
-        &self,
-        uri: Arc<str>,
-        message: ClientJsonRpcMessage,
-        session_id: Option<Arc<str>>,
-        _auth_header: Option<String>,
-        custom_headers: HashMap<HeaderName, HeaderValue>,
-    ) -> Answer {
-        // rmcp does not stop its worker while a POST of the handshake is under way: the deadline must be in here.
-        let deadline = self.deadline(&message);
-        let post = self.post(&uri, &message, session_id.as_deref(), custom_headers, deadline);
-        timeout_at(deadline, post).await.unwrap_or(Err(StreamableHttpError::Client(HttpError::TimedOut)))
-    }
-
-    async fn delete_session(
-        &self,
-        uri: Arc<str>,
-        session_id: Arc<str>,
-        _auth_header: Option<String>,
-        custom_headers: HashMap<HeaderName, HeaderValue>,
-    ) -> Result<(), StreamableHttpError<HttpError>> {
-        let request = self.request(Method::DELETE, &uri, Some(&session_id), custom_headers);
-        // A goodbye: a server that does not take it forgets the session by itself.
-        let _ = timeout(DELETE_TIMEOUT, request.send()).await;
-        Ok(())
-    }
-
-    /// Resumes a broken answer stream; the standing stream for notifications is not opened, nothing listens to it.
-    async fn get_stream(
-        &self,
-        uri: Arc<str>,
-        session_id: Option<Arc<str>>,
-        last_event_id: Option<String>,
-        _auth_header: Option<String>,
-        custom_headers: HashMap<HeaderName, HeaderValue>,
-    ) -> Result<BoxStream<'static, Result<Sse, SseError>>, StreamableHttpError<HttpError>> {
-        let Some(last_event_id) = last_event_id else { return Err(StreamableHttpError::ServerDoesNotSupportSse) };
-        sleep(RESUME_DELAY).await;
-        let request = self
-            .request(Method::GET, &uri, session_id.as_deref(), custom_headers)
-            .header(ACCEPT, EVENT_STREAM)
-            .header(LAST_EVENT, last_event_id);
-        let response = timeout(self.handshake_timeout, request.send())
-            .await
-            .map_err(|_| StreamableHttpError::Client(HttpError::TimedOut))?
-            .map_err(|error| StreamableHttpError::Client(error.into()))?;
-        if !response.status().is_success() || !is_media_type(&response, EVENT_STREAM) {
-            return Err(StreamableHttpError::ServerDoesNotSupportSse);
-        }
-        Ok(self.stream(response, Instant::now() + self.request_timeout))
-    }
-}
-
-fn agent_id(message: &ClientJsonRpcMessage) -> Option<HeaderValue> {
-    let ClientJsonRpcMessage::Request(request) = message else { return None };
-    request.request.extensions().get::<AgentId>().map(|agent| agent.0.clone())
-}
-
-fn is_list(message: &ClientJsonRpcMessage) -> bool {
-    matches!(message, ClientJsonRpcMessage::Request(request) if matches!(request.request, ClientRequest::ListToolsRequest(_)))
-}
-
-/// The answer that a stream of events ends in. rmcp learns from a list which arguments a server wants as header fields
-/// (`x-mcp-header`), but not always: from a stream that ends with its answer it may take the answer and learn nothing.
-async fn answer(
-    mut stream: BoxStream<'static, Result<Sse, SseError>>,
-) -> Result<ServerJsonRpcMessage, StreamableHttpError<HttpError>> {
-    while let Some(event) = stream.next().await {
-        let data = event?.data.unwrap_or_default();
-        if let Ok(message @ (ServerJsonRpcMessage::Response(_) | ServerJsonRpcMessage::Error(_))) =
-            serde_json::from_str(&data)
-        {
-            return Ok(message);
+            if opened.elapsed() >= LISTEN_AGAIN.1 {
+                delay = LISTEN_AGAIN.0;
+            }
+            sleep(delay).await;
+            delay = (delay * 2).min(LISTEN_AGAIN.1);
         }
     }
-    Err(StreamableHttpError::UnexpectedEndOfStream)
 }
 
-fn as_events(messages: Vec<ServerJsonRpcMessage>) -> BoxStream<'static, Result<Sse, SseError>> {
-    let event = |message: ServerJsonRpcMessage| {
-        let data = serde_json::to_string(&message).expect("a JSON-RPC message is JSON");
-        Ok(Sse { event: None, data: Some(data), id: None, retry: None })
-    };
-    futures_util::stream::iter(messages).map(event).boxed()
+/// A request that is under way; dropped before it is over, it tells an older server so. A newer one learns it from the
+/// end of the connection (MCP 2026-07-28, cancellation).
+struct Pending<'a> {
+    wire: &'a HttpWire,
+    id: u64,
+    sent: bool,
+    over: bool,
 }
 
-fn json_rpc_error(body: &[u8]) -> Option<ErrorData> {
-    match serde_json::from_slice(body) {
-        Ok(ServerJsonRpcMessage::Error(error)) => Some(error.error),
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        let modern = self.wire.0.agreed.get().is_none_or(|agreed| agreed.modern);
+        if self.sent && !self.over && !modern {
+            let (wire, id) = (self.wire.clone(), self.id);
+            self.wire.0.tracker.spawn(async move {
+                let _ = wire.notify(message::cancelled(id).into(), Instant::now() + NOTICE_TIMEOUT).await;
+            });
+        }
+    }
+}
+
+/// What a status other than 2xx means for the request.
+async fn refused(in_session: bool, response: reqwest::Response) -> CallError {
+    let status = response.status();
+    let error = HttpError::of(&response);
+    if matches!(error, HttpError::SignIn) {
+        return CallError::Refused(error.into());
+    }
+    if status == StatusCode::NOT_FOUND && in_session {
+        return CallError::NotSent(Error::SessionExpired);
+    }
+    let is_json = is_media_type(&response, JSON);
+    let said = match body(response, MAX_ERROR_BODY, None).await {
+        Ok(body) if is_json && status != StatusCode::FORBIDDEN => rpc_error(&body),
         _ => None,
+    };
+    match said {
+        // Several servers answer 400 where the specification has 404 for a session they do not know.
+        Some(said)
+            if in_session && status == StatusCode::BAD_REQUEST && said.message.to_lowercase().contains("session") =>
+        {
+            CallError::NotSent(Error::SessionExpired)
+        }
+        Some(said) => CallError::Rpc(said),
+        None if status.is_client_error() || status.is_redirection() => CallError::Refused(error.into()),
+        None => CallError::Lost(error.into()),
     }
+}
+
+fn rpc_error(body: &[u8]) -> Option<RpcError> {
+    #[derive(serde::Deserialize)]
+    struct Refusal {
+        error: RpcError,
+    }
+    serde_json::from_slice::<Refusal>(body).ok().map(|refusal| refusal.error)
+}
+
+fn untaken(error: HttpError) -> CallError {
+    match error {
+        HttpError::Oversize(oversize) => CallError::Untaken(oversize),
+        error => CallError::Lost(error.into()),
+    }
+}
+
+/// Reads at most `max` bytes of a body, counted on `held`.
+async fn body(response: reqwest::Response, max: usize, mut held: Option<&mut Held>) -> Result<BytesMut, HttpError> {
+    if response.content_length().is_some_and(|length| length > max as u64) {
+        return Err(Oversize::TooLarge(max).into());
+    }
+    let mut stream = response.bytes_stream();
+    let mut body = BytesMut::new();
+    while let Some(chunk) = stream.next().await {
+        let chunk = chunk?;
+        if body.len() + chunk.len() > max {
+            return Err(Oversize::TooLarge(max).into());
+        }
+        if let Some(held) = &mut held {
+            held.resize(body.len() + chunk.len())?;
+        }
+        body.extend_from_slice(&chunk);
+    }
+    Ok(body)
+}
+
+/// `Retry-After`, in seconds or as a date (RFC 9110, 10.2.3).
+fn retry_after(response: &reqwest::Response) -> Option<Duration> {
+    let text = text_header(response, &RETRY_AFTER)?;
+    let time = match text.trim().parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => {
+            let date = chrono::DateTime::parse_from_rfc2822(text.trim()).ok()?;
+            (date.to_utc() - chrono::Utc::now()).to_std().ok()?
+        }
+    };
+    Some(time.min(MAX_RETRY_AFTER))
 }
 
 /// Whether an answer is of this media type, whatever its parameters and case (RFC 9110 §8.3.1).

@@ -47,6 +47,27 @@ pub fn mend(json: &str) -> Cow<'_, str> {
     mended.into()
 }
 
+/// How deep the arrays and objects of a JSON text nest; 0 for a plain value.
+pub fn depth(json: &str) -> usize {
+    let (mut depth, mut deepest) = (0_usize, 0);
+    let mut in_string = false;
+    let mut escaped = false;
+    for byte in json.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' if !in_string => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
 /// The UTF-16 unit that an escape at this place stands for.
 fn unit(json: &str, at: usize) -> Option<u32> {
     let digits = json.get(at..at + 6)?.strip_prefix("\\u")?;
@@ -61,6 +82,13 @@ mod tests {
     fn white_space_goes_and_digits_stay() {
         let json = "{ \"a b\" : [ 123456789012345678901234567890 , \"\\\" c\" ]\n}";
         assert_eq!(compact(json), "{\"a b\":[123456789012345678901234567890,\"\\\" c\"]}");
+    }
+
+    #[test]
+    fn depth_counts_what_nests_outside_of_strings() {
+        for (json, deep) in [("1", 0), ("[]", 1), (r#"{"a":[{}],"b":"[[[["}"#, 3), (r#"["\\\"[[",[]]"#, 2)] {
+            assert_eq!(depth(json), deep, "{json}");
+        }
     }
 
     #[test]

@@ -3,46 +3,58 @@
 //! [`Mcp::sync_tools`] makes the stored tools of a server equal to what it offers, [`Mcp::run_tool`] runs one,
 //! [`Mcp::forget`] ends a server's session, [`Mcp::close`] all of them.
 
+mod budget;
 mod egress;
 mod events;
+mod exchange;
 mod http;
 mod json;
-mod ledger;
+pub mod keeper;
+mod lines;
 mod listing;
+mod message;
+mod mirror;
 mod pool;
 mod result;
 mod schema;
 mod session;
 mod sse;
 mod stdio;
+mod watch;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ::http::HeaderValue;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
 use crate::model::{Era, Server, Skipped, State, Tool, ToolChanges, Unreadable};
-use crate::store::{self, Reached, Store};
+use crate::store::{self, Store};
 
 pub use listing::definition;
 pub use schema::{Room, json_schema};
 
+use budget::{Budget, Held, Oversize};
+use exchange::Answer;
 use http::HttpError;
+use keeper::Keeper;
 use listing::accept;
+use message::RpcError;
 use pool::Pool;
-use result::Answer;
+use result::ToolResult;
 use schema::{HEARTBEAT, declares};
 use session::{CallError, Context, Session};
+use stdio::Spawner;
+use watch::{News, watch};
 
-/// How long the end of all sessions may take at a stop: a child gets two graces, rmcp its closing time.
+/// How long the end of all sessions may take at a stop: a child gets two graces, a server a moment for its goodbye.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
@@ -69,7 +81,7 @@ pub enum Error {
     #[error("The server did not finish the MCP handshake in time; --handshake-timeout and --start-timeout set it.")]
     HandshakeTimeout,
     #[error("The server refused the MCP handshake with JSON-RPC error {code}.")]
-    HandshakeRefused { code: i32 },
+    HandshakeRefused { code: i64 },
     #[error("The server's answer to the MCP handshake cannot be understood.")]
     Handshake,
     #[error("The server speaks no MCP revision that Portolan knows.")]
@@ -78,10 +90,20 @@ pub enum Error {
     Endpoint,
     #[error("The server ended the connection.")]
     Closed,
+    #[error("The server does not know its session any more.")]
+    SessionExpired,
+    #[error("The server does not read its standard input.")]
+    NotReading,
+    #[error("The server was not ready within the time that a run may take; --run-timeout sets it.")]
+    NotReady,
+    #[error("The server's answer cannot be taken: {0}.")]
+    Oversize(#[from] Oversize),
+    #[error("The database is not available; try again in a moment.")]
+    Store,
     #[error("The server's answer is not a list of tools.")]
     List,
     #[error("The server refused to list its tools with JSON-RPC error {code}.")]
-    ListRefused { code: i32 },
+    ListRefused { code: i64 },
     #[error("The server did not list its tools in time; --list-timeout sets it.")]
     ListTimeout,
     #[error("The server's list of tools does not come to an end: a cursor came twice, or the list is too large.")]
@@ -110,15 +132,39 @@ impl Error {
         matches!(
             self,
             Self::HandshakeRefused { .. } | Self::Handshake | Self::Revision | Self::Closed | Self::Exited { .. }
-        ) || matches!(self, Self::Http(HttpError::Status(_) | HttpError::ContentType))
+        ) || matches!(self, Self::Http(HttpError::Status { .. } | HttpError::ContentType | HttpError::NoAnswer))
     }
 
-    /// The server's HTTP side turned a request away: no tool saw it.
-    fn is_refusal(&self) -> bool {
+    /// It is about Portolan, and says nothing about the server.
+    fn is_ours(&self) -> bool {
+        matches!(
+            self,
+            Self::Reconfigured
+                | Self::Deleted
+                | Self::Stopping
+                | Self::Store
+                | Self::QueueFull
+                | Self::NoChildFree
+                | Self::NotReady
+                | Self::Resting { .. }
+        )
+    }
+
+    /// It is about one call: the server may be well.
+    fn is_about_one_call(&self) -> bool {
         match self {
-            Self::Http(HttpError::SignIn) => true,
-            Self::Http(HttpError::Status(status)) => status.is_client_error(),
+            Self::SessionExpired | Self::Oversize(_) => true,
+            Self::Http(HttpError::Status { status, .. }) => status.is_server_error(),
+            Self::Http(HttpError::ContentType | HttpError::NoAnswer | HttpError::Oversize(_)) => true,
             _ => false,
+        }
+    }
+
+    /// How long the server asks not to be called.
+    fn pause(&self) -> Option<Duration> {
+        match self {
+            Self::Http(HttpError::Status { status, retry_after }) if status.as_u16() == 429 => *retry_after,
+            _ => None,
         }
     }
 
@@ -126,7 +172,7 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Resting { rest, .. } => Some(*rest),
-            Self::QueueFull | Self::NoChildFree => Some(Duration::from_secs(1)),
+            Self::QueueFull | Self::NoChildFree | Self::Store => Some(Duration::from_secs(1)),
             _ => None,
         }
     }
@@ -181,6 +227,8 @@ pub struct Outcome {
     pub result: Option<Box<RawValue>>,
     /// From the request for a session to the answer.
     pub duration: Duration,
+    /// The room that the result takes, as long as it is there.
+    pub held: Option<Held>,
 }
 
 /// Sessions to all servers, and what was learned from them. Clones share everything.
@@ -199,15 +247,32 @@ pub struct Mcp {
 type Turn = tokio::sync::Mutex<Option<(Instant, Error)>>;
 
 impl Mcp {
-    /// Sessions and background work are tasks on `tracker`.
+    /// Sessions and background work are tasks on `tracker`; children are made known to `keeper`. To be called in the
+    /// runtime that serves.
     ///
     /// # Errors
     /// When the HTTP client cannot be made (no usable certificate store).
-    pub fn new(store: Store, settings: Upstream, tracker: TaskTracker) -> reqwest::Result<Self> {
+    pub fn new(
+        store: Store,
+        settings: Upstream,
+        tracker: TaskTracker,
+        keeper: Option<Keeper>,
+    ) -> reqwest::Result<Self> {
         let stop = CancellationToken::new();
-        let client = egress::client(settings.connect_timeout)?;
-        let context = Context { settings: settings.clone(), client, tracker: tracker.clone(), stop: stop.clone() };
-        Ok(Self { store, pool: Arc::new(Pool::new(context)), settings, tracker, stop, syncing: Arc::default() })
+        let context = Context {
+            settings: settings.clone(),
+            client: egress::client(settings.connect_timeout)?,
+            tracker: tracker.clone(),
+            spawner: Spawner::new(),
+            keeper,
+            budget: Budget::new(settings.max_bytes_in_flight),
+            stop: stop.clone(),
+        };
+        let news = Arc::new(News::default());
+        let pool = Arc::new(Pool::new(context, store.clone(), news.clone()));
+        let mcp = Self { store, pool, settings, tracker, stop, syncing: Arc::default() };
+        mcp.tracker.spawn(watch(mcp.clone(), news));
+        Ok(mcp)
     }
 
     /// Lists the tools of a new server for the first time, in the background: the sync goes on when the caller leaves.
@@ -220,7 +285,7 @@ impl Mcp {
             // A repeated create may have waited for the turn of the first, and has nothing left to do.
             let result = match mcp.store.server(&server.id).await {
                 Ok(Some(current)) if current.state == State::NeverConnected => {
-                    mcp.sync(&current, None).await.map(|_| ())
+                    mcp.sync(&current, None, true).await.map(|_| ())
                 }
                 Ok(_) => Ok(()),
                 Err(error) => Err(error.into()),
@@ -249,7 +314,7 @@ impl Mcp {
         let began = Instant::now();
         // The row may have changed while others had their turn.
         let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
-        let synced = self.sync(&server, agent).await;
+        let synced = self.sync(&server, agent, true).await;
         *last = match &synced {
             Err(SyncError::Server(error)) => Some((began, error.clone())),
             _ => None,
@@ -264,14 +329,33 @@ impl Mcp {
         syncing.entry(server_id.to_owned()).or_default().clone()
     }
 
-    async fn sync(&self, server: &Server, agent: Option<&AgentId>) -> Result<ToolChanges, SyncError> {
-        let (listed, era) = match self.list(server, agent).await {
-            Ok(listed) => listed,
-            Err(error) => {
-                self.note(server, Err(&error)).await;
-                return Err(error.into());
-            }
+    /// Lists again what a server says has changed.
+    async fn relist(&self, server_id: &str) {
+        let turn = self.turn(server_id);
+        let _turn = turn.lock().await;
+        let synced = match self.store.server(server_id).await {
+            Ok(Some(server)) => self.sync(&server, None, false).await.map(|_| ()),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error.into()),
         };
+        if let Err(error) = synced {
+            tracing::warn!(server.id = server_id, %error, "the changed list of a server cannot be had");
+        }
+    }
+
+    /// Opens a session to a server that was away, if it is back.
+    async fn look_for(&self, server_id: &str) {
+        match self.store.server(server_id).await {
+            // Its failure is noted where it happens.
+            Ok(Some(server)) => drop(self.session(&server, false).await),
+            Ok(None) => self.pool.forget(server_id),
+            Err(_) => {}
+        }
+    }
+
+    /// `now`: somebody asked for it, and wants no answer of before.
+    async fn sync(&self, server: &Server, agent: Option<&AgentId>, now: bool) -> Result<ToolChanges, SyncError> {
+        let (listed, era) = self.list(server, agent, now).await?;
         let (offered, skipped) = accept(&listed);
         let notice = notice(&skipped);
         let synced = self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered).await?;
@@ -292,20 +376,27 @@ impl Mcp {
     }
 
     /// Lists on the live session; on one that proves dead, once more on a new one.
-    async fn list(&self, server: &Server, agent: Option<&AgentId>) -> Result<(Vec<Box<RawValue>>, Era), Error> {
+    async fn list(
+        &self,
+        server: &Server,
+        agent: Option<&AgentId>,
+        now: bool,
+    ) -> Result<(Vec<Box<RawValue>>, Era), Error> {
         let mut second = false;
         loop {
-            let (session, new) = self.session(server).await?;
-            let listing = timeout(self.settings.list_timeout, session.list_tools(agent));
-            match listing.await.unwrap_or(Err(Error::ListTimeout)) {
+            let (session, new) = self.session(server, now).await?;
+            let deadline = Instant::now() + self.settings.list_timeout;
+            match session.list_tools(agent, deadline).await {
                 Ok(tools) => return Ok((tools, session.era())),
-                Err(Error::Closed | Error::Http(_)) if !new && !second => {
-                    self.pool.discard(&server.id, &session);
+                Err(Error::Closed | Error::SessionExpired | Error::Exited { .. } | Error::Http(_))
+                    if !new && !second =>
+                {
+                    self.pool.drop_session(&server.id, &session);
                     second = true;
                 }
                 Err(error) => {
                     // A session that cannot even list is not worth keeping.
-                    self.pool.discard(&server.id, &session);
+                    self.pool.discard(server, &session, &error).await;
                     return Err(error);
                 }
             }
@@ -313,41 +404,22 @@ impl Mcp {
     }
 
     /// The live session of a server, and whether it was opened just now. An opening goes on when the caller leaves.
-    async fn session(&self, server: &Server) -> Result<(Arc<Session>, bool), Error> {
+    async fn session(&self, server: &Server, now: bool) -> Result<(Arc<Session>, bool), Error> {
         if let Some(session) = self.pool.live(server) {
             return Ok((session, false));
         }
-        let (mcp, server) = (self.clone(), server.clone());
-        let opening = self.tracker.spawn(async move { mcp.open(&server).await });
+        let (pool, server) = (self.pool.clone(), server.clone());
+        let opening = self.tracker.spawn(async move { pool.session(&server, now).await });
         // It ends without an outcome only with the runtime.
         opening.await.unwrap_or(Err(Error::Stopping))
     }
 
-    async fn open(&self, server: &Server) -> Result<(Arc<Session>, bool), Error> {
-        let opened = self.pool.session(server).await;
-        if let Ok((session, false)) = opened {
-            return Ok((session, false));
-        }
-        // The server may have been deleted or changed between the reading of its row and the opening, when there was
-        // nothing to forget yet: without this look its old command or token would stay in use.
-        match (self.store.server(&server.id).await, opened) {
-            (Ok(None), _) => {
-                self.pool.forget(&server.id);
-                Err(Error::Deleted)
-            }
-            (Ok(Some(current)), Ok((session, _))) if current.revision != server.revision => {
-                self.pool.discard(&server.id, &session);
-                Err(Error::Reconfigured)
-            }
-            (_, opened) => opened,
-        }
-    }
-
-    /// Runs a tool of a server with `arguments`, on the live session. `request_heartbeat`, which Letta adds to every
-    /// schema, is taken out unless the tool itself declares it (CONTRACT row 13).
+    /// Runs a tool of a server with `arguments`, on the live session, within the run timeout. `request_heartbeat`, which
+    /// Letta adds to every schema, is taken out unless the tool itself declares it (CONTRACT row 13).
     ///
     /// # Errors
-    /// When no session can be had, and so nothing was sent. All that can happen after that is an [`Outcome`].
+    /// When no session can be had, or the server did not take the call, and so nothing was run. All that can happen
+    /// after that is an [`Outcome`].
     pub async fn run_tool(
         &self,
         server: &Server,
@@ -355,42 +427,41 @@ impl Mcp {
         mut arguments: Map<String, Value>,
     ) -> Result<Outcome, Error> {
         let started = Instant::now();
+        let deadline = started + self.settings.run_timeout;
         if arguments.contains_key(HEARTBEAT) && !declares(&definition(tool).input_schema, HEARTBEAT) {
             arguments.shift_remove(HEARTBEAT);
         }
+        let _place = self.pool.enter(&server.id, deadline).await?;
         let mut server = Cow::Borrowed(server);
-        let mut called = self.call(&server, tool, &arguments).await;
+        let mut called = self.call(&server, tool, &arguments, deadline).await;
         // A kept session was found dead, or of an old configuration, before anything was sent: a new one is as good.
         if let Err(Failed { again: true, .. }) = called {
             if let Ok(current) = self.store.server(&server.id).await {
                 server = Cow::Owned(current.ok_or(Error::Deleted)?);
             }
-            called = self.call(&server, tool, &arguments).await;
+            called = self.call(&server, tool, &arguments, deadline).await;
         }
-        let server = &*server;
-        let (is_error, text, result) = match called.map_err(|failed| failed.error) {
-            Ok(result) => match Answer::read(&result) {
-                Some(answer) => (answer.is_error, answer.text, Some(result)),
-                None => (true, "The server's answer is not a tool result.".to_owned(), None),
+        let (is_error, text, answer) = match called.map_err(|failed| failed.error) {
+            Ok(answer) => match ToolResult::read(&answer.result) {
+                Ok(result) => (result.is_error, result.text, Some(answer)),
+                Err(unreadable) => (true, unreadable.to_string(), None),
             },
-            Err(CallError::NotSent(error)) => {
-                self.note(server, Err(&error)).await;
-                return Err(error);
-            }
-            Err(CallError::Rpc { message, .. }) => (true, message, None),
-            Err(CallError::Refused(error)) => {
-                self.note(server, Err(&error)).await;
-                (true, format!("The server did not take the call. {error}"), None)
-            }
+            Err(CallError::NotSent(error)) => return Err(error),
+            Err(CallError::Rpc(RpcError { message, .. })) => (true, message, None),
+            Err(CallError::Refused(error)) => (true, format!("The server did not take the call. {error}"), None),
             Err(CallError::TimedOut) => {
                 let seconds = self.settings.run_timeout.as_secs_f64();
                 (true, format!("The tool did not answer within {seconds} s; it may still be running."), None)
+            }
+            Err(CallError::Untaken(oversize)) => {
+                (true, format!("The tool has run, but its answer cannot be taken: {oversize}."), None)
             }
             Err(CallError::Lost(error)) => {
                 (true, format!("The connection was lost during the call; the tool may have run. {error}"), None)
             }
         };
-        Ok(Outcome { is_error, text, result, duration: started.elapsed() })
+        let (result, held) = answer.map(|answer| (answer.result, answer.held)).unzip();
+        Ok(Outcome { is_error, text, result, duration: started.elapsed(), held })
     }
 
     /// One attempt at a call. A session that could not take it is let go.
@@ -399,50 +470,44 @@ impl Mcp {
         server: &Server,
         tool: &Tool,
         arguments: &Map<String, Value>,
-    ) -> Result<Box<RawValue>, Failed> {
-        let (session, new) = self.session(server).await.map_err(|error| {
+        deadline: Instant,
+    ) -> Result<Answer, Failed> {
+        let session = timeout_at(deadline, self.session(server, false)).await.unwrap_or(Err(Error::NotReady));
+        let (session, new) = session.map_err(|error| {
             let again = matches!(error, Error::Reconfigured);
             Failed { error: CallError::NotSent(error), again }
         })?;
-        if server.state != State::Ready || server.era() != Some(session.era()) {
-            self.note(server, Ok(session.era())).await;
-        }
-        let needs_list = tool.definition.contains("x-mcp-header");
-        let called = session.call_tool(&tool.name, arguments.clone(), needs_list, self.settings.run_timeout).await;
-        called.map_err(|error| {
-            // What turned the call away or lost it may be all that is wrong: the next call gets a session of its own.
-            if matches!(error, CallError::NotSent(_) | CallError::Refused(_) | CallError::Lost(_)) {
-                self.pool.discard(&server.id, &session);
+        let called = session.call_tool(tool, arguments, deadline).await;
+        match called {
+            Ok(answer) => Ok(answer),
+            Err(error) => {
+                let again = !new && matches!(error, CallError::NotSent(_));
+                match &error {
+                    // A new session says more of the server than this one.
+                    CallError::NotSent(_) if again => self.pool.drop_session(&server.id, &session),
+                    CallError::Lost(error) if error.is_about_one_call() => {
+                        self.pool.drop_session(&server.id, &session);
+                    }
+                    // What turned the call away or lost it may be all that is wrong: the next call gets a session of
+                    // its own.
+                    CallError::NotSent(error) | CallError::Refused(error) | CallError::Lost(error) => {
+                        self.pool.discard(server, &session, error).await;
+                    }
+                    CallError::Rpc(_) | CallError::TimedOut | CallError::Untaken(_) => {}
+                }
+                Err(Failed { error, again })
             }
-            let again = !new && matches!(error, CallError::NotSent(_));
-            Failed { error, again }
-        })
-    }
-
-    /// Notes in the server's status what came of an attempt to reach it. That it cannot be noted harms no answer.
-    async fn note(&self, server: &Server, attempt: Result<Era, &Error>) {
-        // What a stop cut off says nothing about the server.
-        if self.stop.is_cancelled() {
-            return;
-        }
-        let reached = match attempt {
-            Ok(era) => Reached { state: State::Ready, error: None, era: Some(era) },
-            // These say nothing about the server.
-            Err(Error::Stopping | Error::Deleted | Error::Reconfigured) => return,
-            // A server that was silent in the era it is known for may have been replaced by one of the other.
-            Err(Error::HandshakeTimeout) => {
-                Reached { state: State::Unreachable, error: Some(Error::HandshakeTimeout.to_string()), era: None }
-            }
-            Err(error) => Reached { state: error.state(), error: Some(error.to_string()), era: server.era() },
-        };
-        if let Err(error) = self.store.record_reached(&server.id, server.revision, &reached).await {
-            tracing::error!(server.id, %error, "cannot note the state of a server");
         }
     }
 
     /// Ends the server's session; calls that are under way finish on it.
     pub fn forget(&self, server_id: &str) {
         self.pool.forget(server_id);
+    }
+
+    /// Ends sessions of before `revision` of the server's configuration; calls that are under way finish.
+    pub fn reconfigured(&self, server_id: &str, revision: i64) {
+        self.pool.reconfigured(server_id, revision);
     }
 
     /// Ends all sessions and their children, also those that are being opened or listed; done when nothing is left

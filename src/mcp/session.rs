@@ -1,51 +1,44 @@
 //! One open connection to one server: handshake, list, call.
 //!
-//! A session ends when its last holder drops it, when its child or stream ends, or when the server's answer says so;
-//! [`Session::is_closed`] tells. One task per session owns what rmcp runs and closes it within a bound.
+//! A session ends when its last holder drops it, when its child or stream ends, or when Portolan stops;
+//! [`Session::is_closed`] tells. What runs for it ends with it.
 
-use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures_util::future::BoxFuture;
-use rmcp::model::{
-    CallToolRequest, CallToolRequestParams, ClientCapabilities, ClientJsonRpcMessage, ClientRequest, Implementation,
-    InitializeRequestParams, JsonObject, ListToolsRequest, PaginatedRequestParams, ProtocolVersion,
-    ServerJsonRpcMessage,
-};
-use rmcp::service::{
-    ClientInitializeError, ClientLifecycleMode, Peer, PeerRequestOptions, RequestHandle, RoleClient, ServiceError,
-    serve_client_with_lifecycle_and_ct,
-};
-use rmcp::transport::streamable_http_client::{StreamableHttpClientTransport, StreamableHttpError};
-use rmcp::transport::{DynamicTransportError, Transport};
-use serde::Deserialize;
+use http::{HeaderName, HeaderValue};
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use tokio::sync::OnceCell;
-use tokio::time::{Instant, timeout, timeout_at};
+use serde_json::{Map, Value};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{Connector, Era};
+use crate::model::{Connector, Era, Tool};
 
-use super::http::{self, HttpClient, HttpError};
-use super::ledger::Ledger;
-use super::listing::MAX_TOOLS;
-use super::sse::SseTransport;
-use super::stdio::{self, Gone, Process, StdioTransport};
-use super::{AgentId, Error};
+use super::budget::{Budget, Oversize};
+use super::exchange::Answer;
+use super::http::{HttpError, HttpWire};
+use super::keeper::Keeper;
+use super::listing::{MAX_TOOLS, definition};
+use super::message::{self, METHOD_NOT_FOUND, RpcError};
+use super::sse::SseWire;
+use super::stdio::{Spawner, StdioWire};
+use super::watch::Bell;
+use super::{AgentId, Error, mirror};
 
-/// How long rmcp may take to close a session before it is abandoned to the end of its child or sockets.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(6);
-/// How long the rest of a dead child's output may take to be read.
-const REST_OF_OUTPUT: Duration = Duration::from_millis(500);
-/// How long a notice of cancellation may take.
-const CANCEL_TIMEOUT: Duration = Duration::from_secs(2);
-/// JSON-RPC 2.0, error codes.
-const METHOD_NOT_FOUND: i32 = -32601;
+/// The first revision without `initialize`.
+pub const MODERN: &str = "2026-07-28";
+/// The revisions of `initialize`, the one to ask for first.
+const INITIALIZE: [&str; 5] = ["2025-11-25", "2025-06-18", "2025-03-26", "2024-11-05", "2024-10-07"];
+/// How long a server may be silent over `server/discover` before it is taken for one that does not know it.
+const DISCOVER_TIMEOUT: Duration = Duration::from_secs(10);
+/// MCP 2026-07-28, error codes: HeaderMismatch and MissingRequiredClientCapability, which only a modern server has.
+const MODERN_REFUSALS: [i64; 2] = [-32020, -32021];
 /// What one list may have of pages, tools and bytes before it is taken to be endless.
 const MAX_PAGES: usize = 1_000;
 const MAX_LISTED: usize = 2 * MAX_TOOLS;
@@ -56,42 +49,124 @@ pub struct Context {
     pub settings: Upstream,
     pub client: reqwest::Client,
     pub tracker: TaskTracker,
+    pub spawner: Spawner,
+    pub keeper: Option<Keeper>,
+    pub budget: Arc<Budget>,
     /// Portolan stops: every session ends, also one that is being opened or is in use.
     pub stop: CancellationToken,
 }
 
-pub struct Session {
-    peer: Peer<RoleClient>,
-    ledger: Ledger,
-    tracker: TaskTracker,
-    era: Era,
-    closed: CancellationToken,
-    retired: AtomicBool,
-    listed: OnceCell<()>,
-    _end: DropGuard,
+/// A request, as each transport needs it.
+pub struct Ask<'a> {
+    pub method: &'static str,
+    /// JSON.
+    pub params: &'a str,
+    /// It asks whether the server is a modern one.
+    pub modern: bool,
+    /// The tool that is called, and the arguments that go as header fields, too.
+    pub tool: Option<&'a str>,
+    pub mirrored: &'a [(HeaderName, HeaderValue)],
+    pub agent: Option<&'a AgentId>,
+}
+
+impl<'a> Ask<'a> {
+    fn new(method: &'static str, params: &'a str) -> Self {
+        Self { method, params, modern: false, tool: None, mirrored: &[], agent: None }
+    }
+}
+
+/// What the handshake found.
+#[derive(Clone, Debug)]
+pub struct Greeted {
+    /// The MCP revision.
+    pub version: &'static str,
+    /// The server says when its list of tools changes.
+    pub announces_lists: bool,
+}
+
+impl Greeted {
+    pub fn is_modern(&self) -> bool {
+        self.version == MODERN
+    }
+
+    /// The parameters of `subscriptions/listen`.
+    pub fn listen_params(&self) -> String {
+        format!(r#"{{"notifications":{{"toolsListChanged":true}},"_meta":{}}}"#, meta())
+    }
+}
+
+/// What a modern server wants with each request (MCP 2026-07-28, metadata). A client that offers nothing: REST callers
+/// cannot be asked for roots, samples or answers.
+fn meta() -> String {
+    format!(
+        r#"{{"io.modelcontextprotocol/protocolVersion":"{MODERN}","io.modelcontextprotocol/clientInfo":{},"io.modelcontextprotocol/clientCapabilities":{{}}}}"#,
+        who_we_are()
+    )
+}
+
+fn who_we_are() -> String {
+    format!(r#"{{"name":"portolan","version":"{}"}}"#, env!("CARGO_PKG_VERSION"))
 }
 
 /// How a call ended that has no result.
 #[derive(Debug)]
 pub enum CallError {
-    /// Nothing of it left Portolan: it did not run and may be sent again.
+    /// Nothing of it left Portolan, or the server does not know of it: it did not run and may be sent again.
     NotSent(Error),
     /// The server answered with a JSON-RPC error.
-    Rpc {
-        code: i32,
-        message: String,
-    },
+    Rpc(RpcError),
     /// The server's HTTP side turned the call away before any tool saw it.
     Refused(Error),
     TimedOut,
+    /// The server's answer came and is too large.
+    Untaken(Oversize),
     /// The session was lost, or the answer cannot be had; the tool may have run.
     Lost(Error),
+}
+
+impl CallError {
+    /// The same, of a request that is harmless when it is repeated.
+    fn into_error(self, refused: impl FnOnce(i64) -> Error, timeout: Error) -> Error {
+        match self {
+            Self::NotSent(error) | Self::Refused(error) | Self::Lost(error) => error,
+            Self::Rpc(RpcError { code, .. }) => refused(code),
+            Self::TimedOut => timeout,
+            Self::Untaken(oversize) => Error::Oversize(oversize),
+        }
+    }
+}
+
+enum Wire {
+    Stdio(StdioWire),
+    Sse(SseWire),
+    Http(HttpWire),
+}
+
+pub struct Session {
+    wire: Wire,
+    greeted: Greeted,
+    /// What goes with every request to a modern server.
+    meta: Option<Box<RawValue>>,
+    end: CancellationToken,
+    retired: AtomicBool,
+    served: AtomicBool,
+    opened: Instant,
+    used: std::sync::Mutex<Instant>,
+    _end: DropGuard,
 }
 
 impl Session {
     /// Connects and shakes hands within the handshake deadline. Without a known era it is found: modern first (MCP
     /// 2026-07-28, versioning), then, for a server that ends the connection over it, `initialize` on a new one.
-    pub async fn open(connector: &Connector, known: Option<Era>, context: &Context) -> Result<Self, Error> {
+    /// `permit` is given back when the last child is gone.
+    pub async fn open(
+        connector: &Connector,
+        known: Option<Era>,
+        context: &Context,
+        bell: Bell,
+        permit: Option<OwnedSemaphorePermit>,
+    ) -> Result<Self, Error> {
+        let permit = permit.map(Arc::new);
         let time = match connector {
             Connector::Stdio(_) => context.settings.start_timeout,
             Connector::Sse(_) | Connector::StreamableHttp(_) => context.settings.handshake_timeout,
@@ -101,11 +176,11 @@ impl Session {
             Some(era) => (Attempt::Only(era), Attempt::Find),
             None => (Attempt::Find, Attempt::Only(Era::Initialize)),
         };
-        let opened = match Self::attempt(connector, first, context, deadline).await {
+        let attempt = |attempt| Self::attempt(connector, attempt, context, &bell, permit.clone(), deadline);
+        let opened = match attempt(first).await {
             Err(error) if error.is_about_the_handshake() && !context.stop.is_cancelled() => {
-                let again = Self::attempt(connector, second, context, deadline).await;
                 // The first error says more, unless the second attempt got further.
-                again.map_err(|later| if later.is_about_the_handshake() { error } else { later })
+                attempt(second).await.map_err(|later| if later.is_about_the_handshake() { error } else { later })
             }
             result => result,
         };
@@ -117,71 +192,98 @@ impl Session {
         connector: &Connector,
         attempt: Attempt,
         context: &Context,
+        bell: &Bell,
+        permit: Option<Arc<OwnedSemaphorePermit>>,
         deadline: Instant,
     ) -> Result<Self, Error> {
-        let ledger = Ledger::default();
-        let settings = &context.settings;
-        let mut process = None;
-        let transport = match connector {
-            Connector::Stdio(config) => {
-                let (transport, child) = stdio::spawn(
-                    config,
-                    settings.legacy_arg_split,
-                    settings.max_message_bytes,
-                    ledger.clone(),
-                    &context.tracker,
-                    &context.stop,
-                )?;
-                process = Some(child);
-                AnyTransport::Stdio(transport)
-            }
-            Connector::Sse(remote) => {
-                let opening = SseTransport::open(remote, context.client.clone(), settings, ledger.clone());
-                let opened = context.stop.run_until_cancelled(timeout_at(deadline, opening)).await;
-                AnyTransport::Sse(opened.ok_or(Error::Stopping)?.map_err(|_| Error::HandshakeTimeout)??)
-            }
-            Connector::StreamableHttp(remote) => {
-                AnyTransport::Http(http::transport(remote, context.client.clone(), settings, ledger.clone())?)
-            }
-        };
-        let transport = Bounded { transport, unanswered: Arc::default() };
         let end = context.stop.child_token();
-        let serving = serve_client_with_lifecycle_and_ct(who_we_are(), transport, attempt.mode(), end.clone());
-        let running = match timeout_at(deadline, serving).await {
-            Ok(Ok(running)) => running,
-            Ok(Err(error)) => return Err(explain(error, process).await),
-            Err(_) => {
-                end.cancel();
-                return Err(Error::HandshakeTimeout);
+        let guard = end.clone().drop_guard();
+        let share = context.budget.share();
+        let opening = async {
+            let wire = match connector {
+                Connector::Stdio(config) => {
+                    Wire::Stdio(StdioWire::open(config, context, share, bell.clone(), permit, end.clone()).await?)
+                }
+                Connector::Sse(remote) => {
+                    Wire::Sse(SseWire::open(remote, context, share, bell.clone(), end.clone(), deadline).await?)
+                }
+                Connector::StreamableHttp(remote) => Wire::Http(HttpWire::open(remote, context, share, bell.clone())?),
+            };
+            match wire.greet(attempt, deadline).await {
+                Ok(greeted) => Ok((wire, greeted)),
+                Err(error) => {
+                    // Two children at a time would be one more than there is room for.
+                    if let Wire::Stdio(stdio) = &wire {
+                        stdio.leave(deadline).await;
+                    }
+                    Err(error)
+                }
             }
         };
-        let era = match running.peer().peer_info() {
-            Some(info) if !info.protocol_version.has_initialize() => Era::Discover,
-            _ => Era::Initialize,
-        };
-        let peer = running.peer().clone();
-        let closed = CancellationToken::new();
-        context.tracker.spawn(supervise(running, process, end.clone(), closed.clone()));
+        let (wire, greeted) = context.stop.run_until_cancelled(opening).await.ok_or(Error::Stopping)??;
+        match &wire {
+            Wire::Stdio(stdio) if greeted.is_modern() && greeted.announces_lists => {
+                stdio.subscribe(&greeted.listen_params());
+            }
+            Wire::Stdio(_) | Wire::Sse(_) => {}
+            Wire::Http(http) => {
+                context.tracker.spawn(http.clone().attend(greeted.clone(), end.clone()));
+            }
+        }
+        let meta = greeted.is_modern().then(|| RawValue::from_string(meta()).expect("it is JSON"));
+        let now = Instant::now();
         Ok(Self {
-            peer,
-            ledger,
-            tracker: context.tracker.clone(),
-            era,
-            closed,
+            wire,
+            greeted,
+            meta,
+            end,
             retired: AtomicBool::new(false),
-            listed: OnceCell::new(),
-            _end: end.drop_guard(),
+            served: AtomicBool::new(false),
+            opened: now,
+            used: std::sync::Mutex::new(now),
+            _end: guard,
         })
     }
 
     /// Which handshake worked.
     pub fn era(&self) -> Era {
-        self.era
+        if self.greeted.is_modern() { Era::Discover } else { Era::Initialize }
+    }
+
+    pub fn has_child(&self) -> bool {
+        matches!(self.wire, Wire::Stdio(_))
+    }
+
+    pub fn opened(&self) -> Instant {
+        self.opened
+    }
+
+    /// When it was last handed out.
+    pub fn used(&self) -> Instant {
+        *self.used.lock().expect("no code panics while it holds the time")
+    }
+
+    pub fn touch(&self) {
+        *self.used.lock().expect("no code panics while it holds the time") = Instant::now();
+    }
+
+    /// It has answered a call.
+    pub fn has_served(&self) -> bool {
+        self.served.load(Ordering::Relaxed)
     }
 
     /// No more calls can be made on this session.
     pub fn is_closed(&self) -> bool {
-        self.retired.load(Ordering::Relaxed) || self.closed.is_cancelled() || self.peer.is_transport_closed()
+        self.retired.load(Ordering::Relaxed) || self.end.is_cancelled()
+    }
+
+    /// Why the session ended by itself, if it has.
+    pub fn ended(&self) -> Option<Error> {
+        match &self.wire {
+            Wire::Stdio(stdio) => stdio.ended(),
+            Wire::Sse(sse) => sse.ended(),
+            Wire::Http(_) => None,
+        }
     }
 
     /// Takes no more calls; those that are under way finish.
@@ -189,12 +291,19 @@ impl Session {
         self.retired.store(true, Ordering::Relaxed);
     }
 
-    /// All tools, page after page, each definition as the server wrote it. The caller sets the deadline.
+    /// All tools, page after page, each definition as the server wrote it.
     ///
     /// # Errors
     /// [`Error::Paging`] for a cursor that comes twice and for lists beyond all measure, [`Error::List`] for an answer
-    /// that is not a list.
-    pub async fn list_tools(&self, agent: Option<&AgentId>) -> Result<Vec<Box<RawValue>>, Error> {
+    /// that is not a list, [`Error::ListTimeout`] at the deadline.
+    pub async fn list_tools(&self, agent: Option<&AgentId>, deadline: Instant) -> Result<Vec<Box<RawValue>>, Error> {
+        #[derive(Serialize)]
+        struct Params<'a> {
+            #[serde(skip_serializing_if = "Option::is_none")]
+            cursor: Option<&'a str>,
+            #[serde(rename = "_meta", skip_serializing_if = "Option::is_none")]
+            meta: Option<&'a RawValue>,
+        }
         #[derive(Deserialize)]
         #[serde(rename_all = "camelCase")]
         struct Page<'a> {
@@ -207,30 +316,22 @@ impl Session {
         let mut cursors = HashSet::new();
         let mut cursor: Option<String> = None;
         for _ in 0..MAX_PAGES {
-            let params = cursor.take().map(|cursor| PaginatedRequestParams::default().with_cursor(Some(cursor)));
-            let mut request = ListToolsRequest { params, ..ListToolsRequest::default() };
-            if let Some(agent) = agent {
-                request.extensions.insert(agent.clone());
-            }
-            let answer = self.request(ClientRequest::ListToolsRequest(request)).await;
-            // A server without tools need not know the method.
-            if matches!(answer, Err(CallError::Rpc { code: METHOD_NOT_FOUND, .. })) {
-                return Ok(tools);
-            }
-            let answer = answer.map_err(|error| match error {
-                CallError::NotSent(error) | CallError::Refused(error) | CallError::Lost(error) => error,
-                CallError::Rpc { code, .. } => Error::ListRefused { code },
-                CallError::TimedOut => Error::ListTimeout,
-            })?;
-            let page: Page<'_> = serde_json::from_str(answer.get()).map_err(|_| Error::List)?;
-            bytes += answer.get().len();
+            let params = text(&Params { cursor: cursor.as_deref(), meta: self.meta.as_deref() });
+            let ask = Ask { agent, ..Ask::new("tools/list", &params) };
+            let answer = match self.wire.request(&ask, deadline).await {
+                Ok(answer) => answer,
+                // A server without tools need not know the method.
+                Err(CallError::Rpc(RpcError { code: METHOD_NOT_FOUND, .. })) => return Ok(tools),
+                Err(error) => return Err(error.into_error(|code| Error::ListRefused { code }, Error::ListTimeout)),
+            };
+            let page: Page<'_> = serde_json::from_str(answer.result.get()).map_err(|_| Error::List)?;
+            bytes += answer.result.get().len();
             if tools.len() + page.tools.len() > MAX_LISTED || bytes > MAX_LIST_BYTES {
                 return Err(Error::Paging);
             }
             tools.extend(page.tools.into_iter().map(ToOwned::to_owned));
             let Some(next) = page.next_cursor else {
-                // Filling the cell twice is harmless: it only says that a list was seen.
-                let _ = self.listed.set(());
+                self.served.store(true, Ordering::Relaxed);
                 return Ok(tools);
             };
             if !cursors.insert(next.clone()) {
@@ -242,108 +343,38 @@ impl Session {
     }
 
     /// Runs a tool; the result as the server wrote it.
-    ///
-    /// A server of revision 2026-07-28 may want arguments repeated as header fields, which rmcp does for tools it has
-    /// seen listed on this session (`x-mcp-header`): `needs_list` makes sure it has.
     pub async fn call_tool(
         &self,
-        name: &str,
-        arguments: JsonObject,
-        needs_list: bool,
-        deadline: Duration,
-    ) -> Result<Box<RawValue>, CallError> {
-        let calling = async {
-            if needs_list && self.era == Era::Discover {
-                let listing = async { self.list_tools(None).await.map(|_| ()) };
-                self.listed.get_or_try_init(|| listing).await.map_err(CallError::NotSent)?;
-            }
-            let params = CallToolRequestParams::new(name.to_owned()).with_arguments(arguments);
-            self.request(ClientRequest::CallToolRequest(CallToolRequest::new(params))).await
-        };
-        timeout(deadline, calling).await.unwrap_or(Err(CallError::TimedOut))
-    }
-
-    /// Sends one request for tools and waits for its raw result. Dropping the future cancels the request.
-    async fn request(&self, request: ClientRequest) -> Result<Box<RawValue>, CallError> {
-        let handle = match self.peer.send_cancellable_request(request, PeerRequestOptions::default()).await {
-            Ok(handle) => handle,
-            Err(_) => return Err(CallError::NotSent(Error::Closed)),
-        };
-        let mut pending = Pending { handle: Some(handle), ledger: &self.ledger, tracker: &self.tracker };
-        let (answer, known) = pending.answer().await;
-        let failed = |error: Error| {
-            if known.sent { CallError::Lost(error) } else { CallError::NotSent(error) }
-        };
-        match answer {
-            Ok(_) => known.result.ok_or(CallError::Lost(Error::Closed)),
-            Err(ServiceError::McpError(error)) => {
-                Err(CallError::Rpc { code: error.code.0, message: error.message.into_owned() })
-            }
-            Err(ServiceError::TransportSend(error)) => Err(match transport_error(&error) {
-                Some(error) if error.is_refusal() => CallError::Refused(error),
-                Some(error) => failed(error),
-                None => failed(Error::Closed),
-            }),
-            Err(_) => Err(failed(Error::Closed)),
+        tool: &Tool,
+        arguments: &Map<String, Value>,
+        deadline: Instant,
+    ) -> Result<Answer, CallError> {
+        #[derive(Serialize)]
+        struct Params<'a> {
+            name: &'a str,
+            arguments: &'a Map<String, Value>,
+            #[serde(rename = "_meta", skip_serializing_if = "Option::is_none")]
+            meta: Option<&'a RawValue>,
         }
-    }
-}
-
-/// A request that is under way; dropped before its answer, it tells the server so.
-struct Pending<'a> {
-    handle: Option<RequestHandle<RoleClient>>,
-    ledger: &'a Ledger,
-    tracker: &'a TaskTracker,
-}
-
-impl Pending<'_> {
-    async fn answer(&mut self) -> (Result<rmcp::model::ServerResult, ServiceError>, super::ledger::Closed) {
-        let handle = self.handle.as_mut().expect("taken only here, after the answer");
-        let answer = (&mut handle.rx).await.unwrap_or(Err(ServiceError::TransportClosed));
-        let known = self.ledger.close(&handle.id);
-        self.handle = None;
-        (answer, known)
-    }
-}
-
-impl Drop for Pending<'_> {
-    fn drop(&mut self) {
-        if let Some(handle) = self.handle.take() {
-            let (ledger, id) = (self.ledger.clone(), handle.id.clone());
-            let cancelling = handle.cancel(Some("the caller has gone".to_owned()));
-            self.tracker.spawn(async move {
-                let _ = timeout(CANCEL_TIMEOUT, cancelling).await;
-                // Only now: the request itself may have been waiting to be sent, which opens the entry.
-                ledger.close(&id);
-            });
+        let params = text(&Params { name: &tool.name, arguments, meta: self.meta.as_deref() });
+        // Only a modern server over HTTP wants arguments mirrored.
+        let mirrors = matches!(self.wire, Wire::Http(_)) && self.greeted.is_modern();
+        let mirrored = if mirrors && tool.definition.contains(mirror::ANNOTATION) {
+            mirror::fields(&definition(tool).input_schema, arguments)
+        } else {
+            Vec::new()
+        };
+        let ask = Ask { tool: Some(&tool.name), mirrored: &mirrored, ..Ask::new("tools/call", &params) };
+        let answer = self.wire.request(&ask, deadline).await;
+        if matches!(answer, Ok(_) | Err(CallError::Rpc(_))) {
+            self.served.store(true, Ordering::Relaxed);
         }
+        answer
     }
 }
 
-/// Owns what rmcp runs for a session, until its end from either side.
-async fn supervise(
-    running: rmcp::service::RunningService<RoleClient, InitializeRequestParams>,
-    process: Option<Process>,
-    end: CancellationToken,
-    closed: CancellationToken,
-) {
-    let exited = process.as_ref().map_or_else(CancellationToken::new, Process::exited);
-    let mut waiting = std::pin::pin!(running.waiting());
-    let over = tokio::select! {
-        _ = &mut waiting => true,
-        () = exited.cancelled() => {
-            // The answers that a child wrote before it left are still in the pipe.
-            timeout(REST_OF_OUTPUT, &mut waiting).await.is_ok()
-        }
-        () = end.cancelled() => false,
-    };
-    closed.cancel();
-    if !over {
-        end.cancel();
-        // Past this the child is ended by its owner, which unblocks whatever rmcp waits for.
-        let _ = timeout(CLOSE_TIMEOUT, &mut waiting).await;
-    }
-    drop(process);
+fn text(params: &impl Serialize) -> String {
+    serde_json::to_string(params).expect("parameters of ours are JSON")
 }
 
 enum Attempt {
@@ -351,170 +382,110 @@ enum Attempt {
     Find,
 }
 
-impl Attempt {
-    fn mode(self) -> ClientLifecycleMode {
-        let preferred_versions = vec![ProtocolVersion::V_2026_07_28];
+impl Wire {
+    async fn request(&self, ask: &Ask<'_>, deadline: Instant) -> Result<Answer, CallError> {
         match self {
-            Self::Only(Era::Initialize) => ClientLifecycleMode::Initialize,
-            Self::Only(Era::Discover) => ClientLifecycleMode::Discover { preferred_versions },
-            Self::Find => ClientLifecycleMode::Auto {
-                preferred_versions,
-                legacy_version: Some(ProtocolVersion::LATEST_WITH_INITIALIZE),
-            },
-        }
-    }
-}
-
-/// A client that offers nothing: REST callers cannot be asked for roots, samples or answers.
-fn who_we_are() -> InitializeRequestParams {
-    let us = Implementation::new("portolan", env!("CARGO_PKG_VERSION"));
-    // rmcp's default asks `initialize` for a revision that has no `initialize`.
-    InitializeRequestParams::new(ClientCapabilities::default(), us)
-        .with_protocol_version(ProtocolVersion::LATEST_WITH_INITIALIZE)
-}
-
-/// Why a handshake failed, in our own words.
-async fn explain(error: ClientInitializeError, process: Option<Process>) -> Error {
-    let lost = match &error {
-        ClientInitializeError::LegacyFallbackFailed { fallback, .. } => is_lost(fallback),
-        error => is_lost(error),
-    };
-    if let Some(process) = process.filter(|_| lost) {
-        // The pipe closes a moment before the child can be reaped.
-        let _ = timeout(REST_OF_OUTPUT, process.exited().cancelled_owned()).await;
-        if let Some(words) = process.last_words() {
-            return words;
-        }
-    }
-    match error {
-        ClientInitializeError::TransportError { error, .. } => transport_error(&error).unwrap_or(Error::Closed),
-        ClientInitializeError::LegacyFallbackFailed { fallback, .. } => Box::pin(explain(*fallback, None)).await,
-        ClientInitializeError::JsonRpcError(error) => Error::HandshakeRefused { code: error.code.0 },
-        ClientInitializeError::NoCompatibleProtocolVersion { .. } => Error::Revision,
-        ClientInitializeError::ConnectionClosed(_) => Error::Closed,
-        _ => Error::Handshake,
-    }
-}
-
-/// The connection was lost, so that the end of the child may be the reason; after a refusal its end is the consequence.
-fn is_lost(error: &ClientInitializeError) -> bool {
-    matches!(error, ClientInitializeError::ConnectionClosed(_) | ClientInitializeError::TransportError { .. })
-}
-
-/// What a transport's error says, if it says more than that the session is over.
-fn transport_error(error: &DynamicTransportError) -> Option<Error> {
-    match error.error.downcast_ref()? {
-        TransportError::Stdio(Gone) => None,
-        TransportError::Sse(error) => Some(Error::Http(error.clone())),
-        TransportError::Http(error) => match error {
-            StreamableHttpError::Client(error) => Some(Error::Http(error.clone())),
-            StreamableHttpError::AuthRequired(_) => Some(Error::Http(HttpError::SignIn)),
-            StreamableHttpError::HttpStatus(refusal) => {
-                let status = ::http::StatusCode::from_u16(refusal.status).ok()?;
-                Some(Error::Http(HttpError::Status(status)))
-            }
-            _ => None,
-        },
-    }
-}
-
-/// How many questions of a server may wait for our answers. rmcp starts a task for each answer; a server that asks
-/// without end and takes none would fill the memory with them.
-const MAX_UNANSWERED: usize = 64;
-
-/// A transport that ends when the server asks more than it lets us answer.
-struct Bounded {
-    transport: AnyTransport,
-    unanswered: Arc<AtomicUsize>,
-}
-
-impl Transport<RoleClient> for Bounded {
-    type Error = TransportError;
-
-    fn name() -> Cow<'static, str> {
-        "portolan".into()
-    }
-
-    fn send(
-        &mut self,
-        message: ClientJsonRpcMessage,
-    ) -> impl Future<Output = Result<(), TransportError>> + Send + 'static {
-        let answers = matches!(message, ClientJsonRpcMessage::Response(_) | ClientJsonRpcMessage::Error(_));
-        let unanswered = self.unanswered.clone();
-        let sending = self.transport.send(message);
-        async move {
-            let sent = sending.await;
-            if answers {
-                unanswered.fetch_sub(1, Ordering::Relaxed);
-            }
-            sent
+            Self::Stdio(stdio) => stdio.request(ask, deadline).await,
+            Self::Sse(sse) => sse.request(ask, deadline).await,
+            Self::Http(http) => http.request(ask, deadline).await,
         }
     }
 
-    async fn receive(&mut self) -> Option<ServerJsonRpcMessage> {
-        let message = self.transport.receive().await?;
-        let asks = matches!(message, ServerJsonRpcMessage::Request(_));
-        if asks && self.unanswered.fetch_add(1, Ordering::Relaxed) >= MAX_UNANSWERED {
-            tracing::warn!("a server asks more than it takes answers for; its session is ended");
-            return None;
+    async fn greet(&self, attempt: Attempt, deadline: Instant) -> Result<Greeted, Error> {
+        let greeted = match attempt {
+            Attempt::Only(Era::Discover) => self.discover(deadline, false).await?,
+            Attempt::Only(Era::Initialize) => None,
+            Attempt::Find => self.discover(deadline, true).await?,
+        };
+        let greeted = match greeted {
+            Some(greeted) => greeted,
+            None => self.initialize(deadline).await?,
+        };
+        if let Self::Http(http) = self {
+            http.agree(&greeted);
         }
-        Some(message)
-    }
-
-    async fn close(&mut self) -> Result<(), TransportError> {
-        self.transport.close().await
-    }
-}
-
-/// The three transports under one type, so that rmcp's loop is compiled once.
-enum AnyTransport {
-    Stdio(StdioTransport),
-    Sse(SseTransport),
-    Http(StreamableHttpClientTransport<HttpClient>),
-}
-
-#[derive(Debug, thiserror::Error)]
-enum TransportError {
-    #[error(transparent)]
-    Stdio(Gone),
-    #[error(transparent)]
-    Sse(HttpError),
-    #[error(transparent)]
-    Http(StreamableHttpError<HttpError>),
-}
-
-impl AnyTransport {
-    fn send(&mut self, message: ClientJsonRpcMessage) -> BoxFuture<'static, Result<(), TransportError>> {
-        match self {
-            Self::Stdio(stdio) => {
-                let sending = stdio.send(&message);
-                Box::pin(async move { sending.await.map_err(TransportError::Stdio) })
-            }
-            Self::Sse(sse) => {
-                let sending = sse.send(&message);
-                Box::pin(async move { sending.await.map_err(TransportError::Sse) })
-            }
-            Self::Http(http) => {
-                let sending = http.send(message);
-                Box::pin(async move { sending.await.map_err(TransportError::Http) })
+        if !greeted.is_modern() {
+            match self {
+                Self::Stdio(stdio) => stdio.notify(message::INITIALIZED.to_vec()),
+                Self::Sse(sse) => sse.notify(message::INITIALIZED.into(), deadline).await?,
+                Self::Http(http) => http.notify(message::INITIALIZED.into(), deadline).await?,
             }
         }
+        Ok(greeted)
     }
 
-    async fn receive(&mut self) -> Option<ServerJsonRpcMessage> {
-        match self {
-            Self::Stdio(stdio) => stdio.receive().await,
-            Self::Sse(sse) => sse.receive().await,
-            Self::Http(http) => http.receive().await,
+    /// Asks a server whether it is a modern one. `None` when it is not, and `or_not` allows that.
+    async fn discover(&self, deadline: Instant, or_not: bool) -> Result<Option<Greeted>, Error> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Discovered {
+            supported_versions: Vec<String>,
+            #[serde(default)]
+            capabilities: Capabilities,
+        }
+        let until = if or_not { deadline.min(Instant::now() + DISCOVER_TIMEOUT) } else { deadline };
+        let params = format!(r#"{{"_meta":{}}}"#, meta());
+        let ask = Ask { modern: true, ..Ask::new("server/discover", &params) };
+        match self.request(&ask, until).await {
+            Ok(answer) => {
+                let discovered: Result<Discovered, _> = serde_json::from_str(answer.result.get());
+                match discovered {
+                    Ok(found) if found.supported_versions.iter().any(|version| version == MODERN) => {
+                        Ok(Some(Greeted { version: MODERN, announces_lists: found.capabilities.announces_lists() }))
+                    }
+                    Ok(_) if or_not => Ok(None),
+                    Ok(_) => Err(Error::Revision),
+                    Err(_) if or_not => Ok(None),
+                    Err(_) => Err(Error::Handshake),
+                }
+            }
+            Err(CallError::Rpc(RpcError { code, .. })) if !or_not || MODERN_REFUSALS.contains(&code) => {
+                Err(Error::HandshakeRefused { code })
+            }
+            // A server of an older revision refuses it in its own way, or says nothing (MCP 2026-07-28, versioning).
+            Err(CallError::Rpc(_)) => Ok(None),
+            Err(CallError::Refused(Error::Http(HttpError::Status { status, .. })))
+                if or_not && status.is_client_error() && status != http::StatusCode::FORBIDDEN =>
+            {
+                Ok(None)
+            }
+            Err(CallError::TimedOut) if or_not && until < deadline => Ok(None),
+            Err(error) => Err(error.into_error(|code| Error::HandshakeRefused { code }, Error::HandshakeTimeout)),
         }
     }
 
-    async fn close(&mut self) -> Result<(), TransportError> {
-        match self {
-            Self::Stdio(stdio) => stdio.close(),
-            Self::Sse(sse) => sse.close(),
-            Self::Http(http) => http.close().await.map_err(TransportError::Http)?,
+    async fn initialize(&self, deadline: Instant) -> Result<Greeted, Error> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Initialized {
+            protocol_version: String,
+            #[serde(default)]
+            capabilities: Capabilities,
         }
-        Ok(())
+        let params =
+            format!(r#"{{"protocolVersion":"{}","capabilities":{{}},"clientInfo":{}}}"#, INITIALIZE[0], who_we_are());
+        let answer = self
+            .request(&Ask::new("initialize", &params), deadline)
+            .await
+            .map_err(|error| error.into_error(|code| Error::HandshakeRefused { code }, Error::HandshakeTimeout))?;
+        let initialized: Initialized = serde_json::from_str(answer.result.get()).map_err(|_| Error::Handshake)?;
+        let version = INITIALIZE.into_iter().find(|version| *version == initialized.protocol_version);
+        Ok(Greeted {
+            version: version.ok_or(Error::Revision)?,
+            announces_lists: initialized.capabilities.announces_lists(),
+        })
+    }
+}
+
+/// What a server can do, as far as Portolan makes use of it.
+#[derive(Default, Deserialize)]
+struct Capabilities {
+    #[serde(default)]
+    tools: Value,
+}
+
+impl Capabilities {
+    fn announces_lists(&self) -> bool {
+        self.tools["listChanged"] == true
     }
 }

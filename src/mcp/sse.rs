@@ -2,129 +2,217 @@
 //!
 //! The end of the stream is the end of the session: a new stream would be a new session that knows of no handshake.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
-use futures_util::stream::BoxStream;
-use http::header::ACCEPT;
+use bytes::Bytes;
+use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{HeaderMap, StatusCode};
-use rmcp::model::{ClientJsonRpcMessage, GetExtensions, ServerJsonRpcMessage};
-use sse_stream::Sse;
-use tokio::time::timeout;
+use tokio::sync::Semaphore;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use url::Url;
 
-use crate::config::Upstream;
 use crate::model::Remote;
 
-use super::events::events;
+use super::budget::{Held, Share};
+use super::events::Events;
+use super::exchange::{Answer, Exchange, Reply};
 use super::http::{EVENT_STREAM, HttpError, X_AGENT_ID, header_fields, is_media_type};
-use super::ledger::{Ledger, request_number};
+use super::message::{self, Inbound};
+use super::session::{Ask, CallError, Context};
+use super::watch::Bell;
 use super::{AgentId, Error};
 
-/// How long a server may take to accept one message; its answer comes on the stream.
-const POST_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a notice of cancellation, or our answer to a server's question, may take.
+const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How many of a server's questions are being answered at a time.
+const QUESTIONS: usize = 8;
 
-pub struct SseTransport {
-    /// `None` once closed.
-    stream: Option<BoxStream<'static, Result<Sse, sse_stream::Error>>>,
-    read: VecDeque<ServerJsonRpcMessage>,
+/// One session with one server.
+#[derive(Clone)]
+pub struct SseWire(Arc<Shared>);
+
+struct Shared {
     client: reqwest::Client,
-    fields: Arc<HeaderMap>,
+    fields: HeaderMap,
     endpoint: Url,
-    ledger: Ledger,
+    exchange: Arc<Exchange>,
+    questions: Arc<Semaphore>,
+    tracker: TaskTracker,
+    bell: Bell,
 }
 
-impl SseTransport {
-    /// Opens the stream and waits for the `endpoint` event. The caller sets the deadline.
+impl SseWire {
+    /// Opens the stream, waits for the `endpoint` event until `deadline`, and reads on in a task until `end`, which it
+    /// brings about when the stream ends.
     ///
     /// # Errors
     /// [`Error::Http`] when the stream cannot be had, [`Error::Endpoint`] when its first event names no address of the
-    /// same origin.
+    /// same origin, [`Error::HandshakeTimeout`].
     pub async fn open(
         remote: &Remote,
-        client: reqwest::Client,
-        settings: &Upstream,
-        ledger: Ledger,
+        context: &Context,
+        share: Arc<Share>,
+        bell: Bell,
+        end: CancellationToken,
+        deadline: Instant,
     ) -> Result<Self, Error> {
         let base = Url::parse(&remote.server_url).map_err(|_| Error::Endpoint)?;
-        let fields = Arc::new(header_fields(remote)?);
-        let response = client
-            .get(base.clone())
-            .headers((*fields).clone())
-            .header(ACCEPT, EVENT_STREAM)
-            .send()
-            .await
-            .map_err(HttpError::from)?;
-        match response.status() {
-            StatusCode::OK => {}
-            StatusCode::UNAUTHORIZED => return Err(HttpError::SignIn.into()),
-            status => return Err(HttpError::Status(status).into()),
-        }
-        if !is_media_type(&response, EVENT_STREAM) {
-            return Err(HttpError::ContentType.into());
-        }
-        let mut stream = events(response.bytes_stream(), settings.max_message_bytes);
-        let endpoint = loop {
-            let event = stream.next().await.ok_or(Error::Closed)?.map_err(|_| Error::Closed)?;
-            if event.event.as_deref() == Some("endpoint") {
-                break same_origin(&base, event.data.as_deref().unwrap_or_default())?;
+        let fields = header_fields(remote)?;
+        let request = context.client.get(base.clone()).headers(fields.clone()).header(ACCEPT, EVENT_STREAM);
+        let opening = async {
+            let response = request.send().await.map_err(HttpError::from)?;
+            if response.status() != StatusCode::OK {
+                return Err(Error::Http(HttpError::of(&response)));
+            }
+            if !is_media_type(&response, EVENT_STREAM) {
+                return Err(HttpError::ContentType.into());
+            }
+            let max = context.settings.max_message_bytes;
+            let mut events = Events::new(response.bytes_stream(), max, Held::nothing(&share));
+            loop {
+                let (event, _) = events.next().await.ok_or(Error::Closed)??;
+                if event.name == "endpoint" {
+                    return Ok((same_origin(&base, &event.data)?, events));
+                }
             }
         };
-        Ok(Self { stream: Some(stream), read: VecDeque::new(), client, fields, endpoint, ledger })
+        let (endpoint, events) = timeout_at(deadline, opening).await.map_err(|_| Error::HandshakeTimeout)??;
+        let wire = Self(Arc::new(Shared {
+            client: context.client.clone(),
+            fields,
+            endpoint,
+            exchange: Arc::default(),
+            questions: Arc::new(Semaphore::new(QUESTIONS)),
+            tracker: context.tracker.clone(),
+            bell,
+        }));
+        context.tracker.spawn(wire.clone().read(events, end));
+        Ok(wire)
     }
 
-    pub fn send(
-        &mut self,
-        message: &ClientJsonRpcMessage,
-    ) -> impl Future<Output = Result<(), HttpError>> + Send + 'static + use<> {
-        self.ledger.open(message);
-        let number = request_number(message);
-        let ledger = self.ledger.clone();
-        let mut request = self.client.post(self.endpoint.clone()).headers((*self.fields).clone()).json(message);
-        if let ClientJsonRpcMessage::Request(sent) = message
-            && let Some(agent) = sent.request.extensions().get::<AgentId>()
-        {
-            request = request.header(X_AGENT_ID, agent.0.clone());
+    /// Sends a request and waits for its answer until `deadline`.
+    pub async fn request(&self, ask: &Ask<'_>, deadline: Instant) -> Result<Answer, CallError> {
+        let mut waiting = self.0.exchange.open().map_err(CallError::NotSent)?;
+        let id = waiting.id;
+        let mut post = self.post(message::request(id, ask.method, ask.params).into());
+        if let Some(AgentId(agent)) = ask.agent {
+            post = post.header(X_AGENT_ID, agent);
         }
-        async move {
-            ledger.mark_sent(number, true);
-            let sent = timeout(POST_TIMEOUT, request.send()).await.map_err(|_| HttpError::TimedOut)?;
-            let response = sent.map_err(|error| {
-                let error = HttpError::from(error);
-                ledger.mark_sent(number, !matches!(error, HttpError::Connect(_)));
-                error
-            })?;
-            let status = response.status();
-            match status {
-                StatusCode::UNAUTHORIZED => Err(HttpError::SignIn),
-                status if status.is_success() => Ok(()),
-                status => Err(HttpError::Status(status)),
+        let mut pending = Pending { wire: self, id, over: false };
+        let exchanging = async {
+            tokio::select! {
+                // The answer may be there before the server is done with accepting the question.
+                reply = waiting.reply() => Ok(reply),
+                refused = send(post) => match refused {
+                    Ok(()) => Ok(waiting.reply().await),
+                    Err(error @ HttpError::Connect(_)) => Err(CallError::NotSent(error.into())),
+                    Err(HttpError::Status { status, retry_after }) if status.is_server_error() => {
+                        Err(CallError::Lost(HttpError::Status { status, retry_after }.into()))
+                    }
+                    Err(error @ (HttpError::Status { .. } | HttpError::SignIn)) => {
+                        Err(CallError::Refused(error.into()))
+                    }
+                    Err(error) => Err(CallError::Lost(error.into())),
+                },
             }
+        };
+        let Ok(reply) = timeout_at(deadline, exchanging).await else { return Err(CallError::TimedOut) };
+        pending.over = true;
+        match reply? {
+            Reply::Result(answer) => Ok(answer),
+            Reply::Error(error) => Err(CallError::Rpc(error)),
+            Reply::Untaken(error) => Err(CallError::Untaken(error)),
+            Reply::Ended(error) => Err(CallError::Lost(error)),
         }
     }
 
-    /// The next message; `None` at the end of the stream. Cancel-safe.
-    pub async fn receive(&mut self) -> Option<ServerJsonRpcMessage> {
-        while self.read.is_empty() {
-            let event = match self.stream.as_mut()?.next().await? {
-                Ok(event) => event,
-                Err(_) => {
-                    self.stream = None;
-                    return None;
+    /// Sends what has no answer.
+    pub async fn notify(&self, body: Bytes, deadline: Instant) -> Result<(), HttpError> {
+        timeout_at(deadline, send(self.post(body))).await.unwrap_or(Err(HttpError::TimedOut))
+    }
+
+    /// Why the session has ended, once it has.
+    pub fn ended(&self) -> Option<Error> {
+        self.0.exchange.ended()
+    }
+
+    fn post(&self, body: Bytes) -> reqwest::RequestBuilder {
+        let shared = &self.0;
+        let request = shared.client.post(shared.endpoint.clone()).headers(shared.fields.clone());
+        request.header(CONTENT_TYPE, "application/json").body(body)
+    }
+
+    async fn read(self, mut events: Events, end: CancellationToken) {
+        let reason = end.run_until_cancelled(self.read_events(&mut events)).await;
+        self.0.exchange.end(&reason.unwrap_or(Error::Closed));
+        self.0.bell.ended();
+        end.cancel();
+    }
+
+    async fn read_events(&self, events: &mut Events) -> Error {
+        loop {
+            let (event, held) = match events.next().await {
+                Some(Ok(event)) => event,
+                Some(Err(HttpError::Oversize(oversize))) => {
+                    // The stream cannot be read on from the middle of an event.
+                    self.0.exchange.fail_the_only(oversize);
+                    return Error::Oversize(oversize);
                 }
+                Some(Err(error)) => return error.into(),
+                None => return Error::Closed,
             };
-            let is_message = event.event.as_deref().is_none_or(|name| name == "message");
-            if let (true, Some(data)) = (is_message, event.data) {
-                self.read.extend(self.ledger.read(data.as_bytes()));
+            if !matches!(&*event.name, "" | "message") {
+                continue;
+            }
+            let mut held = held;
+            for inbound in message::read(event.data.as_bytes()) {
+                match inbound {
+                    Inbound::Answer { id, result: Ok(result) } => {
+                        let answer = Answer { result, held: held.take() };
+                        self.0.exchange.deliver(id, Reply::Result(answer));
+                    }
+                    Inbound::Answer { id, result: Err(error) } => self.0.exchange.deliver(id, Reply::Error(error)),
+                    Inbound::Request { id, method } => {
+                        let turn = self.0.questions.clone().acquire_owned().await;
+                        let turn = turn.expect("the semaphore is never closed");
+                        let (wire, body) = (self.clone(), message::reply(&id, &method));
+                        self.0.tracker.spawn(async move {
+                            let _ = wire.notify(body.into(), Instant::now() + NOTICE_TIMEOUT).await;
+                            drop(turn);
+                        });
+                    }
+                    Inbound::Notification { method } if method == message::LIST_CHANGED => self.0.bell.list_changed(),
+                    Inbound::Notification { .. } => {}
+                }
             }
         }
-        self.read.pop_front()
     }
+}
 
-    pub fn close(&mut self) {
-        self.stream = None;
+async fn send(request: reqwest::RequestBuilder) -> Result<(), HttpError> {
+    let response = request.send().await?;
+    if response.status().is_success() { Ok(()) } else { Err(HttpError::of(&response)) }
+}
+
+/// A request that is under way; dropped before it is over, it tells the server so.
+struct Pending<'a> {
+    wire: &'a SseWire,
+    id: u64,
+    over: bool,
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if self.over {
+            return;
+        }
+        let (wire, id) = (self.wire.clone(), self.id);
+        self.wire.0.tracker.spawn(async move {
+            let _ = wire.notify(message::cancelled(id).into(), Instant::now() + NOTICE_TIMEOUT).await;
+        });
     }
 }
 

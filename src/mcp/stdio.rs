@@ -1,29 +1,34 @@
-//! stdio servers: our own child process, and the transport over its pipes.
+//! stdio servers: a child process of ours, one JSON-RPC message per line on its pipes (MCP 2025-11-25, transports).
 //!
 //! A child runs in a process group of its own and has one owner, a task that outlives every caller: it reaps the child,
-//! and ends the whole group when the [`Process`] handle is dropped or the child's leader is gone. Standard error is
-//! drained always (a full pipe would stop the child); its last bytes are kept to explain an early exit.
+//! and ends the whole group when the session ends or the child's leader is gone. It also ends with Portolan, however
+//! that ends: by the kernel's death signal, and its group by the [`Keeper`]. Standard error is drained always (a full
+//! pipe would stop the child); its last bytes are kept to explain an early exit.
 
 use std::collections::VecDeque;
-use std::process::Stdio;
-use std::sync::{Arc, Mutex};
+use std::io;
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use futures_util::StreamExt;
-use rmcp::model::{ClientJsonRpcMessage, ServerJsonRpcMessage};
+use bytes::{Buf, Bytes};
 use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command};
-use tokio::sync::mpsc;
-use tokio::time::timeout;
-use tokio_util::codec::{AnyDelimiterCodec, FramedRead};
-use tokio_util::sync::{CancellationToken, DropGuard};
-use tokio_util::task::TaskTracker;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+use tokio::process::{Child, ChildStderr, ChildStdout, Command};
+use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::time::{Instant, timeout, timeout_at};
+use tokio_util::sync::CancellationToken;
 
 use crate::model::{Secret, Stdio as Config};
 
 use super::Error;
-use super::ledger::{Ledger, request_number};
+use super::budget::{Held, Share};
+use super::exchange::{Answer, Exchange, Reply};
+use super::lines::{Line, Lines};
+use super::message::{self, Inbound};
+use super::session::{Ask, CallError, Context};
+use super::watch::Bell;
 
 /// What a child gets of Portolan's own environment; the rest comes from its configuration.
 const INHERITED: [&str; 6] = ["PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR"];
@@ -35,38 +40,182 @@ const STDERR_KEPT: usize = 64 * 1024;
 const STDERR_SHOWN: usize = 300;
 /// Values of the environment shorter than this say nothing, and may be part of any word.
 const SHORTEST_SECRET: usize = 4;
-/// How long the end of standard error may take after the end of the child.
+/// How long the end of standard error may take after the end of the child, and the rest of its output.
 const LAST_WORDS: Duration = Duration::from_millis(200);
+const REST_OF_OUTPUT: Duration = Duration::from_millis(500);
+/// How long a child may leave its standard input unread while something waits to be written.
+const STALL: Duration = Duration::from_secs(30);
+/// How long a child may ask on without reading what it was answered.
+const ASKING: Duration = Duration::from_secs(5);
 /// How many messages may wait for a child that does not read.
 const QUEUE: usize = 64;
 
-/// A started child. Dropping it ends the child and its group.
-pub struct Process {
+/// Starts children, all from one thread: the kernel sends a death signal at the end of the thread that started the
+/// child, not of the process.
+pub struct Spawner(mpsc::UnboundedSender<Order>);
+
+type Order = (Command, oneshot::Sender<io::Result<Child>>);
+
+impl Spawner {
+    /// To be called in the runtime that is to wait for the children. The thread ends when the spawner is dropped.
+    pub fn new() -> Self {
+        // As many orders wait as sessions are being opened.
+        let (orders, mut next) = mpsc::unbounded_channel::<Order>();
+        let runtime = tokio::runtime::Handle::current();
+        let thread = move || {
+            let _runtime = runtime.enter();
+            while let Some((mut command, started)) = next.blocking_recv() {
+                // Whoever asked may have left; the child then ends with its handle.
+                let _ = started.send(command.spawn());
+            }
+        };
+        std::thread::Builder::new().name("children".to_owned()).spawn(thread).expect("a thread can be started");
+        Self(orders)
+    }
+
+    async fn spawn(&self, command: Command) -> io::Result<Child> {
+        let (started, child) = oneshot::channel();
+        let gone = || io::Error::other("the thread that starts children is gone");
+        self.0.send((command, started)).map_err(|_| gone())?;
+        child.await.map_err(|_| gone())?
+    }
+}
+
+/// One session with one child.
+#[derive(Clone)]
+pub struct StdioWire(Arc<Shared>);
+
+struct Shared {
+    exchange: Arc<Exchange>,
+    input: Mutex<Input>,
+    /// Something waits to be written; and, the other way round, less waits than before.
+    waits: Notify,
+    written: Notify,
+    facts: Mutex<Facts>,
+    /// The child is gone and reaped.
     exited: CancellationToken,
-    facts: Arc<Mutex<Facts>>,
-    /// What its environment holds and no error may show.
+    /// The session is to end, or has.
+    end: CancellationToken,
+    bell: Bell,
+    /// What the child's environment holds and no error may show.
     secrets: Vec<Secret>,
-    _end: DropGuard,
+    stall: Duration,
+}
+
+/// The child's standard input, and what waits for it.
+struct Input {
+    /// `None` once it is closed.
+    pipe: Option<Arc<pipe::Sender>>,
+    queue: VecDeque<Outgoing>,
+}
+
+struct Outgoing {
+    request: Option<u64>,
+    begun: bool,
+    rest: Bytes,
 }
 
 #[derive(Default)]
 struct Facts {
-    exit: Option<std::process::ExitStatus>,
+    exit: Option<ExitStatus>,
     stderr: VecDeque<u8>,
 }
 
-/// Starts the command and returns its transport and its handle.
-///
-/// # Errors
-/// [`Error::Spawn`] when the command cannot be started.
-pub fn spawn(
-    config: &Config,
-    split_args: bool,
-    max_line: usize,
-    ledger: Ledger,
-    tracker: &TaskTracker,
-    stop: &CancellationToken,
-) -> Result<(StdioTransport, Process), Error> {
+impl StdioWire {
+    /// Starts the command. `permit` is given back when the child is gone; the end of the session cancels `end`.
+    ///
+    /// # Errors
+    /// [`Error::Spawn`] when the command cannot be started.
+    pub async fn open(
+        config: &Config,
+        context: &Context,
+        share: Arc<Share>,
+        bell: Bell,
+        permit: Option<Arc<OwnedSemaphorePermit>>,
+        end: CancellationToken,
+    ) -> Result<Self, Error> {
+        let command = command(config, context.settings.legacy_arg_split);
+        let cannot = |error: io::Error| Error::Spawn(error.kind());
+        let mut child = context.spawner.spawn(command).await.map_err(cannot)?;
+        let kept = context.keeper.as_ref().and_then(|keeper| keeper.keep(child.id()?));
+        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let (Some(stdin), Some(stdout), Some(stderr)) = (stdin, stdout, stderr) else {
+            unreachable!("all three were asked to be pipes");
+        };
+        let pipe = stdin.into_owned_fd().and_then(pipe::Sender::from_owned_fd).map_err(cannot)?;
+        let pipe = Arc::new(pipe);
+        let shared = Arc::new(Shared {
+            exchange: Arc::default(),
+            input: Mutex::new(Input { pipe: Some(pipe.clone()), queue: VecDeque::new() }),
+            waits: Notify::new(),
+            written: Notify::new(),
+            facts: Mutex::default(),
+            exited: CancellationToken::new(),
+            end,
+            bell,
+            secrets: config.env.iter().flatten().map(|(_, value)| value.clone()).collect(),
+            stall: STALL.min(context.settings.run_timeout),
+        });
+        let lines = Lines::new(stdout, context.settings.max_message_bytes, Held::nothing(&share));
+        let drained = context.tracker.spawn(shared.clone().drain(stderr));
+        context.tracker.spawn(shared.clone().own(child, drained, (permit, kept)));
+        context.tracker.spawn(shared.clone().write(pipe));
+        context.tracker.spawn(shared.clone().read(lines));
+        Ok(Self(shared))
+    }
+
+    /// Sends a request and waits for its answer until `deadline`.
+    pub async fn request(&self, ask: &Ask<'_>, deadline: Instant) -> Result<Answer, CallError> {
+        let mut waiting = self.0.exchange.open().map_err(CallError::NotSent)?;
+        let mut line = message::request(waiting.id, ask.method, ask.params);
+        line.push(b'\n');
+        let mut pending = Pending { shared: &self.0, id: waiting.id, over: false };
+        self.0.push(Some(waiting.id), line.into());
+        match timeout_at(deadline, waiting.reply()).await {
+            Ok(reply) => {
+                pending.over = true;
+                match reply {
+                    Reply::Result(answer) => Ok(answer),
+                    Reply::Error(error) => Err(CallError::Rpc(error)),
+                    Reply::Untaken(oversize) => Err(CallError::Untaken(oversize)),
+                    Reply::Ended(error) if self.0.withdraw(waiting.id) => Err(CallError::NotSent(error)),
+                    Reply::Ended(error) => Err(CallError::Lost(error)),
+                }
+            }
+            Err(_) if self.0.withdraw(waiting.id) => {
+                pending.over = true;
+                Err(CallError::NotSent(Error::NotReading))
+            }
+            Err(_) => Err(CallError::TimedOut),
+        }
+    }
+
+    /// Sends what has no answer.
+    pub fn notify(&self, mut body: Vec<u8>) {
+        body.push(b'\n');
+        self.0.push(None, body.into());
+    }
+
+    /// Asks for notices of the server; its answers to that say nothing more.
+    pub fn subscribe(&self, params: &str) {
+        if let Ok(waiting) = self.0.exchange.open() {
+            self.notify(message::request(waiting.id, message::LISTEN, params));
+        }
+    }
+
+    /// Ends the child, and waits for that until `deadline`.
+    pub async fn leave(&self, deadline: Instant) {
+        self.0.end.cancel();
+        let _ = timeout_at(deadline, self.0.exited.cancelled()).await;
+    }
+
+    /// Why the session has ended, once it has.
+    pub fn ended(&self) -> Option<Error> {
+        self.0.exchange.ended()
+    }
+}
+
+fn command(config: &Config, split_args: bool) -> Command {
     let mut command = Command::new(&config.command);
     if split_args {
         command.args(config.args.iter().flat_map(|arg| arg.split_whitespace()));
@@ -76,59 +225,260 @@ pub fn spawn(
     command.env_clear();
     command.envs(INHERITED.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
     command.envs(config.env.iter().flatten().map(|(name, value)| (name, value.expose())));
-    // Its group is ended by the owner below; this is for the end of the runtime, which ends no task in order.
+    // Its group is ended by the owner; this is for the end of the runtime, which ends no task in order.
     command.process_group(0).kill_on_drop(true);
     command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-
-    let mut child = command.spawn().map_err(|error| Error::Spawn(error.kind()))?;
-    let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-    let (Some(stdin), Some(stdout), Some(stderr)) = (stdin, stdout, stderr) else {
-        unreachable!("all three were asked to be pipes");
-    };
-
-    let facts = Arc::new(Mutex::new(Facts::default()));
-    let exited = CancellationToken::new();
-    let end = stop.child_token();
-    let mut drained = tracker.spawn(drain(stderr, facts.clone()));
-    tracker.spawn({
-        let (facts, exited, end) = (facts.clone(), exited.clone(), end.clone());
-        async move {
-            let status = supervise(child, &end).await;
-            // What a dying child said last is still in the pipe; somebody who left its group may hold that pipe open.
-            if timeout(LAST_WORDS, &mut drained).await.is_err() {
-                drained.abort();
-            }
-            facts.lock().expect("no code panics while it holds the facts").exit = status;
-            exited.cancel();
-        }
-    });
-    let (queue, outgoing) = mpsc::channel(QUEUE);
-    tracker.spawn(write(stdin, outgoing, ledger.clone(), exited.clone(), end.clone()));
-    let transport = StdioTransport {
-        lines: FramedRead::new(stdout, AnyDelimiterCodec::new_with_max_length(b"\n".into(), vec![], max_line)),
-        read: VecDeque::new(),
-        queue: Some(queue),
-        ledger,
-    };
-    let secrets = config.env.iter().flatten().map(|(_, value)| value.clone()).collect();
-    Ok((transport, Process { exited, facts, secrets, _end: end.drop_guard() }))
+    #[cfg(target_os = "linux")]
+    die_with_us(&mut command);
+    command
 }
 
-impl Process {
-    /// Done when the child is gone and reaped.
-    pub fn exited(&self) -> CancellationToken {
-        self.exited.clone()
+/// Asks the kernel to kill the child at the end of the thread that starts it, which is that of Portolan.
+#[cfg(target_os = "linux")]
+#[expect(unsafe_code, reason = "code between fork and exec")]
+fn die_with_us(command: &mut Command) {
+    use rustix::process::{getpid, getppid, set_parent_process_death_signal};
+    let portolan = getpid();
+    let before_exec = move || {
+        set_parent_process_death_signal(Some(Signal::KILL))?;
+        // Portolan may have died before it was asked for.
+        if getppid() == Some(portolan) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+    };
+    // SAFETY: the closure makes two system calls; it takes no lock and no memory.
+    unsafe {
+        command.pre_exec(before_exec);
+    }
+}
+
+/// A request that is under way; dropped before it is over, it is taken back, or the server is told.
+struct Pending<'a> {
+    shared: &'a Shared,
+    id: u64,
+    over: bool,
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        if !self.over && !self.shared.withdraw(self.id) {
+            let mut line = message::cancelled(self.id);
+            line.push(b'\n');
+            self.shared.push(None, line.into());
+        }
+    }
+}
+
+impl Shared {
+    fn input(&self) -> MutexGuard<'_, Input> {
+        self.input.lock().expect("no code panics while it holds the input")
+    }
+
+    fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().expect("no code panics while it holds the facts")
+    }
+
+    /// Writes a line at once if the pipe has room, else leaves it to [`Shared::write`].
+    fn push(&self, request: Option<u64>, line: Bytes) {
+        let mut input = self.input();
+        // What nobody waits for is not worth more than this.
+        if request.is_none() && input.queue.len() >= 2 * QUEUE {
+            return;
+        }
+        input.queue.push_back(Outgoing { request, begun: false, rest: line });
+        if input.queue.len() == 1 {
+            let _ = input.flush();
+        }
+        if !input.queue.is_empty() {
+            self.waits.notify_one();
+        }
+    }
+
+    /// Takes a request back of which nothing was written; `false` when it is too late for that.
+    fn withdraw(&self, id: u64) -> bool {
+        let mut input = self.input();
+        let place = input.queue.iter().position(|line| line.request == Some(id) && !line.begun);
+        place.and_then(|place| input.queue.remove(place)).is_some()
+    }
+
+    /// Writes what waits, as the child reads it. A child that reads nothing for too long is given up.
+    async fn write(self: Arc<Self>, pipe: Arc<pipe::Sender>) {
+        let writing = async {
+            loop {
+                self.waits.notified().await;
+                let mut progress = Instant::now();
+                loop {
+                    let flushed = self.input().flush();
+                    match flushed {
+                        Ok(true) => break self.written.notify_waiters(),
+                        Ok(false) => {}
+                        // Nobody reads any more: what waits for an answer must not wait for its deadline.
+                        Err(_) => return Error::Closed,
+                    }
+                    let before = self.input().left();
+                    if timeout_at(progress + self.stall, pipe.writable()).await.is_err() {
+                        return Error::NotReading;
+                    }
+                    if self.input().flush().is_err() {
+                        return Error::Closed;
+                    }
+                    if self.input().left() < before {
+                        progress = Instant::now();
+                        self.written.notify_waiters();
+                    }
+                }
+            }
+        };
+        let ended = tokio::select! {
+            reason = writing => Some(reason),
+            () = self.exited.cancelled() => None,
+            () = self.end.cancelled() => None,
+        };
+        self.input().pipe = None;
+        match ended {
+            Some(reason @ Error::NotReading) => {
+                self.exchange.end(&reason);
+                self.end.cancel();
+            }
+            // The reader knows more of why the child left, if it gets to it.
+            Some(_) => {
+                let _ = timeout(REST_OF_OUTPUT, self.exited.cancelled()).await;
+                self.end.cancel();
+            }
+            None => {}
+        }
+    }
+
+    /// Reads what the child says until it is gone, or was given up.
+    async fn read(self: Arc<Self>, mut lines: Lines<ChildStdout>) {
+        let over = async {
+            self.exited.cancelled().await;
+            // The answers that a child wrote before it left are still in the pipe.
+            tokio::time::sleep(REST_OF_OUTPUT).await;
+        };
+        let reading = async {
+            while let Some(line) = lines.next().await
+                && self.take(line).await
+            {}
+        };
+        tokio::select! {
+            () = reading => {}
+            () = over => {}
+            () = self.end.cancelled() => self.exchange.end(&Error::Closed),
+        }
+        // The pipe closes a moment before the child can be reaped.
+        let _ = timeout(REST_OF_OUTPUT, self.exited.cancelled()).await;
+        self.exchange.end(&self.last_words().unwrap_or(Error::Closed));
+        self.bell.ended();
+        self.end.cancel();
+    }
+
+    /// `false` when the session cannot go on.
+    async fn take(&self, line: Line) -> bool {
+        let (text, mut held) = match line {
+            Line::Whole(text, held) => (text, held),
+            Line::Untaken { head, tail, why } => {
+                return match message::id_of_a_part(&head, &tail) {
+                    Some(id) => {
+                        self.exchange.deliver(id, Reply::Untaken(why));
+                        true
+                    }
+                    None if self.exchange.fail_the_only(why) => true,
+                    None => {
+                        self.exchange.end(&Error::Oversize(why));
+                        false
+                    }
+                };
+            }
+        };
+        for inbound in message::read(&text) {
+            match inbound {
+                Inbound::Answer { id, result: Ok(result) } => {
+                    let answer = Answer { result, held: held.take() };
+                    self.exchange.deliver(id, Reply::Result(answer));
+                }
+                Inbound::Answer { id, result: Err(error) } => self.exchange.deliver(id, Reply::Error(error)),
+                Inbound::Request { id, method } => {
+                    // A child that asks faster than it reads our answers waits; so does what it wrote behind.
+                    let room = async {
+                        loop {
+                            let written = self.written.notified();
+                            if self.input().queue.len() < QUEUE {
+                                break;
+                            }
+                            written.await;
+                        }
+                    };
+                    if timeout(ASKING, room).await.is_err() {
+                        self.exchange.end(&Error::NotReading);
+                        return false;
+                    }
+                    let mut reply = message::reply(&id, &method);
+                    reply.push(b'\n');
+                    self.push(None, reply.into());
+                }
+                Inbound::Notification { method } if method == message::LIST_CHANGED => self.bell.list_changed(),
+                Inbound::Notification { .. } => {}
+            }
+        }
+        true
     }
 
     /// How the child ended, in words, if it has.
-    pub fn last_words(&self) -> Option<Error> {
-        let facts = self.facts.lock().expect("no code panics while it holds the facts");
+    fn last_words(&self) -> Option<Error> {
+        let facts = self.facts();
         facts.exit.map(|status| Error::Exited { status, stderr: last_line(&facts.stderr, &self.secrets) })
+    }
+
+    /// Reaps the child, after its own end or the session's; `held` is what ends with it.
+    async fn own(self: Arc<Self>, child: Child, mut drained: tokio::task::JoinHandle<()>, held: impl Send) {
+        let status = supervise(child, &self.end).await;
+        // What a dying child said last is still in the pipe; somebody who left its group may hold that pipe open.
+        if timeout(LAST_WORDS, &mut drained).await.is_err() {
+            drained.abort();
+        }
+        self.facts().exit = status;
+        drop(held);
+        self.exited.cancel();
+    }
+
+    async fn drain(self: Arc<Self>, mut stderr: ChildStderr) {
+        let mut buffer = vec![0; 8 * 1024];
+        while let Ok(count @ 1..) = stderr.read(&mut buffer).await {
+            let kept = &mut self.facts().stderr;
+            kept.extend(&buffer[..count]);
+            let excess = kept.len().saturating_sub(STDERR_KEPT);
+            kept.drain(..excess);
+        }
+    }
+}
+
+impl Input {
+    /// Writes as much as the pipe takes; `true` when nothing is left.
+    fn flush(&mut self) -> io::Result<bool> {
+        let Some(pipe) = &self.pipe else { return Err(io::ErrorKind::BrokenPipe.into()) };
+        while let Some(line) = self.queue.front_mut() {
+            match pipe.try_write(&line.rest) {
+                Ok(count) => {
+                    line.begun = true;
+                    line.rest.advance(count);
+                    if line.rest.is_empty() {
+                        self.queue.pop_front();
+                    }
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(true)
+    }
+
+    /// How many bytes wait.
+    fn left(&self) -> usize {
+        self.queue.iter().map(|line| line.rest.len()).sum()
     }
 }
 
 /// Waits for the end of the child, or brings it about; returns how it ended.
-async fn supervise(mut child: Child, end: &CancellationToken) -> Option<std::process::ExitStatus> {
+async fn supervise(mut child: Child, end: &CancellationToken) -> Option<ExitStatus> {
     let group = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
     let signal = |signal| {
         if let Some(group) = group {
@@ -159,47 +509,6 @@ async fn supervise(mut child: Child, end: &CancellationToken) -> Option<std::pro
     }
 }
 
-async fn drain(mut stderr: ChildStderr, facts: Arc<Mutex<Facts>>) {
-    let mut buffer = vec![0; 8 * 1024];
-    while let Ok(count @ 1..) = stderr.read(&mut buffer).await {
-        let kept = &mut facts.lock().expect("no code panics while it holds the facts").stderr;
-        kept.extend(&buffer[..count]);
-        let excess = kept.len().saturating_sub(STDERR_KEPT);
-        kept.drain(..excess);
-    }
-}
-
-/// Writes whole messages one after the other, so that an abandoned call never leaves half a line behind.
-async fn write(
-    mut stdin: ChildStdin,
-    mut outgoing: mpsc::Receiver<(Option<i64>, Vec<u8>)>,
-    ledger: Ledger,
-    exited: CancellationToken,
-    end: CancellationToken,
-) {
-    while let Some((request, line)) = outgoing.recv().await {
-        let mut written = 0;
-        while written < line.len() {
-            // Biased: a pipe whose reader is gone may still take bytes.
-            let result = tokio::select! {
-                biased;
-                () = exited.cancelled() => return,
-                result = stdin.write(&line[written..]) => result,
-            };
-            match result {
-                Ok(count @ 1..) => {
-                    if written == 0 {
-                        ledger.mark_sent(request, true);
-                    }
-                    written += count;
-                }
-                // Nobody reads any more: what waits for an answer must not wait for its deadline.
-                _ => return end.cancel(),
-            }
-        }
-    }
-}
-
 /// The last line of standard error, escaped, without the values that the server's own environment holds.
 fn last_line(stderr: &VecDeque<u8>, secrets: &[Secret]) -> Option<String> {
     let bytes: Vec<u8> = stderr.iter().copied().collect();
@@ -213,50 +522,4 @@ fn last_line(stderr: &VecDeque<u8>, secrets: &[Secret]) -> Option<String> {
         line = line.replace(value, "********");
     }
     Some(line.chars().take(STDERR_SHOWN).flat_map(char::escape_debug).collect())
-}
-
-/// One JSON-RPC message per line (MCP 2025-11-25, transports, stdio).
-pub struct StdioTransport {
-    lines: FramedRead<ChildStdout, AnyDelimiterCodec>,
-    read: VecDeque<ServerJsonRpcMessage>,
-    /// `None` once closed; the writer then closes the child's standard input.
-    queue: Option<mpsc::Sender<(Option<i64>, Vec<u8>)>>,
-    ledger: Ledger,
-}
-
-/// The child takes no more messages.
-#[derive(Debug, thiserror::Error)]
-#[error("the command has ended")]
-pub struct Gone;
-
-impl StdioTransport {
-    pub fn send(
-        &mut self,
-        message: &ClientJsonRpcMessage,
-    ) -> impl Future<Output = Result<(), Gone>> + Send + 'static + use<> {
-        self.ledger.open(message);
-        let mut line = serde_json::to_vec(message).expect("a JSON-RPC message is JSON");
-        line.push(b'\n');
-        let request = request_number(message);
-        let queue = self.queue.clone();
-        async move { queue.ok_or(Gone)?.send((request, line)).await.map_err(|_| Gone) }
-    }
-
-    /// The next message; `None` at the end of the output, or at a line over the limit. Cancel-safe.
-    pub async fn receive(&mut self) -> Option<ServerJsonRpcMessage> {
-        while self.read.is_empty() {
-            match self.lines.next().await? {
-                Ok(line) => self.read.extend(self.ledger.read(&line)),
-                Err(error) => {
-                    tracing::warn!(%error, "the output of a stdio server cannot be read");
-                    return None;
-                }
-            }
-        }
-        self.read.pop_front()
-    }
-
-    pub fn close(&mut self) {
-        self.queue = None;
-    }
 }

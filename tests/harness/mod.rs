@@ -142,8 +142,16 @@ impl Portolan {
         tool["id"].as_str().expect("an id").to_owned()
     }
 
-    /// Runs a tool by its name and returns the answer's body, whatever came of the run.
+    /// Runs a tool by its name and returns the answer's body, whatever came of the run. As an SDK does, it tries again
+    /// when it is told to.
     pub(crate) async fn run(&self, id: &str, tool: &str, args: Value) -> Value {
+        for _ in 0..3 {
+            let answer = self.try_run(id, tool, args.clone()).await;
+            let Some(seconds) = answer.header("retry-after").filter(|_| answer.status == 503) else {
+                return answer.expect(200);
+            };
+            tokio::time::sleep(Duration::from_secs(seconds.parse().expect("whole seconds"))).await;
+        }
         self.try_run(id, tool, args).await.expect(200)
     }
 
