@@ -15,7 +15,10 @@ fn main() -> ExitCode {
     let Cli { command, settings } = Cli::parse();
     let result = match command.unwrap_or(Command::Serve) {
         Command::Serve => run(serve(settings)),
-        Command::KeepChildren => Ok(keep_children()),
+        Command::KeepChildren => {
+            keep_children();
+            Ok(())
+        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
