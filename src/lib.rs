@@ -18,7 +18,7 @@
 //! | [`telemetry`] | logs |
 //! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON, in and out), one file per group of routes |
 //! | [`mcp`] | speaks MCP: `pool` and `session`, the transports `stdio`, `http` and `sse`, `egress`, `ledger` (raw results), `events`, `listing` and `schema` (tools), `result` and `json` (answers) |
-//! | [`store`] | speaks SQL: one file per table |
+//! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory) |
 //!
 //! # Who may import whom
 //!
@@ -28,9 +28,10 @@
 //!
 //! # One request
 //!
-//! `POST …/tools/{tool_id}/run`: route table → `guard` (ids, body) → `api::tools::run` reads server and tool →
-//! [`mcp::Mcp::run_tool`] → `pool` hands out the live session, or opens one → `session` sends the call with a deadline
-//! → `ledger` keeps the result as the server wrote it → `wire::ToolExecutionResult`.
+//! `POST …/tools/{tool_id}/run`: route table → `guard` (ids, body) → `api::tools::run` gets server and tool, which the
+//! store has in memory after the first time → [`mcp::Mcp::run_tool`] → `pool` hands out the live session, or opens one →
+//! `session` sends the call with a deadline → `ledger` keeps the result as the server wrote it →
+//! `wire::ToolExecutionResult`.
 
 pub mod api;
 pub mod app;
