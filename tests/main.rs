@@ -7,6 +7,7 @@ mod harness;
 mod bad_input;
 mod children;
 mod house;
+mod known;
 mod process;
 mod runs;
 mod servers;

@@ -368,10 +368,11 @@ async fn a_row_that_cannot_be_read_hides_no_other_and_can_be_mended() {
     let id = broken["id"].as_str().unwrap();
     // What an older or newer version may have written.
     let spoil = "UPDATE servers SET config = 'no JSON', state = 'sleeping', era = 'bronze' WHERE id = $1";
-    match &portolan.app.store {
-        portolan::store::Store::Postgres(pool) => drop(sqlx::query(spoil).bind(id).execute(pool).await.unwrap()),
-        portolan::store::Store::Sqlite { write, .. } => drop(sqlx::query(spoil).bind(id).execute(write).await.unwrap()),
-    }
+    let spoiled = match &portolan.app.store.database {
+        portolan::store::Database::Postgres(pool) => sqlx::query(spoil).bind(id).execute(pool).await.map(|_| ()),
+        portolan::store::Database::Sqlite { write, .. } => sqlx::query(spoil).bind(id).execute(write).await.map(|_| ()),
+    };
+    spoiled.unwrap();
     let list = portolan.get("/v1/mcp-servers/").await.expect(200);
     assert_eq!(list[1], fine);
     assert_eq!(list[0]["id"], broken["id"]);

@@ -12,7 +12,6 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
 use tokio::process::{Child, ChildStdin, ChildStdout};
 
-use super::database;
 use super::portolan::Registered;
 
 /// A kept HTTP/1.1 connection.
@@ -116,15 +115,19 @@ pub(crate) struct Caller {
 enum Way {
     Health(Connection),
     Lookup(Connection, String),
-    /// One of so many servers.
-    Retrieve(Connection, usize),
-    Run(Connection, String),
+    /// Each of these servers in turn.
+    Retrieve(Connection, Vec<Registered>),
+    /// The same.
+    Run(Connection, Vec<String>),
     Direct(Peer<RoleClient>),
     Pipe(Box<Pipe>),
     Http(Connection),
     /// Where to post, and the stream that answers.
     Sse(Connection, String, Connection),
 }
+
+/// A prime that divides no number of servers: each one in turn, neighbours never.
+const STRIDE: usize = 7919;
 
 struct Pipe {
     _process: Child,
@@ -145,12 +148,16 @@ impl Caller {
         Self::new(Way::Lookup(connection, registered.tool_path()))
     }
 
-    pub(crate) fn retrieve(connection: Connection, servers: usize) -> Self {
+    pub(crate) fn retrieve(connection: Connection, servers: Vec<Registered>) -> Self {
         Self::new(Way::Retrieve(connection, servers))
     }
 
     pub(crate) fn run(connection: Connection, registered: &Registered) -> Self {
-        Self::new(Way::Run(connection, registered.tool_path() + "/run"))
+        Self::runs(connection, std::slice::from_ref(registered))
+    }
+
+    pub(crate) fn runs(connection: Connection, servers: &[Registered]) -> Self {
+        Self::new(Way::Run(connection, servers.iter().map(Registered::run_path).collect()))
     }
 
     pub(crate) fn direct(peer: Peer<RoleClient>) -> Self {
@@ -186,12 +193,12 @@ impl Caller {
                 expect(&answer, r#""name":"echo""#);
             }
             Way::Retrieve(connection, servers) => {
-                // A stride prime to the numbers of servers: each one in turn, neighbours never.
-                let id = database::filler(number * 7919 % *servers);
+                let id = &servers[number * STRIDE % servers.len()].server;
                 let answer = connection.exchange("GET", &format!("/v1/mcp-servers/{id}"), "").await;
-                expect(&answer, &id);
+                expect(&answer, id);
             }
-            Way::Run(connection, path) => {
+            Way::Run(connection, paths) => {
+                let path = &paths[number * STRIDE % paths.len()];
                 let body = format!(r#"{{"args":{{"message":"{text}"}}}}"#);
                 let answer = connection.exchange("POST", path, &body).await;
                 expect(&answer, &format!(r#""status":"success","func_return":"{text}""#));

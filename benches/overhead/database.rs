@@ -5,6 +5,8 @@ use std::path::Path;
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, PgConnection};
 
+use super::portolan::Registered;
+
 pub(crate) struct Database {
     /// The URL of a PostgreSQL server; SQLite without.
     server: Option<String>,
@@ -40,16 +42,16 @@ impl Database {
     /// Registers `count` more servers, like `pattern` but for their names, with three tools each, like those of `live`.
     /// Straight into the tables of a running Portolan: over the API it would take minutes.
     pub(crate) async fn fill(&self, url: Option<&str>, data: &Path, count: usize, pattern: &str, live: &str) {
-        let last = count.checked_sub(1).expect("at least one");
+        let Some(last) = count.checked_sub(1) else { return };
         let number = format!("WITH RECURSIVE n (i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {last})");
-        let uuid = format!("00000000-0000-4000-8000-' || CAST({FIRST} + n.i AS TEXT)");
+        let uuid = format!("0000000-0000-4000-8000-' || CAST({FIRST} + n.i AS TEXT)");
         let sql = format!(
             "{number} INSERT INTO servers \
              (id, server_name, type, config, revision, era, state, error, last_synced_at, created_at, updated_at) \
-             SELECT 'mcp_server-{uuid}, 'server ' || CAST(n.i AS TEXT), type, config, revision, era, state, error, \
+             SELECT 'mcp_server-0{uuid}, 'server ' || CAST(n.i AS TEXT), type, config, revision, era, state, error, \
              last_synced_at, created_at, updated_at FROM n, servers WHERE servers.id = '{pattern}'; \
              {number} INSERT INTO tools (id, server_id, name, name_digest, position, definition) \
-             SELECT 'tool-' || CAST(position AS TEXT) || '{uuid}, 'mcp_server-{uuid}, name, name_digest, position, \
+             SELECT 'tool-' || CAST(position AS TEXT) || '{uuid}, 'mcp_server-0{uuid}, name, name_digest, position, \
              definition FROM n, tools WHERE tools.server_id = '{live}' AND position < 3; \
              ANALYZE;"
         );
@@ -72,9 +74,10 @@ impl Database {
 /// Twelve digits, as the end of a UUID has.
 const FIRST: u64 = 100_000_000_000;
 
-/// The id of one of the servers that [`Database::fill`] registers, from 0.
-pub(crate) fn filler(number: usize) -> String {
-    format!("mcp_server-00000000-0000-4000-8000-{}", FIRST + number as u64)
+/// One of the servers that [`Database::fill`] registers, from 0. `echo` is the first of the fake's tools.
+pub(crate) fn filler(number: usize) -> Registered {
+    let uuid = format!("00000000-0000-4000-8000-{}", FIRST + number as u64);
+    Registered { server: format!("mcp_server-{uuid}"), tool: format!("tool-{uuid}") }
 }
 
 impl Owned {

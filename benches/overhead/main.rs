@@ -1,8 +1,8 @@
 //! What Portolan costs: the start, the memory, and what a run takes beyond the call it makes. Each figure stands beside the bar it
 //! must reach; a missed bar is told and fails nothing, a wrong answer ends the benchmark.
 //!
-//! `cargo bench --bench overhead -- [--json FILE]`, alone on the machine. With `PORTOLAN_TEST_POSTGRES_URL` (a server where databases
-//! may be made) PostgreSQL is measured as well as SQLite.
+//! `cargo bench --bench overhead -- [--json FILE] [--quick]`, alone on the machine. With `PORTOLAN_TEST_POSTGRES_URL` (a server where
+//! databases may be made) PostgreSQL is measured as well as SQLite. `--quick` takes fewer turns: a look, no measurement.
 //!
 //! Portolan is the real program. The upstream is the fake server of the tests, as processes: this program run again with `fake`.
 //! Both sides of a ratio take turns, batch by batch, and the ratio is the median over the turns, so that whatever else the machine
@@ -13,6 +13,7 @@
 //! left is the work itself.
 #![expect(clippy::print_stdout, reason = "the table is the output")]
 
+mod beside;
 mod call;
 mod database;
 mod direct;
@@ -25,53 +26,99 @@ mod upstream;
 
 use std::path::{Path, PathBuf};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tempfile::TempDir;
 
+use beside::Others;
 use call::Caller;
 use database::Database;
-use measure::{Laps, take_turns, take_turns_in_crowds};
-use portolan::Portolan;
+use measure::{Laps, Times, median, take_turns, take_turns_in_crowds};
+use portolan::{Portolan, Registered};
 use report::{Bar, Report};
 use upstream::{Kind, Upstream};
 
-const STARTS: usize = 10;
-const SESSIONS: usize = 50;
-/// One caller: turns, and calls per turn.
-const TURNS: usize = 60;
+/// How often things are measured.
+#[derive(Clone, Copy)]
+struct Scale {
+    starts: usize,
+    /// One caller: turns of [`CALLS`].
+    turns: usize,
+    /// [`CALLERS`] callers: turns of [`CROWD_CALLS`] for each.
+    crowd_turns: usize,
+    /// Beside others: rounds without and with them, of so many turns of [`BESIDE_CALLS`].
+    rounds: usize,
+    beside_turns: usize,
+}
+
+const FULL: Scale = Scale { starts: 10, turns: 60, crowd_turns: 10, rounds: 3, beside_turns: 10 };
+const QUICK: Scale = Scale { starts: 3, turns: 10, crowd_turns: 3, rounds: 1, beside_turns: 5 };
+
 const CALLS: usize = 100;
 const CALLERS: usize = 16;
-/// Sixteen callers: turns, and calls per turn of each caller.
-const CROWD_TURNS: usize = 10;
 const CROWD_CALLS: usize = 80;
-const FEW: usize = 10;
-const MANY: usize = 10_000;
+/// Enough that p99 is not the one that was unlucky.
+const BESIDE_CALLS: usize = 500;
+const SESSIONS: usize = 100;
+
+/// What grows: how many servers are registered, or, with a session each, live.
+#[derive(Clone, Copy, PartialEq)]
+enum Growth {
+    Servers,
+    Sessions,
+}
+
+impl Growth {
+    fn sizes(self) -> [usize; 2] {
+        match self {
+            Self::Servers => [10, 10_000],
+            Self::Sessions => [1, 1_000],
+        }
+    }
+
+    fn unit(self) -> &'static str {
+        match self {
+            Self::Servers => "servers",
+            Self::Sessions => "live sessions",
+        }
+    }
+}
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if let [first, kind] = &arguments[..]
-        && first == "fake"
-    {
-        upstream::serve(kind);
+    match &arguments[..] {
+        [first, kind] if first == "fake" => upstream::serve(kind),
+        [first, rest @ ..] if first == "beside" => beside::serve(rest),
+        _ => {}
     }
+    let (mut json, mut scale) = (None, FULL);
     // Cargo adds `--bench`.
     let mut arguments = arguments.into_iter().filter(|argument| argument != "--bench");
-    let json = match (arguments.next(), arguments.next(), arguments.next()) {
-        (None, ..) => None,
-        (Some(flag), Some(file), None) if flag == "--json" => Some(PathBuf::from(file)),
-        _ => panic!("usage: overhead [--json FILE]"),
-    };
+    while let Some(argument) = arguments.next() {
+        match &*argument {
+            "--json" => json = Some(PathBuf::from(arguments.next().expect("--json takes a file"))),
+            "--quick" => scale = QUICK,
+            _ => panic!("usage: overhead [--json FILE] [--quick]"),
+        }
+    }
+    // Thousands of connections, here and in what is started from here.
+    let files = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: files.maximum, ..files })
+        .expect("up to the maximum it may be raised");
     rustls::crypto::ring::default_provider().install_default().expect("nobody was here before");
-    tokio::runtime::Runtime::new().expect("threads can be had").block_on(bench(json.as_deref()));
+    tokio::runtime::Runtime::new().expect("threads can be had").block_on(bench(scale, json.as_deref()));
 }
 
-async fn bench(json: Option<&Path>) {
+async fn bench(scale: Scale, json: Option<&Path>) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let mut report = Report::new();
     if cfg!(debug_assertions) {
         report.remark("This is a debug build: no figure means anything. Use cargo bench.");
     }
-    start(&mut report, &folder).await;
+    if scale.turns < FULL.turns {
+        report.remark("Quick: too few turns to rely on.");
+    }
+    start(&mut report, scale, &folder).await;
     sessions(&mut report, &folder).await;
     let mut databases = vec![Database::sqlite()];
     match std::env::var("PORTOLAN_TEST_POSTGRES_URL") {
@@ -79,11 +126,14 @@ async fn bench(json: Option<&Path>) {
         Err(_) => report.remark("PostgreSQL was NOT measured: PORTOLAN_TEST_POSTGRES_URL is not set."),
     }
     for database in &databases {
-        runs(&mut report, database, &folder).await;
+        runs(&mut report, scale, database, &folder).await;
     }
-    for database in &databases {
-        growth(&mut report, database, &folder).await;
+    for kind in [Growth::Servers, Growth::Sessions] {
+        for database in &databases {
+            growth(&mut report, scale, kind, database, &folder).await;
+        }
     }
+    beside(&mut report, scale, &folder).await;
     report.finish();
     if let Some(file) = json {
         report.write_json(file);
@@ -91,7 +141,7 @@ async fn bench(json: Option<&Path>) {
 }
 
 /// Size, time from spawn to the first answer, idle memory; always on SQLite.
-async fn start(report: &mut Report, folder: &TempDir) {
+async fn start(report: &mut Report, scale: Scale, folder: &TempDir) {
     report.section("Start (SQLite)");
     let program = std::fs::metadata(portolan::PROGRAM).expect("cargo built it");
     report.value("size of the program, stripped", program.len() as f64 / 1e6, "MB", Bar::AtMost(20.0));
@@ -104,7 +154,7 @@ async fn start(report: &mut Report, folder: &TempDir) {
 
     let (mut old, mut new) = (Laps::default(), Laps::default());
     let mut idle = Laps::default();
-    for number in 0..STARTS {
+    for number in 0..scale.starts {
         let (portolan, took) = Portolan::start(&existing, None).await;
         old.add(took);
         // Whatever the start still does in the background is part of being idle.
@@ -125,7 +175,8 @@ async fn sessions(report: &mut Report, folder: &TempDir) {
     report.section("Memory of sessions (SQLite)");
     for (kind, bar) in [(Kind::Stdio, Bar::AtMost(70.0)), (Kind::Http, Bar::AtMost(150.0)), (Kind::Sse, Bar::None)] {
         let upstream = Upstream::start(kind).await;
-        let (portolan, _) = Portolan::start(&folder.path().join(format!("sessions-{kind:?}")), None).await;
+        let data = folder.path().join(format!("sessions-{kind:?}"));
+        let (portolan, _) = Portolan::start_with(&data, None, &["--max-children", "1000"]).await;
         // The first ones also grow buffers, pools and caches that the others share.
         for number in 0..SESSIONS / 2 {
             portolan.register(&format!("first-{number}"), upstream.config()).await;
@@ -141,7 +192,7 @@ async fn sessions(report: &mut Report, folder: &TempDir) {
 }
 
 /// One run and sixteen at a time, against the same call on a kept session without Portolan.
-async fn runs(report: &mut Report, database: &Database, folder: &TempDir) {
+async fn runs(report: &mut Report, scale: Scale, database: &Database, folder: &TempDir) {
     let (url, owned) = database.make().await;
     let (portolan, _) = Portolan::start(&folder.path().join(format!("runs-{}", database.name())), url.as_deref()).await;
     for kind in Kind::ALL {
@@ -157,26 +208,33 @@ async fn runs(report: &mut Report, database: &Database, folder: &TempDir) {
             Caller::direct(session.peer().clone()),
             Caller::run(portolan.connect().await, &registered),
         ];
-        let [health, lookup, floor, direct, run] = take_turns(callers, TURNS, CALLS).await;
+        let [health, lookup, floor, direct, run] = take_turns(callers, scale.turns, CALLS).await;
         report.times("GET /v1/health", &health);
-        report.times("GET one tool, which reads what a run reads", &lookup);
+        report.times("GET one tool", &lookup);
         report.times("the call, plainest: no rmcp", &floor);
         report.times("the call, direct: rmcp, kept session", &direct);
         report.times("the call, run through Portolan", &run);
         let ratio = |turn: usize| run[turn].p50() / (health[turn].p50() + direct[turn].p50());
-        report.laps("run / (health + direct), of p50", &Laps((0..TURNS).map(ratio).collect()), "", Bar::AtMost(1.15));
+        report.laps(
+            "run / (health + direct), of p50",
+            &Laps((0..scale.turns).map(ratio).collect()),
+            "",
+            Bar::AtMost(1.15),
+        );
 
         report.section(&format!("{CALLERS} callers: {}, {}", database.name(), kind.name()));
-        let mut crowds = vec![vec![], vec![], vec![], vec![]];
+        let mut crowds = vec![vec![], vec![], vec![], vec![], vec![]];
         for _ in 0..CALLERS {
             crowds[0].push(Caller::health(portolan.connect().await));
             crowds[1].push(Caller::lookup(portolan.connect().await, &registered));
-            crowds[2].push(Caller::direct(session.peer().clone()));
-            crowds[3].push(Caller::run(portolan.connect().await, &registered));
+            crowds[2].push(direct::floor(&upstream).await);
+            crowds[3].push(Caller::direct(session.peer().clone()));
+            crowds[4].push(Caller::run(portolan.connect().await, &registered));
         }
-        let [health, lookup, direct, run] = take_turns_in_crowds(crowds, CROWD_TURNS, CROWD_CALLS).await;
+        let [health, lookup, floor, direct, run] = take_turns_in_crowds(crowds, scale.crowd_turns, CROWD_CALLS).await;
         report.laps("GET /v1/health", &health, "calls/s", Bar::None);
-        report.laps("GET one tool, which reads what a run reads", &lookup, "calls/s", Bar::None);
+        report.laps("GET one tool", &lookup, "calls/s", Bar::None);
+        report.laps("the call, plainest: no rmcp, own sessions", &floor, "calls/s", Bar::None);
         report.laps("the call, direct: rmcp, one kept session", &direct, "calls/s", Bar::None);
         report.laps("the call, run through Portolan", &run, "calls/s", Bar::None);
         let ratio = Laps(run.0.iter().zip(&direct.0).map(|(run, direct)| run / direct).collect());
@@ -191,35 +249,115 @@ async fn runs(report: &mut Report, database: &Database, folder: &TempDir) {
     owned.remove().await;
 }
 
-/// The same requests with few servers registered and with many, over stdio, the quickest upstream.
-async fn growth(report: &mut Report, database: &Database, folder: &TempDir) {
-    report.section(&format!("Growth from {FEW} to {MANY} servers: {}", database.name()));
-    let upstream = Upstream::start(Kind::Stdio).await;
+/// The same requests with few servers or sessions and with many. Servers that are only there are beside a stdio server, the
+/// quickest to run; sessions are all with one HTTP server.
+async fn growth(report: &mut Report, scale: Scale, kind: Growth, database: &Database, folder: &TempDir) {
+    let ([few, many], unit) = (kind.sizes(), kind.unit());
+    report.section(&format!("Growth from {few} to {many} {unit}: {}", database.name()));
+    let upstream = Upstream::start(if kind == Growth::Servers { Kind::Stdio } else { Kind::Http }).await;
     let mut houses = Vec::new();
     let mut callers = Vec::new();
-    for servers in [FEW, MANY] {
-        let data = folder.path().join(format!("growth-{}-{servers}", database.name()));
+    for servers in [few, many] {
+        let data = folder.path().join(format!("growth-{unit}-{}-{servers}", database.name()));
         let (url, owned) = database.make().await;
         let (portolan, _) = Portolan::start(&data, url.as_deref()).await;
         let registered = portolan.register("live", upstream.config()).await;
-        // Port 9 is nobody's: the pattern of the servers that are only there.
-        let dead = json!({ "mcp_server_type": "streamable_http", "server_url": "http://127.0.0.1:9/mcp" });
-        let pattern = portolan.create("pattern", dead).await;
-        database.fill(url.as_deref(), &data, servers - 2, &pattern, &registered.server).await;
+        let mut all = vec![registered.clone()];
+        let (more, pattern) = match kind {
+            Growth::Servers => {
+                // Port 9 is nobody's.
+                let dead = json!({ "mcp_server_type": "streamable_http", "server_url": "http://127.0.0.1:9/mcp" });
+                (servers - 2, portolan.create("pattern", dead).await)
+            }
+            Growth::Sessions => (servers - 1, registered.server.clone()),
+        };
+        database.fill(url.as_deref(), &data, more, &pattern, &registered.server).await;
+        all.extend((0..more).map(database::filler));
         assert_eq!(portolan.count().await, servers, "all servers are registered");
-        callers.push(Caller::retrieve(portolan.connect().await, servers - 2));
+        let live = if kind == Growth::Sessions { all.clone() } else { vec![registered.clone()] };
+        let mut each = Caller::runs(portolan.connect().await, &live);
+        for _ in &live {
+            each.call().await;
+        }
+        report.value(&format!("resident, {servers} {unit}"), portolan.resident(), "MB", Bar::None);
+        callers.push(Caller::retrieve(portolan.connect().await, all));
         callers.push(Caller::run(portolan.connect().await, &registered));
+        callers.push(each);
         houses.push((portolan, owned));
     }
-    let [get_few, run_few, get_many, run_many] = take_turns(callers, TURNS, CALLS).await;
-    for (what, few, many) in [("GET one server", get_few, get_many), ("a run", run_few, run_many)] {
-        report.times(&format!("{what}, {FEW} servers"), &few);
-        report.times(&format!("{what}, {MANY} servers"), &many);
-        let ratio = few.iter().zip(&many).map(|(few, many)| many.p50() / few.p50());
-        report.laps(&format!("{what}: many / few, of p50"), &Laps(ratio.collect()), "", Bar::AtMost(1.2));
+    let [get_few, run_few, each_few, get_many, run_many, each_many] = take_turns(callers, scale.turns, CALLS).await;
+    let bar = Bar::AtMost(1.2);
+    let mut rows = vec![("GET one server", get_few, get_many, bar), ("a run", run_few, run_many, bar)];
+    if kind == Growth::Sessions {
+        // What was not used for long has left every cache: told, not asked for.
+        rows.push(("a run, of each in turn", each_few, each_many, Bar::None));
+    }
+    for (what, small, large, bar) in rows {
+        report.times(&format!("{what}, {few} {unit}"), &small);
+        report.times(&format!("{what}, {many} {unit}"), &large);
+        let ratio = small.iter().zip(&large).map(|(small, large)| large.p50() / small.p50());
+        report.laps(&format!("{what}: many / few, of p50"), &Laps(ratio.collect()), "", bar);
     }
     for (portolan, owned) in houses {
         portolan.stop().await;
         owned.remove().await;
+    }
+}
+
+/// Normal traffic with and without those who are of no use to it.
+async fn beside(report: &mut Report, scale: Scale, folder: &TempDir) {
+    let (portolan, _) = Portolan::start(&folder.path().join("beside"), None).await;
+    let upstream = Upstream::start(Kind::Stdio).await;
+    let registered = portolan.register("normal", upstream.config()).await;
+    let hung = Upstream::start(Kind::Http).await;
+    let server = portolan.register("hung", hung.config()).await.server;
+    let never = Registered { tool: portolan.tool(&server, "never").await, server };
+    for kind in [beside::Kind::Slow, beside::Kind::Waiting(never.run_path())] {
+        report.section(&format!("Beside {}: SQLite", kind.name()));
+        let measure = async || -> [Vec<Times>; 2] {
+            let health = Caller::health(portolan.connect().await);
+            let run = Caller::run(portolan.connect().await, &registered);
+            take_turns(vec![health, run], scale.beside_turns, BESIDE_CALLS).await
+        };
+        let (mut health, mut run) = (Beside::default(), Beside::default());
+        let mut resident = Laps::default();
+        for _ in 0..scale.rounds {
+            let [health_alone, run_alone] = measure().await;
+            let others = Others::come(&kind, portolan.address).await;
+            let [health_with, run_with] = measure().await;
+            resident.0.push(portolan.resident());
+            others.leave().await;
+            health.add(health_alone, health_with);
+            run.add(run_alone, run_with);
+        }
+        health.report(report, "GET /v1/health");
+        run.report(report, "a run");
+        report.laps("resident with them", &resident, "MB", Bar::None);
+    }
+    portolan.stop().await;
+}
+
+/// One kind of request, round by round, without others and beside them.
+#[derive(Default)]
+struct Beside {
+    alone: Vec<Vec<Times>>,
+    with: Vec<Vec<Times>>,
+}
+
+impl Beside {
+    fn add(&mut self, alone: Vec<Times>, with: Vec<Times>) {
+        self.alone.push(alone);
+        self.with.push(with);
+    }
+
+    fn report(&self, report: &mut Report, what: &str) {
+        report.times(&format!("{what}, alone"), self.alone.iter().flatten());
+        report.times(&format!("{what}, beside them"), self.with.iter().flatten());
+        let ratio = |of: fn(&Times) -> f64| {
+            let middle = |turns: &Vec<Times>| median(turns.iter().map(of));
+            Laps(self.alone.iter().zip(&self.with).map(|(alone, with)| middle(with) / middle(alone)).collect())
+        };
+        report.laps(&format!("{what}: beside / alone, of p50"), &ratio(Times::p50), "", Bar::AtMost(2.0));
+        report.laps(&format!("{what}: beside / alone, of p99"), &ratio(Times::p99), "", Bar::AtMost(2.0));
     }
 }

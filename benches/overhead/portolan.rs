@@ -17,33 +17,42 @@ pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_portolan");
 
 pub(crate) struct Portolan {
     process: Child,
-    address: SocketAddr,
+    pub(crate) address: SocketAddr,
     /// Open until the end, as a terminal would be.
     _stdout: Lines<BufReader<ChildStdout>>,
 }
 
-/// A server whose tools Portolan has.
+/// A server whose tools Portolan has, and its tool `echo`.
+#[derive(Clone)]
 pub(crate) struct Registered {
     pub(crate) server: String,
-    tool: String,
+    pub(crate) tool: String,
 }
 
 impl Registered {
-    /// Of the tool `echo`.
     pub(crate) fn tool_path(&self) -> String {
         format!("/v1/mcp-servers/{}/tools/{}", self.server, self.tool)
+    }
+
+    pub(crate) fn run_path(&self) -> String {
+        self.tool_path() + "/run"
     }
 }
 
 impl Portolan {
     /// Starts it, on SQLite without a URL; also how long that took until `GET /v1/health` was answered.
     pub(crate) async fn start(data: &Path, database_url: Option<&str>) -> (Self, Duration) {
+        Self::start_with(data, database_url, &[]).await
+    }
+
+    /// The same with settings that are not the defaults.
+    pub(crate) async fn start_with(data: &Path, database_url: Option<&str>, settings: &[&str]) -> (Self, Duration) {
         let log = File::options().create(true).append(true).open(data.with_extension("log")).expect("it can be made");
         let mut command = Command::new(PROGRAM);
         // Settings of whoever runs the benchmark are none of ours.
         command.env_clear().envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
         command.envs(database_url.map(|url| ("DATABASE_URL", url)));
-        command.args(["--listen", "127.0.0.1:0", "--data-dir"]).arg(data);
+        command.args(["--listen", "127.0.0.1:0", "--data-dir"]).arg(data).args(settings);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).kill_on_drop(true);
         let start = Instant::now();
         let mut process = command.spawn().expect("Portolan can be run");
@@ -81,10 +90,15 @@ impl Portolan {
     /// Registers a server that is there.
     pub(crate) async fn register(&self, name: &str, config: Value) -> Registered {
         let server = self.create(name, config).await;
-        let tools = self.request("GET", &format!("/v1/mcp-servers/{server}/tools"), "").await;
-        let echo = tools.as_array().and_then(|tools| tools.iter().find(|tool| tool["name"] == "echo"));
-        let tool = echo.and_then(|tool| tool["id"].as_str()).expect("the fake's tools were listed").to_owned();
+        let tool = self.tool(&server, "echo").await;
         Registered { server, tool }
+    }
+
+    /// The id of a tool of a server.
+    pub(crate) async fn tool(&self, server: &str, name: &str) -> String {
+        let tools = self.request("GET", &format!("/v1/mcp-servers/{server}/tools"), "").await;
+        let found = tools.as_array().and_then(|tools| tools.iter().find(|tool| tool["name"] == name));
+        found.and_then(|tool| tool["id"].as_str()).expect("the fake's tools were listed").to_owned()
     }
 
     /// How many servers are registered.

@@ -1,6 +1,7 @@
 //! The figures as a table, printed as they come, and as JSON.
 
 use std::path::Path;
+use std::time::Instant;
 
 use serde_json::{Map, Value, json};
 
@@ -32,19 +33,19 @@ impl Bar {
     }
 }
 
-#[derive(Default)]
 pub(crate) struct Report {
+    began: Instant,
     section: String,
     figures: Vec<Value>,
     remarks: Vec<String>,
-    met: usize,
-    missed: Vec<String>,
+    /// What was asked for, what came of it, and whether that will do.
+    bars: Vec<(String, bool)>,
 }
 
 impl Report {
     pub(crate) fn new() -> Self {
         println!("Portolan {}: what it costs. Times in ms; ranges are those of the turns.", env!("CARGO_PKG_VERSION"));
-        Self::default()
+        Self { began: Instant::now(), section: String::new(), figures: vec![], remarks: vec![], bars: vec![] }
     }
 
     pub(crate) fn section(&mut self, name: &str) {
@@ -71,10 +72,10 @@ impl Report {
     }
 
     /// The medians over the turns of p50 and p99.
-    pub(crate) fn times(&mut self, name: &str, turns: &[Times]) {
-        let p99 = median(turns.iter().map(Times::p99));
+    pub(crate) fn times<'a>(&mut self, name: &str, turns: impl IntoIterator<Item = &'a Times> + Clone) {
+        let p99 = median(turns.clone().into_iter().map(Times::p99));
         let text = format!("p99 {}", number(p99));
-        self.line(name, median(turns.iter().map(Times::p50)), "ms", Bar::None, &[("p99", p99)], &text);
+        self.line(name, median(turns.into_iter().map(Times::p50)), "ms", Bar::None, &[("p99", p99)], &text);
     }
 
     fn line(&mut self, name: &str, value: f64, unit: &str, bar: Bar, more: &[(&str, f64)], text: &str) {
@@ -86,12 +87,10 @@ impl Report {
         };
         let line = format!("  {name:44} {:>9} {unit:8} {text:20} {:>8} {verdict}", number(value), bar.text());
         println!("{}", line.trim_end());
-        match met {
-            None => {}
-            Some(true) => self.met += 1,
-            Some(false) => {
-                self.missed.push(format!("{}: {name}, {} (bar {})", self.section, number(value), bar.text()))
-            }
+        if let Some(met) = met {
+            let place = format!("{}: {name}", self.section);
+            let value = format!("{} {unit}", number(value));
+            self.bars.push((format!("{place:84} {:>10} {:>8} {verdict}", value.trim_end(), bar.text()), met));
         }
         let mut figure = Map::new();
         figure.insert("section".into(), json!(self.section));
@@ -106,9 +105,15 @@ impl Report {
         self.figures.push(figure.into());
     }
 
+    fn missed(&self) -> usize {
+        self.bars.iter().filter(|(_, met)| !met).count()
+    }
+
+    /// All that has a bar once more, together.
     pub(crate) fn finish(&self) {
-        println!("\nBars: {} met, {} missed", self.met, self.missed.len());
-        for line in self.missed.iter().chain(&self.remarks) {
+        let (met, seconds) = (self.bars.len() - self.missed(), self.began.elapsed().as_secs());
+        println!("\nBars: {met} met, {} missed; measured in {seconds} s", self.missed());
+        for line in self.bars.iter().map(|(line, _)| line).chain(&self.remarks) {
             println!("  {line}");
         }
     }
@@ -117,8 +122,9 @@ impl Report {
         let report = json!({
             "version": env!("CARGO_PKG_VERSION"),
             "cpus": std::thread::available_parallelism().map_or(0, usize::from),
-            "met": self.met,
-            "missed": self.missed.len(),
+            "seconds": self.began.elapsed().as_secs(),
+            "met": self.bars.len() - self.missed(),
+            "missed": self.missed(),
             "remarks": self.remarks,
             "figures": self.figures,
         });

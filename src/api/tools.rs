@@ -1,5 +1,7 @@
 //! `/v1/mcp-servers/{mcp_server_id}/tools`: list, retrieve, run.
 
+use std::sync::Arc;
+
 use axum::Json;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
@@ -24,8 +26,8 @@ pub async fn list(State(app): State<App>, ServerId(id): ServerId) -> Result<Resp
 }
 
 pub async fn retrieve(State(app): State<App>, ids: ToolId) -> Result<Response, Error> {
-    let ServerTool { server, tool } = find(&app, &ids).await?;
-    Ok(Json(ToolObject::new(&server, &tool, &mut Room::default())).into_response())
+    let found = find(&app, &ids).await?;
+    Ok(Json(ToolObject::new(&found.server, &found.tool, &mut Room::default())).into_response())
 }
 
 pub async fn run(
@@ -34,11 +36,11 @@ pub async fn run(
     RunBody(body): RunBody,
 ) -> Result<Json<ToolExecutionResult>, Error> {
     let arguments = run_arguments(body)?;
-    let ServerTool { server, tool } = find(&app, &ids).await?;
-    Ok(Json(app.mcp.run_tool(&server, &tool, arguments).await?.into()))
+    let found = find(&app, &ids).await?;
+    Ok(Json(app.mcp.run_tool(&found.server, &found.tool, arguments).await?.into()))
 }
 
-async fn find(app: &App, ToolId { server_id, tool_id }: &ToolId) -> Result<ServerTool, Error> {
+async fn find(app: &App, ToolId { server_id, tool_id }: &ToolId) -> Result<Arc<ServerTool>, Error> {
     match app.store.tool(server_id, tool_id).await? {
         Some(found) => Ok(found),
         None if app.store.server(server_id).await?.is_some() => Err(Error::NoTool),

@@ -3,11 +3,13 @@
 //! A lookup that finds nothing is `None`, never an error. Every text that goes in has been checked for NUL at the door:
 //! SQLite would keep one, PostgreSQL refuses it.
 
+mod known;
 mod servers;
 mod tools;
 
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use chrono::{DateTime, SubsecRound, Utc};
@@ -20,6 +22,8 @@ use sqlx::{ConnectOptions, Connection};
 
 pub use servers::{Reached, ServerUpdate};
 
+use known::{Known, SHARED_TRUST};
+
 /// How long a connection to PostgreSQL may have been idle to be used without a look at it.
 const TRUSTED_IDLE: Duration = Duration::from_secs(1);
 /// How long a statement may wait for a connection, and a connection for the database.
@@ -29,30 +33,35 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const SQLITE_READERS: u32 = 8;
 const POSTGRES_CONNECTIONS: u32 = 16;
 
-/// Where servers and tools are kept. Clones share one pool.
+/// Where servers and tools are kept, and what is known of them without asking. Clones share everything.
+#[derive(Clone)]
+pub struct Store {
+    pub database: Database,
+    known: Arc<Known>,
+}
+
+/// Connections to the one or the other.
 #[derive(Clone, Debug)]
-pub enum Store {
+pub enum Database {
+    /// Several Portolans may share it.
     Postgres(PgPool),
-    /// SQLite takes one writer at a time: with a pool of one connection writers wait their turn without holding up
-    /// readers.
-    Sqlite {
-        read: SqlitePool,
-        write: SqlitePool,
-    },
+    /// For one process alone. SQLite takes one writer at a time: with a pool of one connection writers wait their turn
+    /// without holding up readers.
+    Sqlite { read: SqlitePool, write: SqlitePool },
 }
 
 /// Runs the same code on the pool of either database: `read` for a lookup, `write` for what changes something.
 macro_rules! on_db {
     ($store:expr, read $pool:ident => $body:expr) => {
-        match $store {
-            $crate::store::Store::Postgres($pool) => $body,
-            $crate::store::Store::Sqlite { read: $pool, .. } => $body,
+        match &$store.database {
+            $crate::store::Database::Postgres($pool) => $body,
+            $crate::store::Database::Sqlite { read: $pool, .. } => $body,
         }
     };
     ($store:expr, write $pool:ident => $body:expr) => {
-        match $store {
-            $crate::store::Store::Postgres($pool) => $body,
-            $crate::store::Store::Sqlite { write: $pool, .. } => $body,
+        match &$store.database {
+            $crate::store::Database::Postgres($pool) => $body,
+            $crate::store::Database::Sqlite { write: $pool, .. } => $body,
         }
     };
 }
@@ -155,7 +164,7 @@ impl Store {
             .test_before_acquire(false)
             .acquire_timeout(ACQUIRE_TIMEOUT)
             .connect_lazy_with(options);
-        Ok(Self::Sqlite { read, write })
+        Ok(Self { database: Database::Sqlite { read, write }, known: Arc::new(Known::new(None)) })
     }
 
     async fn open_postgres(options: PgConnectOptions) -> Result<Self, OpenError> {
@@ -189,7 +198,7 @@ impl Store {
             })
             .connect_lazy_with(options);
         migrated(place, sqlx::migrate!("migrations/postgres").run(&pool).await)?;
-        Ok(Self::Postgres(pool))
+        Ok(Self { database: Database::Postgres(pool), known: Arc::new(Known::new(Some(SHARED_TRUST))) })
     }
 
     /// Whether the database answers; for `/v1/ready`.
@@ -200,9 +209,9 @@ impl Store {
 
     /// Ends all connections, after the statements that are running.
     pub async fn close(&self) {
-        match self {
-            Self::Postgres(pool) => pool.close().await,
-            Self::Sqlite { read, write } => {
+        match &self.database {
+            Database::Postgres(pool) => pool.close().await,
+            Database::Sqlite { read, write } => {
                 read.close().await;
                 write.close().await;
             }
@@ -211,9 +220,9 @@ impl Store {
 
     /// What the start-up lines say of this store: kind and place, no credentials.
     pub fn describe(&self) -> String {
-        match self {
-            Self::Sqlite { write, .. } => format!("SQLite in {}", write.connect_options().get_filename().display()),
-            Self::Postgres(pool) => {
+        match &self.database {
+            Database::Sqlite { write, .. } => format!("SQLite in {}", write.connect_options().get_filename().display()),
+            Database::Postgres(pool) => {
                 let options = pool.connect_options();
                 format!("PostgreSQL at {}:{}", options.get_host(), options.get_port())
             }

@@ -27,7 +27,7 @@ pub struct Reached {
 }
 
 impl Store {
-    /// Adds a server with no tools, never connected. [`Error::NameTaken`] when another has its name.
+    /// Adds a server with no tools, never connected; nothing can be known of a new id. [`Error::NameTaken`] when another has its name.
     pub async fn create_server(&self, id: &str, server_name: &str, connector: &Connector) -> Result<Server, Error> {
         const SQL: &str = concat!(
             "INSERT INTO servers (id, server_name, type, config, revision, state, created_at, updated_at) \
@@ -88,62 +88,65 @@ impl Store {
              era = NULL, state = $6, error = NULL WHERE id = $1 RETURNING ",
             columns!()
         );
-        on_db!(self, write pool => {
-            let mut transaction = pool.begin().await.map_err(Error::from)?;
-            let current = sqlx::query_as(LOCK).bind(id).fetch_optional(&mut *transaction).await.map_err(Error::from)?;
-            let Some(current) = current else { return Ok(None) };
-            let update = change(&current)?;
-            let changed = match &update.connector {
-                None => sqlx::query_as(RENAME)
-                    .bind(id)
-                    .bind(&update.server_name)
-                    .bind(now())
-                    .fetch_one(&mut *transaction)
-                    .await,
-                Some(connector) => sqlx::query_as(CONFIGURE)
-                    .bind(id)
-                    .bind(&update.server_name)
-                    .bind(now())
-                    .bind(connector.server_type().as_str())
-                    .bind(to_text(connector))
-                    .bind(State::NeverConnected.as_str())
-                    .fetch_one(&mut *transaction)
-                    .await,
-            };
-            let changed = changed.map_err(taken)?;
-            transaction.commit().await.map_err(Error::from)?;
-            Ok(Some(changed))
-        })
+        let write = async {
+            on_db!(self, write pool => {
+                let mut transaction = pool.begin().await.map_err(Error::from)?;
+                let current = sqlx::query_as(LOCK).bind(id).fetch_optional(&mut *transaction).await.map_err(Error::from)?;
+                let Some(current) = current else { return Ok(None) };
+                let update = change(&current)?;
+                let changed = match &update.connector {
+                    None => sqlx::query_as(RENAME)
+                        .bind(id)
+                        .bind(&update.server_name)
+                        .bind(now())
+                        .fetch_one(&mut *transaction)
+                        .await,
+                    Some(connector) => sqlx::query_as(CONFIGURE)
+                        .bind(id)
+                        .bind(&update.server_name)
+                        .bind(now())
+                        .bind(connector.server_type().as_str())
+                        .bind(to_text(connector))
+                        .bind(State::NeverConnected.as_str())
+                        .fetch_one(&mut *transaction)
+                        .await,
+                };
+                let changed = changed.map_err(taken)?;
+                transaction.commit().await.map_err(Error::from)?;
+                Ok(Some(changed))
+            })
+        };
+        self.known.during(id, write).await
     }
 
     /// Removes a server and its tools; `false` when there is none.
     pub async fn delete_server(&self, id: &str) -> Result<bool, Error> {
         const SQL: &str = "DELETE FROM servers WHERE id = $1";
-        let deleted = on_db!(self, write pool => sqlx::query(SQL)
-            .bind(id)
-            .execute(pool)
-            .await
-            .map(|done| done.rows_affected()))?;
-        Ok(deleted > 0)
+        let write = async {
+            on_db!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|done| done.rows_affected()))
+        };
+        Ok(self.known.during(id, write).await? > 0)
     }
 
     /// Notes what an attempt to reach the server found, unless its configuration has changed since.
     pub async fn record_reached(&self, id: &str, revision: i64, reached: &Reached) -> Result<(), Error> {
         const SQL: &str = "UPDATE servers SET state = $3, error = $4, era = $5 WHERE id = $1 AND revision = $2";
-        on_db!(self, write pool => sqlx::query(SQL)
-            .bind(id)
-            .bind(revision)
-            .bind(reached.state.as_str())
-            .bind(reached.error.as_deref())
-            .bind(reached.era.map(Era::as_str))
-            .execute(pool)
-            .await
-            .map(|_| ()))?;
-        Ok(())
+        let write = async {
+            on_db!(self, write pool => sqlx::query(SQL)
+                .bind(id)
+                .bind(revision)
+                .bind(reached.state.as_str())
+                .bind(reached.error.as_deref())
+                .bind(reached.era.map(Era::as_str))
+                .execute(pool)
+                .await
+                .map(|_| ()))
+        };
+        Ok(self.known.during(id, write).await?)
     }
 }
 
-fn to_text(connector: &Connector) -> String {
+pub(super) fn to_text(connector: &Connector) -> String {
     serde_json::to_string(connector).expect("a connector is strings and maps of strings")
 }
 

@@ -1,6 +1,7 @@
 //! The table `tools`.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
@@ -26,16 +27,29 @@ impl Store {
         Ok(on_db!(self, read pool => sqlx::query_as(LIST).bind(server_id).fetch_all(pool).await)?)
     }
 
-    /// A tool of this server, with the server; a tool of another one is not found (CONTRACT row 9). One round trip,
-    /// because every run waits for it.
-    pub async fn tool(&self, server_id: &str, tool_id: &str) -> Result<Option<ServerTool>, Error> {
+    /// A tool of this server, with the server; a tool of another one is not found (CONTRACT row 9). From memory when it
+    /// is known, because every run waits for it; what another Portolan wrote to the same database may be a second late.
+    pub async fn tool(&self, server_id: &str, tool_id: &str) -> Result<Option<Arc<ServerTool>>, Error> {
         const SQL: &str = concat!(
             "SELECT servers.id, server_name, type, config, revision, era, state, error, last_synced_at, created_at, \
              updated_at, CAST(0 AS BIGINT) AS tool_count, ",
             columns!(),
             " FROM tools JOIN servers ON servers.id = server_id WHERE tools.id = $1 AND server_id = $2"
         );
-        Ok(on_db!(self, read pool => sqlx::query_as(SQL).bind(tool_id).bind(server_id).fetch_optional(pool).await)?)
+        if let Some(known) = self.known.find(server_id, tool_id) {
+            return Ok(Some(known));
+        }
+        let reading = self.known.reading();
+        let found = on_db!(self, read pool => sqlx::query_as(SQL)
+            .bind(tool_id)
+            .bind(server_id)
+            .fetch_optional(pool)
+            .await)?;
+        let found = found.map(Arc::new);
+        if let Some(row) = &found {
+            self.known.remember(reading, row);
+        }
+        Ok(found)
     }
 
     /// Makes the tools of a server equal to `offered` (names unique, in the server's order) and notes that it is ready,
@@ -55,48 +69,51 @@ impl Store {
         const DELETE: &str = "DELETE FROM tools WHERE id = $1";
         const UPDATE: &str = "UPDATE tools SET position = $2, definition = $3 WHERE id = $1";
         const INSERT: &str = "INSERT INTO tools (id, server_id, name, name_digest, position, definition) ";
-        on_db!(self, write pool => {
-            let mut transaction = pool.begin().await?;
-            let ready: Option<(String,)> = sqlx::query_as(READY)
-                .bind(server_id)
-                .bind(revision)
-                .bind(State::Ready.as_str())
-                .bind(era.map(Era::as_str))
-                .bind(now())
-                .bind(notice)
-                .fetch_optional(&mut *transaction)
-                .await?;
-            if ready.is_none() {
-                return Ok(None);
-            }
-            let current: Vec<Tool> = sqlx::query_as(LIST).bind(server_id).fetch_all(&mut *transaction).await?;
-            let plan = Plan::new(&current, offered);
-            for tool in &plan.delete {
-                sqlx::query(DELETE).bind(&tool.id).execute(&mut *transaction).await?;
-            }
-            for (tool, position, offered) in &plan.update {
-                sqlx::query(UPDATE)
-                    .bind(&tool.id)
-                    .bind(position)
-                    .bind(&offered.definition)
-                    .execute(&mut *transaction)
+        let write = async {
+            on_db!(self, write pool => {
+                let mut transaction = pool.begin().await?;
+                let ready: Option<(String,)> = sqlx::query_as(READY)
+                    .bind(server_id)
+                    .bind(revision)
+                    .bind(State::Ready.as_str())
+                    .bind(era.map(Era::as_str))
+                    .bind(now())
+                    .bind(notice)
+                    .fetch_optional(&mut *transaction)
                     .await?;
-            }
-            for rows in plan.insert.chunks(ROWS_AT_ONCE) {
-                let mut insert = sqlx::QueryBuilder::new(INSERT);
-                insert.push_values(rows, |mut row, (position, offered)| {
-                    row.push_bind(format!("tool-{}", uuid::Uuid::new_v4()))
-                        .push_bind(server_id)
-                        .push_bind(&offered.name)
-                        .push_bind(sha256_hex(&offered.name))
-                        .push_bind(*position)
-                        .push_bind(&offered.definition);
-                });
-                insert.build().execute(&mut *transaction).await?;
-            }
-            transaction.commit().await?;
-            Ok(Some(plan.changes))
-        })
+                if ready.is_none() {
+                    return Ok(None);
+                }
+                let current: Vec<Tool> = sqlx::query_as(LIST).bind(server_id).fetch_all(&mut *transaction).await?;
+                let plan = Plan::new(&current, offered);
+                for tool in &plan.delete {
+                    sqlx::query(DELETE).bind(&tool.id).execute(&mut *transaction).await?;
+                }
+                for (tool, position, offered) in &plan.update {
+                    sqlx::query(UPDATE)
+                        .bind(&tool.id)
+                        .bind(position)
+                        .bind(&offered.definition)
+                        .execute(&mut *transaction)
+                        .await?;
+                }
+                for rows in plan.insert.chunks(ROWS_AT_ONCE) {
+                    let mut insert = sqlx::QueryBuilder::new(INSERT);
+                    insert.push_values(rows, |mut row, (position, offered)| {
+                        row.push_bind(format!("tool-{}", uuid::Uuid::new_v4()))
+                            .push_bind(server_id)
+                            .push_bind(&offered.name)
+                            .push_bind(sha256_hex(&offered.name))
+                            .push_bind(*position)
+                            .push_bind(&offered.definition);
+                    });
+                    insert.build().execute(&mut *transaction).await?;
+                }
+                transaction.commit().await?;
+                Ok(Some(plan.changes))
+            })
+        };
+        self.known.during(server_id, write).await
     }
 }
 

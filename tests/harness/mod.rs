@@ -89,6 +89,20 @@ impl Portolan {
         Self { url, app, client, shutdown, serving, database, folder }
     }
 
+    /// Whether other processes may use its database.
+    pub(crate) fn shares_its_database(&self) -> bool {
+        self.database.postgres.is_some()
+    }
+
+    /// The inside of another Portolan on the same database; of this one where the database is not shared.
+    pub(crate) async fn another(&self) -> App {
+        if !self.shares_its_database() {
+            return self.app.clone();
+        }
+        let settings = settings(&self.folder.path().join("another"), &self.database, |_| {});
+        App::open(settings).await.expect("Portolan starts")
+    }
+
     pub(crate) fn url(&self, path: &str) -> String {
         format!("{}{path}", self.url)
     }

@@ -1,0 +1,268 @@
+//! Tools and their servers as they were last read, so that the run of a known tool does not wait for the database.
+//!
+//! What is answered from here never contradicts a change that was acknowledged. A write drops what is known of its server
+//! when it ends, however it ends, and before its caller hears of it ([`Known::during`]); and nothing is remembered that
+//! was read while a write ended ([`Reading`]), because it may have been read before that write and arrive after it.
+//! Writes of other processes on the same database are not seen: what is shared with them is trusted for
+//! [`SHARED_TRUST`] only.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use hashlink::LinkedHashMap;
+
+use crate::model::ServerTool;
+
+use super::servers::to_text;
+
+/// How long what was read from a database that other processes may write to is taken to be still so.
+pub(super) const SHARED_TRUST: Duration = Duration::from_secs(1);
+/// A write whose caller left half-way may still be done by the thread or the server that has it. Until that has long
+/// ended, everything is trusted for [`SHARED_TRUST`] only.
+const DOUBT: Duration = Duration::from_secs(60);
+/// How many bytes may be remembered; beyond it, the server whose tools were not run for the longest time is forgotten.
+const LIMIT: usize = 64 * 1024 * 1024;
+/// What a tool counts for, beside its texts.
+const OVERHEAD: usize = 1024;
+
+pub(super) struct Known {
+    memory: Mutex<Memory>,
+    /// `None`: until a write drops it.
+    trusted_for: Option<Duration>,
+    limit: usize,
+}
+
+#[derive(Default)]
+struct Memory {
+    /// How many writes have ended.
+    generation: u64,
+    /// The tools of a server by its id, least recently used first.
+    servers: LinkedHashMap<String, Tools>,
+    bytes: usize,
+    doubted_until: Option<Instant>,
+}
+
+#[derive(Default)]
+struct Tools {
+    by_id: HashMap<String, Entry>,
+    bytes: usize,
+}
+
+struct Entry {
+    row: Arc<ServerTool>,
+    trusted_until: Option<Instant>,
+    bytes: usize,
+}
+
+/// When a read began, in time and among the writes; taken before the statement is sent.
+#[derive(Clone, Copy)]
+pub(super) struct Reading {
+    generation: u64,
+    began: Instant,
+}
+
+impl Known {
+    /// Knows nothing yet. What it learns is trusted for that long after it was read, with `None` until a write drops it.
+    pub(super) fn new(trusted_for: Option<Duration>) -> Self {
+        Self { memory: Mutex::default(), trusted_for, limit: LIMIT }
+    }
+
+    pub(super) fn find(&self, server_id: &str, tool_id: &str) -> Option<Arc<ServerTool>> {
+        let mut memory = self.lock();
+        let entry = memory.servers.to_back(server_id)?.by_id.get(tool_id)?;
+        entry.trusted_until.is_none_or(|until| Instant::now() < until).then(|| entry.row.clone())
+    }
+
+    pub(super) fn reading(&self) -> Reading {
+        Reading { generation: self.lock().generation, began: Instant::now() }
+    }
+
+    /// Keeps what a read found, unless a write has ended since it began.
+    pub(super) fn remember(&self, reading: Reading, row: &Arc<ServerTool>) {
+        let bytes = size(row);
+        let memory = &mut *self.lock();
+        if memory.generation != reading.generation {
+            return;
+        }
+        let doubted = memory.doubted_until.is_some_and(|until| reading.began < until);
+        let trusted_for = if doubted { Some(SHARED_TRUST) } else { self.trusted_for };
+        let trusted_until = trusted_for.map(|time| reading.began + time);
+        let tools = memory.servers.entry(row.server.id.clone()).or_insert_with(Tools::default);
+        let before = tools.bytes;
+        if let Some(old) = tools.by_id.insert(row.tool.id.clone(), Entry { row: row.clone(), trusted_until, bytes }) {
+            tools.bytes -= old.bytes;
+        }
+        tools.bytes += bytes;
+        memory.bytes = memory.bytes - before + tools.bytes;
+        memory.servers.to_back(&row.server.id);
+        while memory.bytes > self.limit
+            && let Some((_, oldest)) = memory.servers.pop_front()
+        {
+            memory.bytes -= oldest.bytes;
+        }
+    }
+
+    /// Does a write that may change a server or its tools, and drops what is known of them at its end, also when it
+    /// fails and when the caller leaves half-way.
+    pub(super) async fn during<T>(&self, server_id: &str, write: impl Future<Output = T>) -> T {
+        let mut change = Change { known: self, server_id, left: true };
+        let written = write.await;
+        change.left = false;
+        written
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().expect("no code panics while it holds the memory")
+    }
+}
+
+struct Change<'a> {
+    known: &'a Known,
+    server_id: &'a str,
+    /// The database has not said what came of it.
+    left: bool,
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        let mut memory = self.known.lock();
+        memory.generation += 1;
+        if let Some(tools) = memory.servers.remove(self.server_id) {
+            memory.bytes -= tools.bytes;
+        }
+        if self.left {
+            memory.doubted_until = Some(Instant::now() + DOUBT);
+        }
+    }
+}
+
+fn size(ServerTool { server, tool }: &ServerTool) -> usize {
+    let config = server.config.0.as_ref().map_or(0, |connector| to_text(connector).len());
+    let error = server.error.as_ref().map_or(0, String::len);
+    OVERHEAD + config + error + server.server_name.len() + tool.name.len() + tool.definition.len()
+}
+
+#[cfg(test)]
+mod tests {
+    use chrono::Utc;
+
+    use super::*;
+    use crate::model::{Config, Server, ServerType, State, Tool, Unreadable};
+
+    fn row(server_id: &str, tool_id: &str, definition: &str) -> Arc<ServerTool> {
+        let now = Utc::now();
+        let server = Server {
+            id: server_id.to_owned(),
+            server_name: String::new(),
+            server_type: ServerType::Stdio,
+            config: Config(Err(Unreadable)),
+            revision: 1,
+            era: None,
+            state: State::Ready,
+            error: None,
+            last_synced_at: None,
+            created_at: now,
+            updated_at: now,
+            tool_count: 0,
+        };
+        let tool = Tool {
+            id: tool_id.to_owned(),
+            server_id: server_id.to_owned(),
+            name: String::new(),
+            position: 0,
+            definition: definition.to_owned(),
+        };
+        Arc::new(ServerTool { server, tool })
+    }
+
+    fn definition(known: &Known, server_id: &str, tool_id: &str) -> Option<String> {
+        known.find(server_id, tool_id).map(|row| row.tool.definition.clone())
+    }
+
+    #[tokio::test]
+    async fn what_was_read_before_a_write_ended_is_not_remembered_after_it() {
+        let known = Known::new(None);
+        known.remember(known.reading(), &row("s", "t", "old"));
+        assert_eq!(definition(&known, "s", "t").as_deref(), Some("old"));
+
+        // Reads that begin before the write, during it before and after its commit, and what they find.
+        let before = known.reading();
+        let (early, late) = known
+            .during("s", async {
+                let early = known.reading();
+                known.remember(before, &row("s", "t", "old"));
+                assert_eq!(definition(&known, "s", "t").as_deref(), Some("old"), "not acknowledged yet");
+                (early, known.reading())
+            })
+            .await;
+        assert_eq!(definition(&known, "s", "t"), None, "a write drops what was known");
+        for reading in [before, early, late] {
+            known.remember(reading, &row("s", "t", "old"));
+            assert_eq!(definition(&known, "s", "t"), None);
+        }
+        known.remember(known.reading(), &row("s", "t", "new"));
+        assert_eq!(definition(&known, "s", "t").as_deref(), Some("new"));
+    }
+
+    #[tokio::test]
+    async fn a_write_drops_its_own_server_alone() {
+        let known = Known::new(None);
+        for (server, tool) in [("a", "1"), ("a", "2"), ("b", "1")] {
+            known.remember(known.reading(), &row(server, tool, "{}"));
+        }
+        known.during("a", async {}).await;
+        let left = [("a", "1"), ("a", "2"), ("b", "1")].map(|(server, tool)| known.find(server, tool).is_some());
+        assert_eq!(left, [false, false, true]);
+        assert_eq!(known.lock().bytes, size(&row("b", "1", "{}")));
+    }
+
+    #[tokio::test]
+    async fn a_write_that_is_left_half_way_drops_too_and_leaves_a_doubt() {
+        let known = Known::new(None);
+        known.remember(known.reading(), &row("s", "t", "old"));
+        drop(Box::pin(known.during("s", async {})));
+        assert!(known.find("s", "t").is_some(), "it had not begun");
+        let reading = known.reading();
+        {
+            let mut write = Box::pin(known.during("s", std::future::pending::<()>()));
+            assert!(futures_util::poll!(&mut write).is_pending());
+        }
+        assert!(known.find("s", "t").is_none());
+        known.remember(reading, &row("s", "t", "old"));
+        assert!(known.find("s", "t").is_none());
+        let trusted = |tool: &str| known.lock().servers["s"].by_id[tool].trusted_until;
+        known.remember(known.reading(), &row("s", "t", "old"));
+        assert!(trusted("t").is_some_and(|until| until <= Instant::now() + SHARED_TRUST));
+        let after = Reading { generation: known.lock().generation, began: Instant::now() + 2 * DOUBT };
+        known.remember(after, &row("s", "later", "new"));
+        assert_eq!(trusted("later"), None);
+    }
+
+    #[test]
+    fn what_others_may_change_is_trusted_for_a_time() {
+        let known = Known::new(Some(SHARED_TRUST));
+        known.remember(known.reading(), &row("s", "t", "{}"));
+        assert!(known.find("s", "t").is_some());
+        let began = Instant::now().checked_sub(SHARED_TRUST).expect("the machine has run for longer");
+        known.remember(Reading { began, ..known.reading() }, &row("s", "t", "{}"));
+        assert!(known.find("s", "t").is_none());
+    }
+
+    #[test]
+    fn the_least_recently_used_server_makes_room() {
+        let one = size(&row("a", "t", ""));
+        let known = Known { limit: 2 * one, ..Known::new(None) };
+        for server in ["a", "b", "a", "c"] {
+            known.remember(known.reading(), &row(server, "t", ""));
+        }
+        assert_eq!(["a", "b", "c"].map(|server| known.find(server, "t").is_some()), [true, false, true]);
+        assert!(known.find("a", "t").is_some());
+        known.remember(known.reading(), &row("d", "t", ""));
+        assert_eq!(["a", "c", "d"].map(|server| known.find(server, "t").is_some()), [true, false, true]);
+        assert_eq!(known.lock().bytes, 2 * one);
+        known.remember(known.reading(), &row("e", "t", &"x".repeat(3 * one)));
+        assert_eq!(known.lock().bytes, 0, "more than there is room for");
+        assert!(known.lock().servers.is_empty());
+    }
+}
