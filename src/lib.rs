@@ -16,7 +16,7 @@
 //! | [`model`] | plain data, also the table rows |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON, in and out), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
 //! | [`mcp`] | speaks MCP: `pool` and `session`, the transports `stdio`, `http` and `sse`, `egress`, `ledger` (raw results), `events`, `listing` and `schema` (tools), `result` and `json` (answers) |
 //! | [`store`] | speaks SQL: one file per table |
 //!
@@ -28,9 +28,10 @@
 //!
 //! # One request
 //!
-//! `POST …/tools/{tool_id}/run`: route table → `guard` (ids, body) → `api::tools::run` reads server and tool →
+//! `POST …/tools/{tool_id}/run`: route table → `guard` (ids, body) → `repeats` says whether other requests mean the same
+//! run → `runs` finds it, or starts it: `api::tools::run` reads server and tool →
 //! [`mcp::Mcp::run_tool`] → `pool` hands out the live session, or opens one → `session` sends the call with a deadline
-//! → `ledger` keeps the result as the server wrote it → `wire::ToolExecutionResult`.
+//! → `ledger` keeps the result as the server wrote it → `wire::ToolExecutionResult` → `drip` sends it.
 
 pub mod api;
 pub mod app;

@@ -8,6 +8,7 @@ mod bad_input;
 mod children;
 mod house;
 mod process;
+mod repeats;
 mod runs;
 mod servers;
 mod tools;
