@@ -5,10 +5,12 @@ Environment, set by `tests/run`: PORTOLAN_BIN the binary; PORTOLAN_TOOLS_PYTHON 
 set, an empty Postgres database for this session alone (otherwise Portolan makes an SQLite file in its data folder).
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -164,6 +166,52 @@ class Upstream(Process):
 
     def stop(self, **_):
         super().stop()
+
+
+class Cutter:
+    """A TCP proxy in front of `url`, for clients that shall lose their connections."""
+
+    def __init__(self, url):
+        host, _, port = url.removeprefix("http://").partition(":")
+        self._target = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open = []
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # stopped
+                return
+            server = socket.create_connection(self._target)
+            self._open += [client, server]
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=self._forward, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _forward(one, other):
+        try:
+            while data := one.recv(65536):
+                other.sendall(data)
+        except OSError:  # cut
+            pass
+        for it in (one, other):
+            with contextlib.suppress(OSError):
+                it.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        """Ends every connection; new ones are taken."""
+        for it in self._open:
+            with contextlib.suppress(OSError):
+                it.shutdown(socket.SHUT_RDWR)
+        self._open.clear()
+
+    def stop(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
 
 
 def new_folder():
