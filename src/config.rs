@@ -128,7 +128,8 @@ pub struct Runs {
     /// How often a space follows that head
     #[arg(long, env = "PORTOLAN_DRIP_EVERY", default_value = "10s", value_parser = duration, global = true, hide = true)]
     pub drip_every: Duration,
-    /// How long the outcome of a run without a key is kept for an SDK that tries again
+    /// How long the outcome of a run without a key is kept for an SDK that tries again; shorter than an idle connection is
+    /// kept, so that a request which met the end of one is not taken for a repetition of the request before it
     #[arg(long, env = "PORTOLAN_RETRY_WINDOW", default_value = "60s", value_parser = duration, global = true, hide = true)]
     pub retry_window: Duration,
     /// How long a run without a key goes on when nobody waits for it; an SDK tries again within 8 s

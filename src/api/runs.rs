@@ -14,7 +14,7 @@ use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, ready};
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -56,7 +56,19 @@ impl Runs {
     pub fn new(settings: Settings, tracker: TaskTracker) -> Self {
         let shelf = |window| Shelf::new(window, settings.max_kept_outcome_bytes, settings.max_kept_bytes / 2);
         let book = Book { keyed: shelf(settings.key_window), unkeyed: shelf(settings.retry_window) };
-        Self { settings, tracker, ending: CancellationToken::new(), book: Arc::new(Mutex::new(book)) }
+        let runs = Self { settings, tracker, ending: CancellationToken::new(), book: Arc::new(Mutex::new(book)) };
+        runs.tracker.spawn(runs.ending.clone().run_until_cancelled_owned(runs.clone().sweep()));
+        runs
+    }
+
+    /// Outcomes are other people's data: they go when their time is over, also when no run comes any more.
+    async fn sweep(self) {
+        loop {
+            sleep(self.settings.retry_window).await;
+            let mut book = self.book();
+            book.keyed.expire();
+            book.unkeyed.expire();
+        }
     }
 
     /// A run that nobody else can ask for: dropped before its end, it is cancelled.
@@ -64,7 +76,7 @@ impl Runs {
         &self,
         work: impl Future<Output = Result<Bytes, Error>> + Send + 'static,
     ) -> BoxFuture<'static, Ended> {
-        self.guarded(work)
+        self.guarded(work).in_current_span().boxed()
     }
 
     /// The one run that `call` means, and whether another request started it. Starts it with `work` if there is none.
@@ -88,7 +100,8 @@ impl Runs {
         let place = Place { identity: call.identity, number: shelf.begin(call, &run) };
         let waiting = run.wait();
         drop(book);
-        self.tracker.spawn(self.clone().drive(call.naming, place, run, self.guarded(work)));
+        let driven = self.clone().drive(call.naming, place, run, self.guarded(work));
+        self.tracker.spawn(driven.in_current_span());
         Ok((waiting, false))
     }
 
@@ -99,10 +112,13 @@ impl Runs {
 
     /// `work` until its end or that of Portolan. What the tool did before that, or before a panic, nobody knows: that is an
     /// outcome (CONTRACT row 13).
-    fn guarded(&self, work: impl Future<Output = Result<Bytes, Error>> + Send + 'static) -> BoxFuture<'static, Ended> {
+    fn guarded(
+        &self,
+        work: impl Future<Output = Result<Bytes, Error>> + Send + 'static,
+    ) -> impl Future<Output = Ended> + Send + 'static {
         let (ending, started) = (self.ending.clone(), Instant::now());
         let failed = move |reason: &str| Ok(ToolExecutionResult::failed(reason, started.elapsed()).json());
-        let guarded = async move {
+        async move {
             match ending.run_until_cancelled_owned(AssertUnwindSafe(work).catch_unwind()).await {
                 Some(Ok(ended)) => ended.map_err(Arc::new),
                 Some(Err(_)) => {
@@ -111,11 +127,10 @@ impl Runs {
                 }
                 None => failed("Portolan was stopped before the tool answered; the tool may have run."),
             }
-        };
-        guarded.in_current_span().boxed()
+        }
     }
 
-    async fn drive(self, naming: Naming, place: Place, run: Arc<Run>, work: BoxFuture<'static, Ended>) {
+    async fn drive(self, naming: Naming, place: Place, run: Arc<Run>, work: impl Future<Output = Ended>) {
         let started = Instant::now();
         tokio::select! {
             ended = work => self.book().shelf(naming).end(&place, &run, ended),
@@ -134,6 +149,7 @@ impl Runs {
             let mut book = self.book();
             // Under the lock nobody joins between the look and the end.
             if run.waiting() == 0 {
+                tracing::info!("a run is cancelled: its client did not come back");
                 let reason = "Nobody waited for this run any more, so it was cancelled; the tool may have run.";
                 let outcome = ToolExecutionResult::failed(reason, started.elapsed()).json();
                 return book.unkeyed.end(place, run, Ok(outcome));

@@ -52,6 +52,9 @@ pub async fn run(
         None => (app.runs.alone(work), false),
         Some(call) => app.runs.once(&call, work)?,
     };
+    if repeated {
+        tracing::debug!("this run was asked for before");
+    }
     let mut response = drip::answer(outcome, &app.settings.runs).await;
     if repeated {
         response.headers_mut().insert(X_PORTOLAN_REPEATED, HeaderValue::from_static("true"));
