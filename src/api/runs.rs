@@ -398,3 +398,86 @@ impl Shelf {
         self.entries.get_mut(&place.identity)?.iter_mut().find(|entry| entry.number == place.number)
     }
 }
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    fn call(identity: u8, naming: Naming) -> Call {
+        Call { identity: [identity; 32], arguments: [0; 32], naming }
+    }
+
+    /// What is counted must be what is there, in whatever order runs begin, end, are found and forgotten.
+    #[test]
+    fn the_book_balances() {
+        let mut shelf = Shelf::new(Duration::from_secs(60), 1_000, 5_000);
+        let mut under_way = Vec::new();
+        let mut dice = 1_u32;
+        let mut roll = |sides: u32| {
+            dice = dice.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (dice >> 16) % sides
+        };
+        for _ in 0..20_000 {
+            match roll(5) {
+                0 | 1 => {
+                    let first = call(roll(20) as u8, Naming::First);
+                    let run = Arc::new(Run::default());
+                    let waiting = (roll(2) == 0).then(|| run.wait());
+                    let number = shelf.begin(&first, &run);
+                    under_way.push((Place { identity: first.identity, number }, run, waiting));
+                }
+                2 | 3 if !under_way.is_empty() => {
+                    let (place, run, _waiting) = under_way.swap_remove(roll(under_way.len() as u32) as usize);
+                    let ended = match roll(6) {
+                        0 => Err(Arc::new(Error::NoTool)),
+                        1 => Ok(Bytes::from(vec![b' '; 1_001])),
+                        _ => Ok(Bytes::from(vec![b' '; roll(1_000) as usize])),
+                    };
+                    shelf.end(&place, &run, ended);
+                }
+                4 => drop(shelf.find(&call(roll(20) as u8, Naming::Again)).unwrap()),
+                _ => {}
+            }
+            if roll(500) == 0 {
+                shelf.forget_oldest();
+            }
+            let entries = || shelf.entries.values().flatten();
+            let kept = entries().filter_map(|entry| match &entry.state {
+                State::Ended { outcome: Outcome::Kept(json), .. } => Some(json.len() + ENTRY_BYTES),
+                _ => None,
+            });
+            assert_eq!((kept.clone().sum::<usize>(), kept.count()), (shelf.bytes, shelf.kept.len()));
+            assert!(shelf.bytes <= shelf.max_bytes);
+            let running = entries().filter(|entry| matches!(entry.state, State::Running(_))).count();
+            assert_eq!((running, entries().count()), (under_way.len(), under_way.len() + shelf.ended.len()));
+            assert!(shelf.entries.values().all(|entries| !entries.is_empty()));
+        }
+        assert!(!shelf.ended.is_empty());
+        for (place, run, _waiting) in under_way {
+            shelf.end(&place, &run, Ok(Bytes::new()));
+        }
+        shelf.window = Duration::ZERO;
+        shelf.expire();
+        assert!(shelf.entries.is_empty() && shelf.ended.is_empty() && shelf.kept.is_empty() && shelf.bytes == 0);
+    }
+
+    #[test]
+    fn the_memory_of_runs_has_an_end() {
+        let mut shelf = Shelf::new(Duration::from_secs(60), 0, 0);
+        for number in 0..=MAX_ENDED as u32 {
+            let mut one = call(0, Naming::Key);
+            one.identity[..4].copy_from_slice(&number.to_be_bytes());
+            let run = Arc::new(Run::default());
+            let place = Place { identity: one.identity, number: shelf.begin(&one, &run) };
+            shelf.end(&place, &run, Ok(Bytes::from_static(b"{}")));
+        }
+        assert_eq!(shelf.entries.len(), MAX_ENDED);
+        assert!(shelf.find(&call(0, Naming::Key)).unwrap().is_none(), "the oldest is forgotten first");
+        let mut last = call(0, Naming::Key);
+        last.identity[..4].copy_from_slice(&(MAX_ENDED as u32).to_be_bytes());
+        assert!(shelf.find(&last).unwrap().is_some());
+        last.arguments = [1; 32];
+        assert!(shelf.find(&last).is_err(), "a key is known by its arguments also when its outcome is gone");
+    }
+}
