@@ -1,14 +1,16 @@
 //! What handlers share, and the life of a process: open, serve, drain, close. Tests and `main` run the same.
 
+use std::future::pending;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::api::Runs;
 use crate::config::Settings;
 use crate::error::Error;
 use crate::mcp::Mcp;
@@ -19,6 +21,9 @@ use crate::{api, serve};
 /// How long the database may take to end its connections at a stop; a lock that somebody else holds can hold it up.
 const STORE_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Which part of the drain time runs have; in the rest those that are still under way are answered with an error.
+const RUNS_SHARE: f64 = 0.9;
+
 /// Clones share everything.
 #[derive(Clone)]
 pub struct App {
@@ -27,6 +32,8 @@ pub struct App {
     pub store: Store,
     /// Sessions to the servers.
     pub mcp: Mcp,
+    /// Runs under way, and those that may be asked for again.
+    pub runs: Runs,
     tracker: TaskTracker,
 }
 
@@ -61,13 +68,27 @@ impl App {
         let store = Store::open(url, folder).await?;
         let tracker = TaskTracker::new();
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), tracker.clone(), keeper)?;
-        Ok(Self { settings: Arc::new(settings), store, mcp, tracker })
+        let runs = Runs::new(settings.runs.clone(), tracker.clone());
+        Ok(Self { settings: Arc::new(settings), store, mcp, runs, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
     /// time, ends every session and child, and closes the database. `false` when a session did not end in time.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> bool {
-        serve::serve(listener, api::router(self.clone()), self.settings.entry.drain_timeout, shutdown).await;
+        let drain = self.settings.entry.drain_timeout;
+        let serving = serve::serve(listener, api::router(self.clone()), drain, shutdown.clone());
+        // A client whose connection is cut would ask for its run again, at a Portolan that knows nothing of it.
+        let answering = async {
+            shutdown.cancelled().await;
+            sleep(drain.mul_f64(RUNS_SHARE)).await;
+            self.runs.end();
+            pending::<()>().await;
+        };
+        tokio::select! {
+            () = serving => {}
+            () = answering => {}
+        }
+        self.runs.end();
         let clean = self.mcp.close().await;
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
         clean && closed.is_ok()

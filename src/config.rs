@@ -37,6 +37,8 @@ pub struct Settings {
     pub logs: Logs,
     #[command(flatten)]
     pub upstream: Upstream,
+    #[command(flatten)]
+    pub runs: Runs,
 }
 
 /// Where clients come in.
@@ -116,6 +118,35 @@ pub struct Upstream {
     /// Split each argument of a stdio server at white space, as Letta did; for rows written for Letta
     #[arg(long, env = "PORTOLAN_LEGACY_ARG_SPLIT", global = true)]
     pub legacy_arg_split: bool,
+}
+
+/// Runs that take long, and runs that are asked for again (CONTRACT rows 15 and 16). Hidden: the values fit the SDKs, and
+/// others serve tests.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Runs")]
+pub struct Runs {
+    /// How long a run may be silent before the head of its answer goes out
+    #[arg(long, env = "PORTOLAN_EARLY_HEAD_AFTER", default_value = "15s", value_parser = duration, global = true, hide = true)]
+    pub early_head_after: Duration,
+    /// How often a space follows that head
+    #[arg(long, env = "PORTOLAN_DRIP_EVERY", default_value = "10s", value_parser = duration, global = true, hide = true)]
+    pub drip_every: Duration,
+    /// How long the outcome of a run without a key is kept for an SDK that tries again; shorter than an idle connection is
+    /// kept, so that a request which met the end of one is not taken for a repetition of the request before it
+    #[arg(long, env = "PORTOLAN_RETRY_WINDOW", default_value = "60s", value_parser = duration, global = true, hide = true)]
+    pub retry_window: Duration,
+    /// How long a run without a key goes on when nobody waits for it; an SDK tries again within 8 s
+    #[arg(long, env = "PORTOLAN_ORPHAN_GRACE", default_value = "15s", value_parser = duration, global = true, hide = true)]
+    pub orphan_grace: Duration,
+    /// How long the outcome of a run with a key is kept
+    #[arg(long, env = "PORTOLAN_KEY_WINDOW", default_value = "24h", value_parser = duration, global = true, hide = true)]
+    pub key_window: Duration,
+    /// The largest outcome that is kept, in bytes
+    #[arg(long, env = "PORTOLAN_MAX_KEPT_OUTCOME_BYTES", default_value_t = 4 * 1024 * 1024, global = true, hide = true)]
+    pub max_kept_outcome_bytes: usize,
+    /// How many bytes of outcomes are kept in all, one half for runs with a key and one for those without
+    #[arg(long, env = "PORTOLAN_MAX_KEPT_BYTES", default_value_t = 64 * 1024 * 1024, global = true, hide = true)]
+    pub max_kept_bytes: usize,
 }
 
 /// Clocks overflow with times that nobody means.

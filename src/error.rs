@@ -17,7 +17,7 @@ use crate::{mcp, store};
 /// What a Letta SDK reads before it repeats a request by itself (CONTRACT, "The rule").
 const X_SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 
-/// One thing that is wrong with a request, and where: `loc` is `body` or `query`, then keys and indexes.
+/// One thing that is wrong with a request, and where: `loc` is `body`, `query` or `header`, then keys and indexes.
 #[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct Issue {
     pub loc: Vec<Value>,
@@ -115,8 +115,7 @@ impl Error {
         }
     }
 
-    /// The answer to request `request_id`.
-    fn render(&self, request_id: &str) -> Response {
+    fn log(&self) {
         let (status, code) = self.status();
         match self {
             // The server of a user is away; Portolan is well.
@@ -127,6 +126,21 @@ impl Error {
             }
             _ => {}
         }
+    }
+
+    /// What a result says of an error that cannot be an answer of its own any more, because the head is out.
+    pub fn sentence(&self) -> String {
+        self.log();
+        match self {
+            Self::Connect(source) => format!("{self} {source}"),
+            _ => self.to_string(),
+        }
+    }
+
+    /// The answer to request `request_id`.
+    fn render(&self, request_id: &str) -> Response {
+        self.log();
+        let (status, code) = self.status();
         let mut body = json!({ "detail": self.to_string(), "code": code, "request_id": request_id });
         match self {
             Self::Invalid(issues) => body["errors"] = json!(issues),
@@ -158,6 +172,14 @@ impl Error {
         response
     }
 
+    /// A bare response that carries the error; [`Error::finish`] turns it into the answer. Several requests may share one
+    /// error.
+    pub fn answer(self: Arc<Self>) -> Response {
+        let mut response = self.status().0.into_response();
+        response.extensions_mut().insert(self);
+        response
+    }
+
     /// Replaces a response that carries an error by the error's answer; others pass.
     pub fn finish(mut response: Response, request_id: &str) -> Response {
         let Some(error) = response.extensions_mut().remove::<Arc<Self>>() else { return response };
@@ -170,11 +192,8 @@ impl Error {
 }
 
 impl IntoResponse for Error {
-    /// A bare response that carries the error; [`Error::finish`] turns it into the answer.
     fn into_response(self) -> Response {
-        let mut response = self.status().0.into_response();
-        response.extensions_mut().insert(Arc::new(self));
-        response
+        Arc::new(self).answer()
     }
 }
 
@@ -190,4 +209,50 @@ fn causes(error: &dyn std::error::Error) -> String {
         next = cause.source();
     }
     text
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    /// CONTRACT, "The rule": SDKs repeat 408, 409, 429 and everything from 500 on unless they are told not to. They may
+    /// only where nothing was done, and are then told when.
+    #[test]
+    fn no_error_makes_an_sdk_repeat_what_was_done() {
+        let failure = || mcp::Error::Closed;
+        let every = [
+            Error::NoRoute,
+            Error::MethodNotAllowed,
+            Error::NoServer,
+            Error::NoTool,
+            Error::NameTaken,
+            Error::BodyTooLarge { limit: 1 },
+            Error::BodyIncomplete,
+            Error::UnsupportedMediaType,
+            Error::invalid(vec![json!("body")], "No."),
+            Error::Refresh { server_name: "s".to_owned(), source: failure() },
+            Error::Connect(failure()),
+            Error::Overload { source: mcp::Error::QueueFull, retry_after: Duration::from_millis(1) },
+            Error::Unavailable(store::Error::NameTaken),
+            Error::Internal("reason".into()),
+        ];
+        for error in every {
+            // Whoever adds an error decides here whether it may be repeated.
+            let nothing_was_done = match error {
+                Error::Overload { .. } | Error::Unavailable(_) => true,
+                Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
+                Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
+                Error::Invalid(_) | Error::Refresh { .. } | Error::Connect(_) | Error::Internal(_) => false,
+            };
+            let answer = error.render("id");
+            let repeated = matches!(answer.status().as_u16(), 408 | 409 | 429 | 500..)
+                && answer.headers().get(X_SHOULD_RETRY).is_none_or(|value| value != "false");
+            assert_eq!(repeated, nothing_was_done, "{error:?}");
+            if repeated {
+                let seconds: u64 = answer.headers()[RETRY_AFTER].to_str().unwrap().parse().unwrap();
+                assert!(seconds > 0, "{error:?}");
+            }
+        }
+    }
 }

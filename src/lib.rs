@@ -16,7 +16,7 @@
 //! | [`model`] | plain data, also the table rows |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON, in and out), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
 //! | [`mcp`] | speaks MCP: `pool` (one live session per server) and `watch` (what happens between calls), `session` (handshake, list, call), the transports `stdio`, `http` and `sse`, and what they are made of: `message` (JSON-RPC), `exchange` (who waits for which answer), `lines` and `events` (what is read, bounded), `budget` (how much of it at a time), `mirror` (arguments as header fields), `egress` (what goes out), `keeper` (no child outlives us); `listing` and `schema` (tools), `result` and `json` (answers) |
 //! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory) |
 //!
@@ -28,10 +28,11 @@
 //!
 //! # One request
 //!
-//! `POST …/tools/{tool_id}/run`: route table → `guard` (ids, body) → `api::tools::run` gets server and tool, which
-//! the store has in memory after the first time → [`mcp::Mcp::run_tool`] → `pool` gives it a place among the server's calls and hands out the live session, or opens
-//! one → `session` sends the call with a deadline → the transport brings the result as the server wrote it →
-//! `wire::ToolExecutionResult`.
+//! `POST …/tools/{tool_id}/run`: route table → `guard` (ids, body) → `repeats` says whether other requests mean the same
+//! run → `runs` finds it, or starts it: `api::tools::run` gets server and tool, which the store has in memory after the
+//! first time → [`mcp::Mcp::run_tool`] → `pool` gives it a place among the server's calls and hands out the live session,
+//! or opens one → `session` sends the call with a deadline → the transport brings the result as the server wrote it →
+//! `wire::ToolExecutionResult` → `drip` sends it.
 
 pub mod api;
 pub mod app;

@@ -25,7 +25,7 @@ const MAY_IMPORT: [(&str, &[&str]); 11] = [
     ("config.rs", &["model"]),
     ("model.rs", &["sqlx"]),
     ("telemetry.rs", &[]),
-    ("api", &["app", "error", "mcp", "model", "store", "axum"]),
+    ("api", &["app", "config", "error", "mcp", "model", "store", "axum"]),
     ("mcp", &["config", "model", "store"]),
     ("store", &["model", "sqlx"]),
 ];

@@ -9,6 +9,7 @@ mod children;
 mod house;
 mod known;
 mod process;
+mod repeats;
 mod runs;
 mod servers;
 mod tools;

@@ -1,6 +1,9 @@
 //! Speaks HTTP: the route table, in the order of `openapi.yaml`, and the layers around it.
 
+mod drip;
 mod guard;
+mod repeats;
+mod runs;
 mod servers;
 mod status;
 mod tools;
@@ -19,6 +22,8 @@ use uuid::Uuid;
 
 use crate::app::App;
 use crate::error::Error;
+
+pub use runs::Runs;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 

@@ -43,7 +43,14 @@ async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Res
     if server.last_synced_at.is_none() {
         done = app.mcp.first_sync(server.clone(), app.settings.upstream.create_sync_timeout).await;
     }
-    let mut server = app.store.server(&server.id).await?.ok_or(Error::NoServer)?;
+    let mut server = match app.store.server(&server.id).await {
+        Ok(current) => current.ok_or(Error::NoServer)?,
+        // It is registered: an error here would make clients register it again.
+        Err(error) => {
+            tracing::error!(server.id, %error, "cannot read a server that was just registered");
+            server
+        }
+    };
     if !done && server.state == ServerState::NeverConnected {
         server.error = Some("The server is still being connected; its tools will appear when it answers.".to_owned());
     }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
+use axum::http::{HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use tokio::task::spawn_blocking;
 
@@ -13,8 +14,13 @@ use crate::error::Error;
 use crate::mcp::Room;
 use crate::model::ServerTool;
 
+use super::drip;
 use super::guard::{RunBody, ServerId, ToolId};
+use super::repeats::Repeat;
 use super::wire::{ToolExecutionResult, ToolObject, run_arguments, tools_array};
+
+/// The answer is that of a run which another request asked for (CONTRACT row 16).
+const X_PORTOLAN_REPEATED: HeaderName = HeaderName::from_static("x-portolan-repeated");
 
 pub async fn list(State(app): State<App>, ServerId(id): ServerId) -> Result<Response, Error> {
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
@@ -33,11 +39,29 @@ pub async fn retrieve(State(app): State<App>, ids: ToolId) -> Result<Response, E
 pub async fn run(
     State(app): State<App>,
     ids: ToolId,
+    repeat: Repeat,
     RunBody(body): RunBody,
-) -> Result<Json<ToolExecutionResult>, Error> {
+) -> Result<Response, Error> {
     let arguments = run_arguments(body)?;
-    let found = find(&app, &ids).await?;
-    Ok(Json(app.mcp.run_tool(&found.server, &found.tool, arguments).await?.into()))
+    let call = repeat.call(&ids, &arguments);
+    let running = app.clone();
+    let work = async move {
+        let found = find(&running, &ids).await?;
+        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments).await?;
+        Ok(ToolExecutionResult::from(outcome).json())
+    };
+    let (outcome, repeated) = match call {
+        None => (app.runs.alone(work), false),
+        Some(call) => app.runs.once(&call, work)?,
+    };
+    if repeated {
+        tracing::debug!("this run was asked for before");
+    }
+    let mut response = drip::answer(outcome, &app.settings.runs).await;
+    if repeated {
+        response.headers_mut().insert(X_PORTOLAN_REPEATED, HeaderValue::from_static("true"));
+    }
+    Ok(response)
 }
 
 async fn find(app: &App, ToolId { server_id, tool_id }: &ToolId) -> Result<Arc<ServerTool>, Error> {

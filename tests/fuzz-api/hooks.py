@@ -4,7 +4,8 @@
   for in an empty PATH: a run sends nothing to any other host and starts nothing but the fixture server. Other text stays.
 - Most ids become those of live servers and their tools; the rest stay as they were made, or name a server whose upstream is gone.
 - What deletes or reconfigures goes to throw-away servers: those that the fuzzer made itself, else one made for it.
-- Most valid server names are made unique, since the fuzzer loves short ones and a second "0" is only ever a conflict.
+- Most valid server names and all Idempotency-Keys are made unique, since the fuzzer loves short ones and a second "0" is only
+  ever a conflict.
 
 Choices hang on the content of a case, so that a case which is repeated (to shrink it) is aimed at the same kind of thing again.
 There is one worker, hence no locks.
@@ -30,6 +31,7 @@ MOST_THROWAWAYS = 60  # so that the list of all servers stays short
 
 NOBODY = "http://127.0.0.1:1/"
 HTTP = re.compile(r"[\x00-\x20]*h\s*t\s*t\s*p\s*s?\s*:", re.IGNORECASE)  # as lenient as URL parsers are
+KEY = re.compile(r"[!-~]{1,200}")
 NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f]{1,255}")
 SERVER_ID = re.compile(r"mcp_server-[0-9a-f-]{36}")
 
@@ -123,6 +125,8 @@ def before_call(_context, case, _kwargs):
         case.body = re.sub(rb"(?i)https?:[^\"'\s]*", NOBODY.encode(), case.body)
     if isinstance(case.body, dict) and isinstance(case.body.get("server_name"), str) and roll % 8:
         case.body = case.body | {"server_name": unique(case.body["server_name"])}
+    if case.headers and KEY.fullmatch(str(case.headers.get("Idempotency-Key", ""))):
+        case.headers["Idempotency-Key"] += f"-{next(numbers)}"
     if "mcp_server_id" in case.path_parameters and case.method == case.operation.method.upper():
         aim(case, operation, roll)
 

@@ -1,10 +1,11 @@
 """The MCP server behind the SDK suites, on the published `mcp` package.
 
-    fixture_server.py stdio|sse|http --state FILE [--require "Name: value"]
+    fixture_server.py stdio|sse|http --state FILE [--require "Name: value"] [--effects FILE]
 
 `FILE` is a JSON object read at every `tools/list`: `{"hide": [names], "describe": {name: text}, "extra": {name: text}}`. A missing
 file is an empty object. The server never announces a change of its list, so only a refresh can find one. With `--require`, a
-request without that header is answered 401. On sse and http the first line of stdout is the URL to connect to.
+request without that header is answered 401. With `--effects` there is one more tool, `work`, which adds a line to that file
+before anything else, then takes its time, or dies. On sse and http the first line of stdout is the URL to connect to.
 """
 
 import argparse
@@ -44,12 +45,16 @@ TOOLS = {
     "whoami": ("What the server was started with and what the request brought", schema()),
 }
 
+WORK = ("Leaves a trace, then takes its time or dies", schema(seconds={"type": "number"}, die={"type": "boolean"}))
+
 
 def text(value):
     return types.TextContent(type="text", text=value)
 
 
-def build(state_file):
+def build(state_file, effects=None):
+    offered = TOOLS | ({"work": WORK} if effects else {})
+
     def state():
         try:
             with open(state_file) as file:
@@ -61,7 +66,7 @@ def build(state_file):
         now = state()
         tools = [
             types.Tool(name=name, description=now.get("describe", {}).get(name, description), input_schema=input_schema)
-            for name, (description, input_schema) in TOOLS.items()
+            for name, (description, input_schema) in offered.items()
             if name not in now.get("hide", [])
         ]
         tools += [
@@ -93,6 +98,13 @@ def build(state_file):
                 if ctx.request is not None:
                     about["headers"] = dict(ctx.request.headers)
                 return types.CallToolResult(content=[text(json.dumps(about))])
+            case "work" if effects:
+                with open(effects, "a") as file:
+                    file.write("worked\n")
+                if args.get("die"):
+                    os._exit(1)
+                await anyio.sleep(args.get("seconds", 0))
+                return types.CallToolResult(content=[text("worked")])
         if params.name in state().get("extra", {}):
             return types.CallToolResult(content=[text(f"extra {params.name}")])
         return types.CallToolResult(content=[text(f"no tool {params.name}")], is_error=True)
@@ -137,9 +149,10 @@ async def main():
     parser.add_argument("transport", choices=["stdio", "sse", "http"])
     parser.add_argument("--state", required=True)
     parser.add_argument("--require")
+    parser.add_argument("--effects")
     parser.add_argument("--note", help="ignored: something for whoami to show")
     options = parser.parse_args()
-    server = build(options.state)
+    server = build(options.state, options.effects)
     if options.transport == "stdio":
         async with stdio_server() as (reader, writer):
             await server.run(reader, writer, server.create_initialization_options())

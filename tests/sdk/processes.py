@@ -5,10 +5,12 @@ Environment, set by `tests/run`: PORTOLAN_BIN the binary; PORTOLAN_TOOLS_PYTHON 
 set, an empty Postgres database for this session alone (otherwise Portolan makes an SQLite file in its data folder).
 """
 
+import contextlib
 import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -45,14 +47,15 @@ def stat(pid):
 
 
 def descendants(pid):
-    """Every live process below `pid`, as {pid: start time}."""
+    """Every live process below `pid`, as {pid: start time}, but for the one that Portolan keeps for its own death."""
     everyone = {int(entry): stat(entry) for entry in os.listdir("/proc") if entry.isdigit()}
     below, grew = {pid}, True
     while grew:
         more = {child for child, it in everyone.items() if it and it[1] in below and it[0] != "Z"} - below
         grew = bool(more)
         below |= more
-    return {child: everyone[child][2] for child in below - {pid}}
+    below -= {pid, *(child for child in below if command_line(child).endswith(" keep-children"))}
+    return {child: everyone[child][2] for child in below}
 
 
 def command_line(pid):
@@ -164,6 +167,52 @@ class Upstream(Process):
 
     def stop(self, **_):
         super().stop()
+
+
+class Cutter:
+    """A TCP proxy in front of `url`, for clients that shall lose their connections."""
+
+    def __init__(self, url):
+        host, _, port = url.removeprefix("http://").partition(":")
+        self._target = host, int(port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._open = []
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # stopped
+                return
+            server = socket.create_connection(self._target)
+            self._open += [client, server]
+            for one, other in ((client, server), (server, client)):
+                threading.Thread(target=self._forward, args=(one, other), daemon=True).start()
+
+    @staticmethod
+    def _forward(one, other):
+        try:
+            while data := one.recv(65536):
+                other.sendall(data)
+        except OSError:  # cut
+            pass
+        for it in (one, other):
+            with contextlib.suppress(OSError):
+                it.shutdown(socket.SHUT_RDWR)
+
+    def cut(self):
+        """Ends every connection; new ones are taken."""
+        for it in self._open:
+            with contextlib.suppress(OSError):
+                it.shutdown(socket.SHUT_RDWR)
+        self._open.clear()
+
+    def stop(self):
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
 
 
 def new_folder():

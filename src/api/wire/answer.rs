@@ -1,5 +1,8 @@
 //! What a client reads: Letta's keys in Letta's order, nulls present, then what Portolan adds.
 
+use std::time::Duration;
+
+use bytes::Bytes;
 use serde::Serialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
@@ -203,6 +206,17 @@ pub struct ToolExecutionResult {
     sandbox_config_fingerprint: (),
     result: Option<Box<RawValue>>,
     duration_ms: f64,
+}
+
+impl ToolExecutionResult {
+    /// A run without a result, and why, in one sentence for its caller.
+    pub fn failed(reason: impl Into<String>, duration: Duration) -> Self {
+        Outcome { is_error: true, text: reason.into(), result: None, duration, held: None }.into()
+    }
+
+    pub fn json(&self) -> Bytes {
+        serde_json::to_vec(self).expect("a result is JSON").into()
+    }
 }
 
 impl From<Outcome> for ToolExecutionResult {

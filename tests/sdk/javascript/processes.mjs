@@ -5,6 +5,7 @@ import assert from "node:assert/strict";
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import fs from "node:fs";
+import net from "node:net";
 import os from "node:os";
 import path from "node:path";
 import { createInterface } from "node:readline";
@@ -92,14 +93,14 @@ class Process {
 }
 
 export class Portolan extends Process {
-  static async start() {
+  static async start(settings = {}) {
     const folder = fs.mkdtempSync(path.join(os.tmpdir(), "portolan-suite-"));
     fs.mkdirSync(path.join(folder, "data"));
     const ours = /^(PORTOLAN_|LETTA_|MCP_|NODE_|DATABASE_URL)/;
     const env = Object.fromEntries(Object.entries(process.env).filter(([key]) => !ours.test(key)));
     const args = ["--listen", "127.0.0.1:0", "--data-dir", path.join(folder, "data")];
     if (process.env.PORTOLAN_DATABASE_URL) args.push("--database-url", process.env.PORTOLAN_DATABASE_URL);
-    const portolan = new Portolan(process.env.PORTOLAN_BIN, args, env);
+    const portolan = new Portolan(process.env.PORTOLAN_BIN, args, { ...env, ...settings });
     portolan.folder = folder;
     portolan.url = (await portolan.lineWith(" listens on http://")).split(" listens on ")[1].trim();
     await portolan.lineWith("API reference: ");
@@ -120,13 +121,15 @@ export class Portolan extends Process {
 
 /** An upstream of one kind: `fields` tells Portolan of it, `setState` changes what it lists, `stop` ends it. */
 export class Upstream {
-  static async start(kind, { require, note } = {}) {
+  static async start(kind, { require, note, effects } = {}) {
     const upstream = new Upstream();
     upstream.folder = fs.mkdtempSync(path.join(os.tmpdir(), "portolan-upstream-"));
     upstream.state = path.join(upstream.folder, "state.json");
     const python = process.env.PORTOLAN_TOOLS_PYTHON;
     if (kind === "stdio") {
-      upstream.fields = { command: python, args: [FIXTURE, "stdio", "--state", upstream.state, ...(note ? ["--note", note] : [])] };
+      upstream.effects = path.join(upstream.folder, "effects");
+      const more = [...(note ? ["--note", note] : []), ...(effects ? ["--effects", upstream.effects] : [])];
+      upstream.fields = { command: python, args: [FIXTURE, "stdio", "--state", upstream.state, ...more] };
       return upstream;
     }
     const transport = kind === "streamable_http" ? "http" : kind;
@@ -141,8 +144,52 @@ export class Upstream {
     fs.renameSync(`${this.state}.new`, this.state);
   }
 
+  /** How often the tool `work` was called, with the option `effects`. */
+  worked() {
+    return fs.existsSync(this.effects) ? fs.readFileSync(this.effects, "utf8").split("\n").length - 1 : 0;
+  }
+
   async stop() {
     await this.process?.stop();
     fs.rmSync(this.folder, { recursive: true, force: true });
+  }
+}
+
+/** A TCP proxy in front of `url`, for clients that shall lose their connections. */
+export class Cutter {
+  static async start(url) {
+    const cutter = new Cutter();
+    cutter.open = new Set();
+    cutter.server = net.createServer((client) => {
+      const target = net.connect(Number(new URL(url).port), "127.0.0.1");
+      for (const [one, other] of [[client, target], [target, client]]) {
+        cutter.open.add(one);
+        one.on("error", () => {}).on("close", () => other.destroy()).pipe(other);
+      }
+    });
+    cutter.server.listen(0, "127.0.0.1");
+    await once(cutter.server, "listening");
+    cutter.url = `http://127.0.0.1:${cutter.server.address().port}`;
+    return cutter;
+  }
+
+  /** Ends every connection; new ones are taken. */
+  cut() {
+    for (const socket of this.open) socket.destroy();
+    this.open.clear();
+  }
+
+  stop() {
+    this.server.close();
+    this.cut();
+  }
+}
+
+/** Polls until `check()` is true. */
+export async function eventually(what, check) {
+  const end = Date.now() + DEADLINE;
+  while (!check()) {
+    assert.ok(Date.now() < end, `not in time: ${what}`);
+    await new Promise((resolve) => setTimeout(resolve, 20));
   }
 }
