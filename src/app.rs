@@ -58,7 +58,7 @@ impl App {
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
     /// time, ends every session and child, and closes the database. `false` when a session did not end in time.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> bool {
-        serve::serve(listener, api::router(self.clone()), self.settings.entry.drain_timeout, shutdown).await;
+        serve::serve(listener, api::router(self.clone()), &self.settings.entry, shutdown).await;
         let clean = self.mcp.close().await;
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
         clean && closed.is_ok()
