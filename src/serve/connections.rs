@@ -24,7 +24,7 @@ pub const TICK: Duration = Duration::from_millis(250);
 const LINGER: Duration = Duration::from_secs(2);
 /// How long an event stream has, after shutdown began, to end in order.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
-/// What part of all places is made free when one is needed: finding out who waits longest looks at everybody.
+/// What part of all connections makes room when one place is needed: to find out who waits longest costs a look at all.
 const ROOM: usize = 64;
 /// How many sweeps a connection waits for its client at least before another takes its place.
 const FAIR_CHANCE: u32 = 1;
@@ -175,13 +175,13 @@ impl Connections {
         };
         let mut waiting: Vec<_> = open.iter().filter_map(waits).collect();
         waiting.sort_unstable_by_key(|(age, id, _)| (Reverse(*age), *id));
-        let mut cut = 0;
+        let (most, mut cut) = (1 + open.len() / ROOM, 0);
         for (_, id, turn) in waiting {
             if open.get(&id).is_some_and(|connection| connection.cut(turn, "another needs its place")) {
                 open.remove(&id);
                 cut += 1;
             }
-            if cut > self.max_connections / ROOM {
+            if cut == most {
                 break;
             }
         }
