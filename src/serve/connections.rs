@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 
 use crate::config::Entry;
@@ -70,6 +71,7 @@ impl Turn {
 
 /// All open connections.
 pub struct Connections {
+    shutdown: CancellationToken,
     open: Mutex<HashMap<u64, Arc<Connection>>>,
     next: AtomicU64,
     max_connections: usize,
@@ -93,8 +95,10 @@ fn sweeps(time: Duration) -> u32 {
 }
 
 impl Connections {
-    pub fn new(entry: &Entry) -> Arc<Self> {
+    /// None of them; `shutdown` ends their event streams.
+    pub fn new(entry: &Entry, shutdown: CancellationToken) -> Arc<Self> {
         Arc::new(Self {
+            shutdown,
             open: Mutex::default(),
             next: AtomicU64::new(0),
             max_connections: entry.max_connections,
@@ -394,9 +398,10 @@ impl Connection {
         self.unread.load(Ordering::Relaxed)
     }
 
-    /// The answer has no end of its own.
-    pub fn stream_events(&self) {
+    /// The answer has no end of its own; returns what ends it.
+    pub fn stream_events(&self) -> WaitForCancellationFutureOwned {
         self.streams_events.store(true, Ordering::Relaxed);
+        self.all.shutdown.clone().cancelled_owned()
     }
 
     /// The whole answer was handed over for sending.

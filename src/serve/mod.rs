@@ -54,7 +54,7 @@ pub struct Full;
 /// Answers requests on `listener` with `router` until `shutdown`. Then it takes no new connection, closes the idle ones,
 /// ends event streams, lets each other request finish, and returns when all have, or when the drain time has passed.
 pub async fn serve(listener: TcpListener, router: Router, entry: &Entry, shutdown: CancellationToken) {
-    let connections = Connections::new(entry);
+    let connections = Connections::new(entry, shutdown.clone());
     let tasks = TaskTracker::new();
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -151,7 +151,7 @@ async fn connection(stream: TcpStream, guest: Guest, router: Router, shutdown: C
     let _ = stream.set_nodelay(true);
     let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER);
     let connection = guest.connection();
-    let service = service_fn(|request| answer(connection.clone(), router.clone(), shutdown.clone(), request));
+    let service = service_fn(|request| answer(connection.clone(), router.clone(), request));
     let mut serving = pin!(
         http1::Builder::new()
             // The limits of `connections` are finer.
@@ -175,7 +175,6 @@ async fn connection(stream: TcpStream, guest: Guest, router: Router, shutdown: C
 async fn answer(
     connection: Arc<Connection>,
     router: Router,
-    shutdown: CancellationToken,
     request: Request<Incoming>,
 ) -> Result<Response<Answer>, Infallible> {
     let whole = request.body().is_end_stream();
@@ -196,5 +195,5 @@ async fn answer(
     let streams_events = response.headers().get(CONTENT_TYPE).is_some_and(|kind| {
         kind.as_bytes().get(..17).is_some_and(|kind| kind.eq_ignore_ascii_case(b"text/event-stream"))
     });
-    Ok(response.map(|body| Answer::new(body, connection, streams_events.then_some(shutdown))))
+    Ok(response.map(|body| Answer::new(body, connection, streams_events)))
 }

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
-use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use super::connections::Connection;
 
@@ -155,12 +155,9 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// With `stop` for an answer that has no end of its own: it then ends it.
-    pub fn new(body: Body, connection: Arc<Connection>, stop: Option<CancellationToken>) -> Self {
-        if stop.is_some() {
-            connection.stream_events();
-        }
-        Self { body, connection, stop: stop.map(|stop| Box::pin(stop.cancelled_owned())) }
+    pub fn new(body: Body, connection: Arc<Connection>, streams_events: bool) -> Self {
+        let stop = streams_events.then(|| Box::pin(connection.stream_events()));
+        Self { body, connection, stop }
     }
 }
 
