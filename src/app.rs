@@ -76,7 +76,7 @@ impl App {
     /// time, ends every session and child, and closes the database. `false` when a session did not end in time.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> bool {
         let drain = self.settings.entry.drain_timeout;
-        let serving = serve::serve(listener, api::router(self.clone()), drain, shutdown.clone());
+        let serving = serve::serve(listener, api::router(self.clone()), &self.settings.entry, shutdown.clone());
         // A client whose connection is cut would ask for its run again, at a Portolan that knows nothing of it.
         let answering = async {
             shutdown.cancelled().await;

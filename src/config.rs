@@ -48,6 +48,24 @@ pub struct Entry {
     /// Address and port to listen on; port 0 takes a free one and prints it
     #[arg(long, env = "PORTOLAN_LISTEN", default_value = "127.0.0.1:8283", global = true, value_name = "ADDRESS")]
     pub listen: String,
+    /// How long a client may take for the headers of a request
+    #[arg(long, env = "PORTOLAN_HEADER_TIMEOUT", default_value = "10s", value_parser = duration, global = true, value_name = "TIME")]
+    pub header_timeout: Duration,
+    /// How long a request's body may be silent; each 8 KiB of it buy a second
+    #[arg(long, env = "PORTOLAN_BODY_TIMEOUT", default_value = "10s", value_parser = duration, global = true, value_name = "TIME")]
+    pub body_timeout: Duration,
+    /// How long a client may leave its answer unread
+    #[arg(long, env = "PORTOLAN_WRITE_TIMEOUT", default_value = "30s", value_parser = duration, global = true, value_name = "TIME")]
+    pub write_timeout: Duration,
+    /// How long a connection is kept for another request
+    #[arg(long, env = "PORTOLAN_KEEP_ALIVE_TIMEOUT", default_value = "75s", value_parser = duration, global = true, value_name = "TIME")]
+    pub keep_alive_timeout: Duration,
+    /// How many connections may be open; those that wait longest for their clients make room for the next
+    #[arg(long, env = "PORTOLAN_MAX_CONNECTIONS", default_value_t = 8192, value_parser = at_least_one, global = true, value_name = "NUMBER")]
+    pub max_connections: usize,
+    /// How many requests may be in flight, those apart that wait for their clients; more are answered 503
+    #[arg(long, env = "PORTOLAN_MAX_REQUESTS", default_value_t = 1024, value_parser = at_least_one, global = true, value_name = "NUMBER")]
+    pub max_requests: usize,
     /// How long a stop waits for requests that are being answered
     #[arg(long, env = "PORTOLAN_DRAIN_TIMEOUT", default_value = "25s", value_parser = duration, global = true, value_name = "TIME")]
     pub drain_timeout: Duration,

@@ -51,6 +51,9 @@ pub enum Error {
     /// Nothing was sent, and nothing is known to be wrong with another attempt in a while (CONTRACT row 14).
     #[error("{source}")]
     Overload { source: mcp::Error, retry_after: Duration },
+    /// One request more than may be in flight; nothing was done for it.
+    #[error("Portolan is busy with as many requests as it may take; try again in a moment.")]
+    Full,
     #[error("The database is not available; try again in a moment.")]
     Unavailable(#[source] store::Error),
     #[error("Something went wrong inside Portolan; its log names this request id.")]
@@ -109,7 +112,7 @@ impl Error {
             // Letta's own status for a server that a refresh cannot reach (CONTRACT row 11).
             Self::Refresh { .. } => (StatusCode::NOT_FOUND, "mcp_server_unavailable"),
             Self::Connect(_) => (StatusCode::BAD_GATEWAY, "mcp_connection_error"),
-            Self::Overload { .. } => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
+            Self::Overload { .. } | Self::Full => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
             Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         }
@@ -119,6 +122,7 @@ impl Error {
         let (status, code) = self.status();
         match self {
             // The server of a user is away; Portolan is well.
+            Self::Full => tracing::debug!(code, "no room for a request"),
             Self::Overload { .. } => tracing::debug!(cause = %causes(self), code, "no room for a run"),
             Self::Connect(_) => tracing::warn!(cause = %causes(self), code, "no session for a run"),
             _ if status.is_server_error() => {
@@ -164,7 +168,7 @@ impl Error {
             Self::Overload { retry_after, .. } => {
                 headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(*retry_after)));
             }
-            Self::Unavailable(_) => {
+            Self::Full | Self::Unavailable(_) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
             _ => {}

@@ -12,7 +12,7 @@
 //! | `main` | parse the command line, run one command, set the exit code |
 //! | [`config`] | every setting; its doc comments are `--help` |
 //! | [`app`] | what handlers share; open, serve, drain, close |
-//! | [`serve`] | the accept loop and the drain |
+//! | [`serve`] | the accept loop and the drain; `connections` (whose turn it is, and for how long), `stream` (their bytes) |
 //! | [`model`] | plain data, also the table rows |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
@@ -22,8 +22,8 @@
 //!
 //! # Who may import whom
 //!
-//! `main` → `app`; `app` → `serve`, `api`, `mcp`, `store`; `api` → `mcp` (its front door), `store`; `mcp` → `store`;
-//! `store` → nothing of ours; all of them → `model`, `config`. axum stays in `app`, `serve`, `api` and `error`;
+//! `main` → `app`; `app` → `serve`, `api`, `mcp`, `store`; `api` → `mcp` (its front door), `store`, `serve` (its mark of
+//! a request too many); `mcp` → `store`; `store` → nothing of ours; all of them → `model`, `config`. axum stays in `app`, `serve`, `api` and `error`;
 //! sqlx in `store`, and its derive in `model`. A test reads the `use` lines and keeps this true.
 //!
 //! # One request

@@ -7,9 +7,13 @@ use clap::Parser;
 use portolan::app::{App, Keeper, keep_children};
 use portolan::config::{Cli, Command, Settings};
 use portolan::telemetry;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
+
+/// How many files Portolan may have open beside its client connections: the database, sessions, three pipes a child.
+const OTHER_FILES: u64 = 1024;
 
 fn main() -> ExitCode {
     let Cli { command, settings } = Cli::parse();
@@ -35,8 +39,9 @@ fn run(command: impl Future<Output = Result<(), String>>) -> Result<(), String> 
     runtime.block_on(command)
 }
 
-async fn serve(settings: Settings) -> Result<(), String> {
+async fn serve(mut settings: Settings) -> Result<(), String> {
     telemetry::init(&settings.logs.log)?;
+    fit_open_files(&mut settings.entry.max_connections);
     let listen = settings.entry.listen.clone();
     let unusable = |error| format!("Cannot listen on {listen}: {error}.");
     let listener = TcpListener::bind(&listen).await.map_err(unusable)?;
@@ -60,6 +65,29 @@ async fn serve(settings: Settings) -> Result<(), String> {
     tokio::select! {
         clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned()) },
         () = stopping => Err("Stopped at once by a second signal.".to_owned()),
+    }
+}
+
+/// Raises the number of files that this process may open to what `connections` need, or if that is not allowed, lowers
+/// `connections` to what it suffices for.
+fn fit_open_files(connections: &mut usize) {
+    let limits = getrlimit(Resource::Nofile);
+    let wanted = *connections as u64 + OTHER_FILES;
+    let mut limit = limits.current.unwrap_or(u64::MAX);
+    if limit < wanted {
+        let raised = wanted.min(limits.maximum.unwrap_or(u64::MAX));
+        if setrlimit(Resource::Nofile, Rlimit { current: Some(raised), ..limits }).is_ok() {
+            limit = raised;
+        }
+    }
+    let room = (limit - OTHER_FILES.min(limit / 2)).max(1);
+    if room < *connections as u64 {
+        tracing::warn!(
+            wanted = *connections,
+            taken = room,
+            "the limit of open files (ulimit -Hn) is {limit}, so fewer client connections are taken than --max-connections"
+        );
+        *connections = room as usize;
     }
 }
 

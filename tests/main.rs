@@ -6,6 +6,7 @@ mod harness;
 
 mod bad_input;
 mod children;
+mod entry;
 mod house;
 mod known;
 mod process;

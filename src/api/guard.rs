@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use axum::body::{Body, HttpBody};
+use axum::body::HttpBody;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
@@ -11,8 +11,9 @@ use http_body_util::BodyExt;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value, json};
-use tokio::time::{Duration, timeout};
+use tokio::time::{Duration, Instant, timeout_at};
 
+use crate::app::App;
 use crate::error::{Error, Issue};
 
 /// The largest body of a request that changes a server, and of a run, in bytes.
@@ -20,8 +21,9 @@ const MAX_BODY: usize = 1024 * 1024;
 const MAX_RUN_BODY: usize = 4 * MAX_BODY;
 /// How much of a body that is too large is read all the same, so that its sender gets to reading the answer.
 const MAX_REFUSED: usize = 16 * 1024 * 1024;
-/// How long a body may take to arrive.
-const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How many bytes of a body buy another second for the rest of it, so that 4 MiB may take nine minutes on a slow line;
+/// but at no time may more than `--body-timeout` pass without any.
+const BYTES_PER_SECOND: f64 = 8192.0;
 
 /// The server a path names. An id of any other shape than ours names nothing: 404 (CONTRACT row 9).
 pub struct ServerId(pub String);
@@ -62,12 +64,12 @@ fn is_id(text: &str) -> bool {
 /// The JSON body of a create or an update: an object without NUL characters.
 pub struct JsonBody(pub Map<String, Value>);
 
-impl<S: Send + Sync> FromRequest<S> for JsonBody {
+impl FromRequest<App> for JsonBody {
     type Rejection = Error;
 
-    async fn from_request(request: Request, _state: &S) -> Result<Self, Error> {
+    async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
         let is_json = is_json(&request);
-        let body = read(request, MAX_BODY).await?;
+        let body = read(request, MAX_BODY, app.settings.entry.body_timeout).await?;
         if !is_json {
             return Err(Error::UnsupportedMediaType);
         }
@@ -80,12 +82,12 @@ impl<S: Send + Sync> FromRequest<S> for JsonBody {
 /// The JSON body of a run; none at all, of whatever type, is an empty object.
 pub struct RunBody(pub Map<String, Value>);
 
-impl<S: Send + Sync> FromRequest<S> for RunBody {
+impl FromRequest<App> for RunBody {
     type Rejection = Error;
 
-    async fn from_request(request: Request, _state: &S) -> Result<Self, Error> {
+    async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
         let is_json = is_json(&request);
-        let body = read(request, MAX_RUN_BODY).await?;
+        let body = read(request, MAX_RUN_BODY, app.settings.entry.body_timeout).await?;
         match (body.is_empty(), is_json) {
             (true, _) => Ok(Self(Map::new())),
             (false, true) => object(&body).map(Self),
@@ -99,21 +101,26 @@ fn is_json(request: &Request) -> bool {
     kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json")
 }
 
-async fn read(request: Request, limit: usize) -> Result<Bytes, Error> {
-    timeout(BODY_TIMEOUT, collect(request.into_body(), limit)).await.unwrap_or(Err(Error::BodyIncomplete))
-}
-
-async fn collect(mut body: Body, limit: usize) -> Result<Bytes, Error> {
+/// Reads a body of at most `limit` bytes. `patience` is how long it may be silent, see [`BYTES_PER_SECOND`].
+async fn read(request: Request, limit: usize, patience: Duration) -> Result<Bytes, Error> {
+    let mut body = request.into_body();
     let mut bytes = BytesMut::with_capacity(body.size_hint().lower().min(limit as u64) as usize);
     let mut refused = 0;
-    while let Some(frame) = body.frame().await {
-        let Ok(data) = frame.map_err(|_| Error::BodyIncomplete)?.into_data() else { continue };
+    let mut deadline = Instant::now() + patience;
+    // What is too large anyway buys no time.
+    while refused <= MAX_REFUSED {
+        let frame = match timeout_at(deadline, body.frame()).await {
+            Ok(Some(Ok(frame))) => frame,
+            Ok(None) => break,
+            _ if refused > 0 => break,
+            Ok(Some(Err(_))) | Err(_) => return Err(Error::BodyIncomplete),
+        };
+        let Ok(data) = frame.into_data() else { continue };
         if refused > 0 || bytes.len() + data.len() > limit {
             refused += data.len();
-            if refused > MAX_REFUSED {
-                break;
-            }
         } else {
+            let bought = Duration::from_secs_f64(data.len() as f64 / BYTES_PER_SECOND);
+            deadline = (deadline + bought).min(Instant::now() + patience);
             bytes.extend_from_slice(&data);
         }
     }

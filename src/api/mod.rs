@@ -22,6 +22,7 @@ use uuid::Uuid;
 
 use crate::app::App;
 use crate::error::Error;
+use crate::serve::Full;
 
 pub use runs::Runs;
 
@@ -77,6 +78,16 @@ pub fn router(app: App) -> Router {
         .with_state(app)
 }
 
+/// Answers, also when there is no room for requests: who asks must tell a busy Portolan from a dead one.
+const ALWAYS: [&str; 2] = ["/v1/health", "/v1/ready"];
+
+fn has_no_room(request: &Request) -> bool {
+    request.extensions().get::<Full>().is_some() && {
+        let path = request.uri().path();
+        !ALWAYS.contains(&path.strip_suffix('/').unwrap_or(path))
+    }
+}
+
 /// Gives each request an id, logs its end, and turns a handler's [`Error`] into its answer.
 async fn identify(request: Request, next: Next) -> Response {
     let id = Uuid::new_v4().to_string();
@@ -88,7 +99,8 @@ async fn identify(request: Request, next: Next) -> Response {
     );
     let started = std::time::Instant::now();
     async {
-        let mut response = Error::finish(next.run(request).await, &id);
+        let response = if has_no_room(&request) { Error::Full.into_response() } else { next.run(request).await };
+        let mut response = Error::finish(response, &id);
         let value = HeaderValue::from_str(&id).expect("a UUID is a legal header value");
         response.headers_mut().insert(X_REQUEST_ID, value);
         let status = response.status().as_u16();

@@ -738,6 +738,7 @@ mod tests {
                 "invalid_request" => (invalid(example), &example["detail"]),
                 "internal" => (Error::Internal(internal()), &example["detail"]),
                 "unavailable" => (Error::Unavailable(sqlx::Error::PoolTimedOut.into()), &example["detail"]),
+                "overloaded" => (Error::Full, &example["detail"]),
                 "mcp_server_unavailable" => {
                     let server_name = "search".to_owned();
                     (Error::Refresh { server_name, source: named() }, &example["detail"]["message"])
@@ -748,7 +749,7 @@ mod tests {
             assert_eq!(*text, error.to_string(), "{at}");
             codes.insert(code.to_owned());
         });
-        assert_eq!(codes.len(), 11, "{codes:?}");
+        assert_eq!(codes.len(), 12, "{codes:?}");
     }
 
     #[test]
