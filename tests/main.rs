@@ -6,7 +6,9 @@ mod harness;
 
 mod bad_input;
 mod children;
+mod endurance;
 mod house;
+mod misbehaviour;
 mod process;
 mod runs;
 mod servers;

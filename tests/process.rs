@@ -9,15 +9,17 @@ use serde_json::{Value, json};
 
 use crate::harness::{Database, client, eventually, fake_mcp, processes_naming};
 
-struct Program {
-    child: Child,
-    url: String,
+/// The real program, running.
+pub(crate) struct Program {
+    pub(crate) child: Child,
+    pub(crate) url: String,
     lines: [String; 3],
 }
 
-fn command(folder: &Path, database: Option<&str>) -> Command {
+pub(crate) fn command(folder: &Path, database: Option<&str>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_portolan"));
     command.env_remove("DATABASE_URL").env("PORTOLAN_LISTEN", "127.0.0.1:0").current_dir(folder);
+    command.stderr(Stdio::null());
     if let Some(database) = database {
         command.env("DATABASE_URL", database);
     }
@@ -25,19 +27,19 @@ fn command(folder: &Path, database: Option<&str>) -> Command {
 }
 
 impl Program {
-    fn start(mut command: Command) -> Self {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    pub(crate) fn start(mut command: Command) -> Self {
+        let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let lines = [(); 3].map(|()| lines.next().expect("three lines").unwrap());
         let url = lines[0].split(' ').next_back().unwrap().to_owned();
         Self { child, url, lines }
     }
 
-    fn signal(&self, signal: &str) {
+    pub(crate) fn signal(&self, signal: &str) {
         assert!(Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap().success());
     }
 
-    fn exit_code(&mut self) -> Option<i32> {
+    pub(crate) fn exit_code(&mut self) -> Option<i32> {
         let deadline = Instant::now() + Duration::from_secs(40);
         loop {
             if let Some(status) = self.child.try_wait().unwrap() {
@@ -59,7 +61,7 @@ impl Drop for Program {
 
 /// Exit code and standard error of a start that fails.
 fn refusal(mut command: Command) -> (Option<i32>, String) {
-    let output = command.output().unwrap();
+    let output = command.stderr(Stdio::piped()).output().unwrap();
     assert!(output.stdout.is_empty());
     (output.status.code(), String::from_utf8(output.stderr).unwrap())
 }

@@ -220,7 +220,7 @@ impl Wire {
 
 fn spawn(fake: &Fake, away: bool) {
     let mut command = Command::new("tail");
-    command.arg("-f").args(&fake.file);
+    command.args(["-n", "0", "-f"]).args(&fake.file);
     if away {
         command.process_group(0);
     }

@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::anywhere;
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Manner {
     /// Never accepts; its queue of connections is full.
     Full,
