@@ -235,19 +235,24 @@ impl Remote {
         self.send("POST", "/v1/mcp-servers/", Some(&body)).await.expect(200)
     }
 
-    /// Runs a tool by its name, again after each 503 as an SDK does, and returns the answer's body.
-    pub(crate) async fn run(&self, id: &str, tool: &str, args: Value) -> Value {
+    /// The path on which a tool is run.
+    pub(crate) async fn path(&self, id: &str, tool: &str) -> String {
         let tools = self.send("GET", &format!("/v1/mcp-servers/{id}/tools"), None).await.expect(200);
         let found = tools.as_array().and_then(|tools| tools.iter().find(|one| one["name"] == tool));
         let tool_id = found.and_then(|tool| tool["id"].as_str()).unwrap_or_else(|| panic!("no tool {tool}"));
-        let path = format!("/v1/mcp-servers/{id}/tools/{tool_id}/run");
+        format!("/v1/mcp-servers/{id}/tools/{tool_id}/run")
+    }
+
+    /// Runs a tool by its name, again after each 503 as an SDK does, and returns the answer's body.
+    pub(crate) async fn run(&self, id: &str, tool: &str, args: Value) -> Value {
+        let path = self.path(id, tool).await;
         let body = json!({ "args": args });
-        patiently(|| self.send("POST", &path, Some(&body))).await.expect(200)
+        patiently(async || self.send("POST", &path, Some(&body)).await).await.expect(200)
     }
 }
 
 /// Asks again after each 503, as an SDK does, for a while.
-pub(crate) async fn patiently<F: Future<Output = Answer>>(ask: impl Fn() -> F) -> Answer {
+pub(crate) async fn patiently(ask: impl AsyncFn() -> Answer) -> Answer {
     let deadline = tokio::time::Instant::now() + PATIENCE;
     loop {
         let answer = ask().await;
