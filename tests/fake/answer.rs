@@ -300,7 +300,7 @@ impl Fake {
         };
         // As good as random, and the same in every run.
         let wait = id.bytes().fold(7, |sum: u64, byte| sum.wrapping_mul(31).wrapping_add(byte.into())) % ms;
-        let messages = stream::once(sleep(Duration::from_millis(wait)));
+        let messages = stream::once(async move { sleep(Duration::from_millis(wait)).await });
         let messages =
             messages.flat_map(move |()| stream::iter(old.clone().into_iter().chain([text.clone(), text.clone()])));
         self.later(from, id, messages)
