@@ -2,6 +2,7 @@
 //! time, other servers go on, the odd one is used again once it behaves, and nothing of it is left when it is deleted.
 
 use std::panic::AssertUnwindSafe;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -137,11 +138,6 @@ impl Row {
         self.then.insert(1, (Rest(ms), Settled));
         self
     }
-
-    fn and(mut self, what: Do, expect: Expect) -> Self {
-        self.then.push((what, expect));
-        self
-    }
 }
 
 fn echo() -> (Do, Expect) {
@@ -155,7 +151,7 @@ fn call(name: &str, over: Over, act: Value, expect: Expect) -> Row {
 
 fn call_with(name: &str, over: Over, mut script: Value, mut act: Value, expect: Expect) -> Row {
     act["times"] = json!(1);
-    script["acts"] = json!({ "call": act });
+    script["acts"]["call"] = act;
     let run = (Run("echo", json!({"message": "hello"})), expect);
     Row { name: format!("call: {name}"), over, script, created: Well, then: vec![run, echo()] }
 }
@@ -702,11 +698,20 @@ fn floods(rows: &mut Vec<Row>) {
         for (name, text) in [("requests", ping), ("notifications", note)] {
             let flood = |times: usize| json!({"deaf": true, "steps": [{"repeat": [times, {"say": text}]}, "answer"]});
             rows.push(call(&format!("10 {name} before the answer"), over, flood(10), Says("hello")));
-            rows.push(
-                call(&format!("100,000 {name} before the answer, and nothing is read"), over, flood(100_000), Settled)
-                    .then_patiently(),
-            );
+            // Over HTTP, what is not read is a POST that is not answered.
+            let unread = json!({"acts": {"reply": {"hold": true}}});
+            let name = format!("100,000 {name} before the answer, and nothing is read");
+            rows.push(call_with(&name, over, unread, flood(100_000), Settled).then_patiently());
         }
+        rows.push(
+            call(
+                "1,000 requests before the answer",
+                over,
+                steps(json!([{"repeat": [1_000, {"say": ping}]}, "answer"])),
+                Settled,
+            )
+            .then_patiently(),
+        );
     }
     let changed = r#"{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}"#;
     let storm = steps(json!([{"repeat": [1000, {"say": changed}]}, "answer"]));
@@ -778,8 +783,9 @@ fn extra(names: &[&str]) -> Value {
 
 /// A row at work.
 struct Bench<'a> {
-    portolan: &'a Portolan,
+    portolan: &'a Remote,
     healthy: &'a Healthy,
+    folder: &'a Path,
     script: harness::Script,
     running: Option<Running>,
     tcp: Option<tcp::Listener>,
@@ -793,23 +799,32 @@ struct Bench<'a> {
 struct Healthy {
     runs: Vec<String>,
     asked: AtomicUsize,
+    _fakes: [Running; 2],
 }
 
 impl Healthy {
-    async fn new(portolan: &Portolan, http: &Running, sse: &Running) -> Self {
-        let stdio = json!({"command": fake_mcp(), "args": ["stdio", portolan.script(&json!({})).0]});
-        let http = json!({ "server_url": http.url });
-        let sse = json!({"mcp_server_type": "sse", "server_url": sse.url});
+    async fn new(portolan: &Remote, folder: &Path) -> Self {
+        let (http, sse) = (
+            fake::http::serve(Fake::new(fake::Script::default())),
+            fake::sse::serve(Fake::new(fake::Script::default())),
+        );
+        let stdio = json!({"command": fake_mcp(), "args": ["stdio", harness::Script::new(folder, &json!({})).0]});
+        let over_http = json!({ "server_url": http.url });
+        let over_sse = json!({"mcp_server_type": "sse", "server_url": sse.url});
         let mut runs = Vec::new();
-        for (name, config) in [("healthy stdio", stdio), ("healthy http", http), ("healthy sse", sse)] {
+        for (name, config) in [("healthy stdio", stdio), ("healthy http", over_http), ("healthy sse", over_sse)] {
             let server = portolan.create(name, config).await;
             let id = server["id"].as_str().expect("an id");
-            runs.push(format!("/v1/mcp-servers/{id}/tools/{}/run", portolan.tool_id(id, "echo").await));
+            runs.push(portolan.path(id, "echo").await);
         }
-        Self { runs, asked: AtomicUsize::new(0) }
+        let healthy = Self { runs, asked: AtomicUsize::new(0), _fakes: [http, sse] };
+        for _ in &healthy.runs {
+            healthy.check(portolan, "before all others").await.expect("it is well");
+        }
+        healthy
     }
 
-    async fn check(&self, portolan: &Portolan, when: &str) -> Result<(), String> {
+    async fn check(&self, portolan: &Remote, when: &str) -> Result<(), String> {
         let number = self.asked.fetch_add(1, Ordering::Relaxed);
         let message = format!("healthy {number}");
         let run = portolan.post(&self.runs[number % self.runs.len()], &json!({"args": {"message": message}})).await;
@@ -838,8 +853,8 @@ fn clean(text: &str, folder: &str) -> Result<(), String> {
 }
 
 impl<'a> Bench<'a> {
-    async fn set_up(portolan: &'a Portolan, healthy: &'a Healthy, row: &Row) -> (Self, Value) {
-        let script = portolan.script(&row.script);
+    fn set_up(portolan: &'a Remote, healthy: &'a Healthy, folder: &'a Path, row: &Row) -> (Self, Value) {
+        let script = harness::Script::new(folder, &row.script);
         let typed = || serde_json::from_value(row.script.clone()).expect("the script is one");
         let (mut running, mut tcp) = (None, None);
         let config = match row.over {
@@ -861,7 +876,7 @@ impl<'a> Bench<'a> {
             }
         };
         let open = false;
-        (Self { portolan, healthy, script, running, tcp, over: row.over, id: String::new(), open }, config)
+        (Self { portolan, healthy, folder, script, running, tcp, over: row.over, id: String::new(), open }, config)
     }
 
     fn opening(&self) -> Duration {
@@ -872,7 +887,7 @@ impl<'a> Bench<'a> {
     }
 
     fn folder(&self) -> String {
-        self.portolan.folder().to_string_lossy().into_owned()
+        self.folder.to_string_lossy().into_owned()
     }
 
     /// An answer within its deadline, and a healthy server's beside it.
@@ -933,7 +948,8 @@ impl<'a> Bench<'a> {
                 self.ran(answer, expect)
             }
             Refresh => {
-                let answer = self.timed(self.opening() + LIST, self.portolan.refresh(&self.id)).await?;
+                let refresh = format!("/v1/mcp-servers/{}/refresh", self.id);
+                let answer = self.timed(self.opening() + LIST, self.portolan.send("PATCH", &refresh, None)).await?;
                 self.open = matches!(expect, Well);
                 match (answer.status, expect) {
                     (200, Well) => Ok(()),
@@ -1008,8 +1024,7 @@ impl<'a> Bench<'a> {
     }
 
     async fn run(&self, tool: &str, args: &Value) -> Result<Answer, String> {
-        let tool_id = self.portolan.tool_id(&self.id, tool).await;
-        let path = format!("/v1/mcp-servers/{}/tools/{tool_id}/run", self.id);
+        let path = self.portolan.path(&self.id, tool).await;
         let deadline = if self.open { RUN } else { self.opening() + RUN };
         let body = json!({ "args": args });
         // Not `post`: its check of the answer's shape gives up at JSON that is 128 deep.
@@ -1079,7 +1094,7 @@ impl<'a> Bench<'a> {
     async fn clear(self) -> Result<(), String> {
         if !self.id.is_empty() {
             let path = format!("/v1/mcp-servers/{}", self.id);
-            let deleting = self.portolan.delete(&path);
+            let deleting = self.portolan.send("DELETE", &path, None);
             let answer =
                 tokio::time::timeout(Duration::from_secs(5), deleting).await.map_err(|_| "a delete takes too long")?;
             drop(answer.expect(204));
@@ -1115,8 +1130,8 @@ impl<'a> Bench<'a> {
     }
 }
 
-async fn play(portolan: &Portolan, healthy: &Healthy, row: &Row) -> Result<(), String> {
-    let (mut bench, config) = Bench::set_up(portolan, healthy, row).await;
+async fn play(portolan: &Remote, healthy: &Healthy, folder: &Path, row: &Row) -> Result<(), String> {
+    let (mut bench, config) = Bench::set_up(portolan, healthy, folder, row);
     let mut played = bench.create(row, config).await.map_err(|fault| format!("create: {fault}"));
     for (number, (what, expect)) in row.then.iter().enumerate() {
         if played.is_err() {
@@ -1129,36 +1144,23 @@ async fn play(portolan: &Portolan, healthy: &Healthy, row: &Row) -> Result<(), S
     played.and(cleared)
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn whatever_a_server_does_the_answer_is_clean_and_nothing_stays() {
-    let mut portolan = Portolan::start_with(|settings| limits(&mut settings.upstream)).await;
-    let (http, sse) =
-        (fake::http::serve(Fake::new(Default::default())), fake::sse::serve(Fake::new(Default::default())));
-    let healthy = Healthy::new(&portolan, &http, &sse).await;
-    for _ in &healthy.runs {
-        healthy.check(&portolan, "before all others").await.expect("it is well");
-    }
-    portolan.hang_up();
-    tokio::time::sleep(Duration::from_millis(200)).await;
-    let before = harness::tasks();
+/// All rows of the table, or those whose name has a part of `PORTOLAN_TEST_ROW`.
+async fn play_all(portolan: &Remote, healthy: &Healthy, folder: &Path) {
     let rows = table();
     assert!(rows.len() >= 60 && !rows.len().is_multiple_of(STRIDE), "every row has its turn");
     let chosen = std::env::var("PORTOLAN_TEST_ROW").unwrap_or_default();
     // Families are taken apart: the floods, for one, would be all at once.
     let order = (0..rows.len()).map(|number| &rows[number * STRIDE % rows.len()]);
     let rows = order.filter(|row| row.name.contains(&chosen));
-    let play = |row| {
-        let (portolan, healthy) = (&portolan, &healthy);
-        async move {
-            let started = Instant::now();
-            let played = AssertUnwindSafe(play(portolan, healthy, row)).catch_unwind().await;
-            let fault = match played {
-                Ok(Ok(())) => None,
-                Ok(Err(fault)) => Some(fault),
-                Err(panic) => Some(panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".to_owned())),
-            };
-            (row, fault, started.elapsed())
-        }
+    let play = async |row| {
+        let started = Instant::now();
+        let played = AssertUnwindSafe(play(portolan, healthy, folder, row)).catch_unwind().await;
+        let fault = match played {
+            Ok(Ok(())) => None,
+            Ok(Err(fault)) => Some(fault),
+            Err(panic) => Some(panic.downcast_ref::<String>().cloned().unwrap_or_else(|| "it panicked".to_owned())),
+        };
+        (row, fault, started.elapsed())
     };
     let mut played: Vec<_> = stream::iter(rows).map(play).buffer_unordered(AT_ONCE).collect().await;
     for one in &mut played {
@@ -1174,14 +1176,55 @@ async fn whatever_a_server_does_the_answer_is_clean_and_nothing_stays() {
     }
     let failed = faults.lines().count().saturating_sub(1);
     assert!(faults.is_empty(), "{failed} of {} rows:{faults}", played.len());
-    for round in 0..2 * healthy.runs.len() {
-        healthy.check(&portolan, "after all others").await.unwrap_or_else(|fault| panic!("round {round}: {fault}"));
+    for _ in 0..2 * healthy.runs.len() {
+        healthy.check(portolan, "after all others").await.unwrap_or_else(|fault| panic!("{fault}"));
     }
-    portolan.hang_up();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whatever_a_server_does_the_answer_is_clean_and_nothing_stays() {
+    let portolan = Portolan::start_with(|settings| limits(&mut settings.upstream)).await;
+    let mut remote = portolan.remote();
+    let healthy = Healthy::new(&remote, portolan.folder()).await;
+    // Without the test's own connections.
+    remote = portolan.remote();
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let before = harness::tasks();
+    play_all(&remote, &healthy, portolan.folder()).await;
+    drop(remote);
     eventually("the tasks are as many as before", || harness::tasks() <= before).await;
     eventually("no zombie", || harness::zombies_of(std::process::id()).is_empty()).await;
-    drop((http, sse));
+    drop(healthy);
     portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "long: the table twice, for what a whole process keeps of it"]
+async fn whatever_servers_do_the_process_is_as_small_as_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    let mut start = process::command(folder.path(), database.url().as_deref());
+    let seconds = |time: Duration| format!("{}s", time.as_secs());
+    start.args(["--connect-timeout", &seconds(CONNECT), "--handshake-timeout", &seconds(HANDSHAKE)]);
+    start.args(["--start-timeout", &seconds(START), "--list-timeout", &seconds(LIST), "--run-timeout", &seconds(RUN)]);
+    start.args(["--max-message-bytes", &MAX_MESSAGE.to_string()]);
+    let mut program = process::Program::start(start);
+    let pid = program.child.id();
+    let healthy = Healthy::new(&Remote::new(&program.url), folder.path()).await;
+    let files = || std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it runs").count();
+    let mut kept = Vec::new();
+    for _ in 0..2 {
+        let before = files();
+        play_all(&Remote::new(&program.url), &healthy, folder.path()).await;
+        // Connections of the healthy servers may be more than before, by those that were busy at once.
+        eventually("sockets and pipes are closed", || files() <= before + AT_ONCE).await;
+        eventually("no zombie", || harness::zombies_of(pid).is_empty()).await;
+        kept.push(harness::memory(pid, "VmRSS"));
+    }
+    assert!(kept[1] < kept[0] + 16 * 1024 * 1024, "after one round and after two: {kept:?} bytes");
+    program.signal("-TERM");
+    assert_eq!(program.exit_code(), Some(0));
+    database.remove().await;
 }
 
 /// A real program, so that the memory is Portolan's alone: 200 MB over each transport, and `stderr` bytes beside.

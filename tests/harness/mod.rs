@@ -89,9 +89,9 @@ impl Portolan {
         Self { url, app, client, shutdown, serving, database, folder }
     }
 
-    /// Closes the connections that the test holds open to Portolan.
-    pub(crate) fn hang_up(&mut self) {
-        self.client = client();
+    /// This Portolan with connections of its own.
+    pub(crate) fn remote(&self) -> Remote {
+        Remote::new(&self.url)
     }
 
     /// The folder of everything that this test keeps on disk: what names it on its command line belongs to this test.
@@ -179,9 +179,7 @@ impl Portolan {
 
     /// A script file for the fake server.
     pub(crate) fn script(&self, script: &Value) -> Script {
-        let file = Script(self.folder.path().join(format!("{}.json", uuid::Uuid::new_v4())));
-        file.set(script);
-        file
+        Script::new(self.folder.path(), script)
     }
 
     /// The children that Portolan started for this test: all of them name a script in its folder.
@@ -213,7 +211,7 @@ pub(crate) fn client() -> reqwest::Client {
     reqwest::Client::builder().no_proxy().build().expect("an HTTP client")
 }
 
-/// A Portolan that is a process of its own.
+/// A Portolan as its clients know it, be it a part of the test or a process of its own.
 pub(crate) struct Remote {
     url: String,
     client: reqwest::Client,
@@ -224,15 +222,23 @@ impl Remote {
         Self { url: url.to_owned(), client: client() }
     }
 
-    async fn send(&self, method: &str, path: &str, body: Option<&Value>) -> Answer {
-        let request = self.client.request(method.parse().expect("a method"), format!("{}{path}", self.url));
+    pub(crate) fn request(&self, method: &str, path: &str) -> reqwest::RequestBuilder {
+        self.client.request(method.parse().expect("a method"), format!("{}{path}", self.url))
+    }
+
+    pub(crate) async fn send(&self, method: &str, path: &str, body: Option<&Value>) -> Answer {
+        let request = self.request(method, path);
         Answer::of(method, path, if let Some(body) = body { request.json(body) } else { request }).await
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.send("POST", path, Some(body)).await
     }
 
     /// Registers a server and returns its object.
     pub(crate) async fn create(&self, server_name: &str, config: Value) -> Value {
         let body = json!({ "server_name": server_name, "config": config });
-        self.send("POST", "/v1/mcp-servers/", Some(&body)).await.expect(200)
+        self.post("/v1/mcp-servers/", &body).await.expect(200)
     }
 
     /// The path on which a tool is run.
@@ -247,7 +253,7 @@ impl Remote {
     pub(crate) async fn run(&self, id: &str, tool: &str, args: Value) -> Value {
         let path = self.path(id, tool).await;
         let body = json!({ "args": args });
-        patiently(async || self.send("POST", &path, Some(&body)).await).await.expect(200)
+        patiently(async || self.post(&path, &body).await).await.expect(200)
     }
 }
 
@@ -268,6 +274,12 @@ pub(crate) async fn patiently(ask: impl AsyncFn() -> Answer) -> Answer {
 pub(crate) struct Script(pub(crate) PathBuf);
 
 impl Script {
+    pub(crate) fn new(folder: &Path, script: &Value) -> Self {
+        let file = Self(folder.join(format!("{}.json", uuid::Uuid::new_v4())));
+        file.set(script);
+        file
+    }
+
     pub(crate) fn set(&self, script: &Value) {
         // Renamed into place: the fake server never reads half of it.
         let new = self.0.with_extension("new");
