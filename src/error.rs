@@ -238,13 +238,14 @@ mod tests {
             Error::Refresh { server_name: "s".to_owned(), source: failure() },
             Error::Connect(failure()),
             Error::Overload { source: mcp::Error::QueueFull, retry_after: Duration::from_millis(1) },
+            Error::Full,
             Error::Unavailable(store::Error::NameTaken),
             Error::Internal("reason".into()),
         ];
         for error in every {
             // Whoever adds an error decides here whether it may be repeated.
             let nothing_was_done = match error {
-                Error::Overload { .. } | Error::Unavailable(_) => true,
+                Error::Overload { .. } | Error::Full | Error::Unavailable(_) => true,
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
                 Error::Invalid(_) | Error::Refresh { .. } | Error::Connect(_) | Error::Internal(_) => false,

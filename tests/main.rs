@@ -6,9 +6,11 @@ mod harness;
 
 mod bad_input;
 mod children;
+mod endurance;
 mod entry;
 mod house;
 mod known;
+mod misbehaviour;
 mod process;
 mod repeats;
 mod runs;

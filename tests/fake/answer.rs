@@ -19,7 +19,9 @@ use serde_json::{Value, json, value::RawValue};
 use tokio::time::sleep;
 
 use super::{
-    Fake, locked, say,
+    Fake,
+    act::Scene,
+    locked, say,
     script::{MODERN, Script, Stage},
 };
 
@@ -36,6 +38,18 @@ pub(crate) enum Reply {
     Last(String),
     /// Death.
     Gone,
+    /// What the script has for this instead.
+    Act(Scene),
+}
+
+impl Reply {
+    fn messages(self) -> Messages {
+        match self {
+            Self::Now(text) | Self::Refused(_, text) | Self::Last(text) => Box::pin(stream::iter([text])),
+            Self::Later(messages) => messages,
+            Self::Nothing | Self::Gone | Self::Act(_) => Box::pin(stream::empty()),
+        }
+    }
 }
 
 /// A message as received; borrowed from the bytes it came in.
@@ -154,10 +168,36 @@ impl Answer<'_> {
     }
 }
 
+fn stage(script: &Script, message: &Message<'_>) -> Option<Stage> {
+    match &*message.method {
+        "initialize" => Some(Stage::Initialize),
+        "server/discover" if script.speaks(MODERN) => Some(Stage::Initialize),
+        "notifications/initialized" => Some(Stage::Initialized),
+        "tools/list" => Some(Stage::List),
+        "tools/call" => Some(Stage::Call),
+        "" => Some(Stage::Reply),
+        _ => None,
+    }
+}
+
 const SERVER: &str = r#"{"name":"fake-mcp","version":"1.0.0"}"#;
 
 impl Fake {
     pub(crate) fn handle(self: &Arc<Self>, message: &Message<'_>, from: &Origin<'_>) -> Reply {
+        if message.method == "tools/list" {
+            self.read_again();
+        }
+        let stage = stage(&self.script(), message);
+        match stage.and_then(|stage| self.act(stage)) {
+            Some(act) => {
+                let usual = act.has_answer().then(|| self.behave(message, from).messages());
+                Reply::Act(Scene::new(self, act, message.request(), usual))
+            }
+            None => self.behave(message, from),
+        }
+    }
+
+    fn behave(self: &Arc<Self>, message: &Message<'_>, from: &Origin<'_>) -> Reply {
         let Some(id) = message.request() else {
             if message.method == "notifications/cancelled" {
                 let id = message.params.request_id.map_or("", RawValue::get);
@@ -169,21 +209,12 @@ impl Fake {
             }
             return Reply::Nothing;
         };
-        if message.method == "tools/list" {
-            self.read_again();
-        }
         let script = self.script();
         let meta = message.meta();
         let speaks_modern = script.speaks(MODERN);
         let answer = Answer { id, modern: speaks_modern && meta.revision == MODERN };
 
-        let stage = match &*message.method {
-            "initialize" => Some(Stage::Initialize),
-            "server/discover" if speaks_modern => Some(Stage::Initialize),
-            "tools/list" => Some(Stage::List),
-            "tools/call" => Some(Stage::Call),
-            _ => None,
-        };
+        let stage = stage(&script, message);
         if stage.is_some() && stage == script.exit_at {
             return Reply::Gone;
         }
@@ -203,12 +234,9 @@ impl Fake {
                 let newest = own.clone().max().unwrap_or_default();
                 let revision = if script.echo_revision || own.clone().any(|own| own == asked) { asked } else { newest };
                 let revision = Value::from(revision).to_string();
-                Reply::Now(answer.fields(&[
-                    r#""protocolVersion":"#,
-                    &revision,
-                    r#","capabilities":{"tools":{"listChanged":true}},"serverInfo":"#,
-                    SERVER,
-                ]))
+                let tools = if script.list_changed { r#"{"listChanged":true}"# } else { "{}" };
+                let capabilities = format!(r#","capabilities":{{"tools":{tools}}},"serverInfo":"#);
+                Reply::Now(answer.fields(&[r#""protocolVersion":"#, &revision, &capabilities, SERVER]))
             }
             "server/discover" if answer.modern => {
                 let versions = json!(script.revisions).to_string();
@@ -263,6 +291,21 @@ impl Fake {
         )
     }
 
+    fn jumbled(self: &Arc<Self>, from: &Origin<'_>, id: &str, ms: u64, text: String) -> Reply {
+        let old = {
+            let mut old = locked(&self.old);
+            old.push_back(text.clone());
+            // One that was answered long ago, if there are any yet.
+            if old.len() > 100 { old.pop_front() } else { None }
+        };
+        // As good as random, and the same in every run.
+        let wait = id.bytes().fold(7, |sum: u64, byte| sum.wrapping_mul(31).wrapping_add(byte.into())) % ms;
+        let messages = stream::once(async move { sleep(Duration::from_millis(wait)).await });
+        let messages =
+            messages.flat_map(move |()| stream::iter(old.clone().into_iter().chain([text.clone(), text.clone()])));
+        self.later(from, id, messages)
+    }
+
     fn call(self: &Arc<Self>, message: &Message<'_>, meta: &Meta<'_>, from: &Origin<'_>, answer: &Answer<'_>) -> Reply {
         #[derive(Deserialize)]
         struct Echo<'a> {
@@ -273,7 +316,13 @@ impl Fake {
         // The benchmarks live here: the text goes back in the quotes and escapes it came in.
         if message.params.name == "echo" {
             return match serde_json::from_str::<Echo<'_>>(raw) {
-                Ok(echo) if echo.message.get().starts_with('"') => Reply::Now(answer.quoted(echo.message.get())),
+                Ok(echo) if echo.message.get().starts_with('"') => {
+                    let text = answer.quoted(echo.message.get());
+                    match self.script().jumble_ms {
+                        0 => Reply::Now(text),
+                        ms => self.jumbled(from, answer.id, ms, text),
+                    }
+                }
                 _ => answer.refuse(-32602, "Invalid params: echo takes a string named message"),
             };
         }

@@ -16,9 +16,10 @@ use uuid::Uuid;
 
 use super::{
     Fake, Running, Session, Shared,
+    act::{self, Piece, Scene},
     answer::{Message, Origin, Reply, error, unsupported},
     anywhere, locked,
-    script::{MODERN, PostReply, Script},
+    script::{MODERN, PostReply, Script, Stage},
     sse,
 };
 
@@ -47,6 +48,8 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
     }
     let answer = match head.method {
         Method::POST => post(&shared, &script, &head, &body).await,
+        Method::GET if script.acts.contains_key(&Stage::Open) => Ok(played(&shared, &script, Stage::Open).await),
+        Method::DELETE if script.acts.contains_key(&Stage::Close) => Ok(played(&shared, &script, Stage::Close).await),
         Method::GET if script.get_stream || script.get_ends => get(&shared, &script, &head),
         Method::DELETE => session(&shared, &script, &head).map(|id| {
             locked(&shared.sessions).remove(id);
@@ -55,6 +58,14 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
         _ => Err(plain(StatusCode::METHOD_NOT_ALLOWED)),
     };
     answer.unwrap_or_else(|refusal| refusal)
+}
+
+/// What the script has for a request without a message.
+async fn played(shared: &Shared, script: &Script, stage: Stage) -> Response {
+    match shared.fake.act(stage) {
+        Some(act) => act::response(Scene::new(&shared.fake, act, None, None), script).await,
+        None => plain(StatusCode::METHOD_NOT_ALLOWED),
+    }
 }
 
 /// Reads and notes a request; the refusals that both HTTP transports make.
@@ -145,12 +156,18 @@ async fn post(shared: &Arc<Shared>, script: &Script, head: &Parts, body: &[u8]) 
     };
 
     let reply = shared.fake.handle(&message, &Origin { session, headers: Some(&head.headers) });
-    if let (Some(id), Reply::Now(_)) = (&opened, &reply) {
+    if let (Some(id), Reply::Now(_) | Reply::Act(_)) = (&opened, &reply) {
         locked(&shared.sessions).insert(id.clone(), Session { path: String::new(), events: None });
     }
     let mut response = match reply {
         Reply::Nothing => plain(StatusCode::ACCEPTED),
         Reply::Gone => shared.cut(),
+        Reply::Act(scene)
+            if id.is_none() && scene.act.status.is_none() && scene.act.steps.is_empty() && !scene.act.hold =>
+        {
+            plain(StatusCode::ACCEPTED)
+        }
+        Reply::Act(scene) => act::response(scene, script).await,
         Reply::Refused(code, text) if modern => json(status_of(code), text),
         Reply::Now(text) | Reply::Refused(_, text) => written(script, text),
         Reply::Last(text) => {
@@ -159,7 +176,8 @@ async fn post(shared: &Arc<Shared>, script: &Script, head: &Parts, body: &[u8]) 
         }
         Reply::Later(messages) if script.reply == PostReply::Sse => {
             let framed = script.clone();
-            sse::response(sse::body(script, messages.map(move |message| sse::event(&framed, "message", &message))))
+            let events = messages.map(move |message| Piece::from(sse::event(&framed, "message", &message)));
+            sse::response(sse::body(script, events))
         }
         Reply::Later(messages) => match messages.fold(None, async |_, message| Some(message)).await {
             Some(answer) => json(StatusCode::OK, answer),

@@ -1,5 +1,5 @@
-//! `fake-mcp stdio [ANYTHING…] [SCRIPT.json]`, `fake-mcp http [--script FILE]`, `fake-mcp sse [--script FILE]`: the fake MCP server
-//! as a program. The last two listen on a free loopback port and print their URL as the first line.
+//! `fake-mcp stdio [ANYTHING…] [SCRIPT.json]`, `fake-mcp http [--listen ADDRESS] [--script FILE]` and the same with `sse`: the fake
+//! MCP server as a program. The last two listen on a free loopback port and print their URL as the first line.
 
 #[path = "mod.rs"]
 mod fake;
@@ -16,6 +16,12 @@ fn main() {
         _ => None,
     };
     let fake = Fake::standalone(script.map(PathBuf::from));
+    let address = match &arguments[..] {
+        [_, _, flag, address, ..] if flag == "--listen" => {
+            address.parse().expect("--listen takes an address and a port")
+        }
+        _ => fake::anywhere(),
+    };
     match arguments.get(1).map(String::as_str) {
         Some("stdio") => {
             fake.start();
@@ -23,11 +29,11 @@ fn main() {
         }
         Some("http") => {
             fake.start();
-            listen(http::serve(fake));
+            listen(http::serve_on(address, fake));
         }
         Some("sse") => {
             fake.start();
-            listen(sse::serve(fake));
+            listen(sse::serve_on(address, fake));
         }
         _ => panic!("usage: fake-mcp stdio|http|sse [SCRIPT.json]"),
     }

@@ -1,17 +1,20 @@
 //! The fake MCP server: what tests and benchmarks connect Portolan to. A [`Script`] says what it does, [`Fake`] does it, and
-//! `stdio`, `http` and `sse` carry it. `fake-mcp` (main.rs) is the same thing as a program.
+//! `stdio`, `http` and `sse` carry it, `act` is for what no server should do. `fake-mcp` (main.rs) is the same thing as a program.
+//! `tcp` has listeners that do not get as far as HTTP.
 //!
 //! A listening fake owns a thread with a runtime of its own: dropping its [`Running`] closes the port and every connection.
 #![expect(dead_code, reason = "the tests use one part, the program fake-mcp another")]
 
+mod act;
 mod answer;
 pub(crate) mod http;
 pub(crate) mod script;
 pub(crate) mod sse;
 pub(crate) mod stdio;
+pub(crate) mod tcp;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     fs,
     io::Write,
     net::{Ipv4Addr, SocketAddr, TcpListener},
@@ -27,12 +30,13 @@ use std::{
 use ::http::{HeaderMap, request::Parts};
 use axum::{handler::Handler, serve::ListenerExt};
 use futures_util::future::AbortHandle;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
+use act::{Pieces, Scene};
 pub(crate) use script::Script;
-use script::Stage;
+use script::{Act, Stage};
 
 /// One fake server: its script, and what outlives a request.
 pub(crate) struct Fake {
@@ -45,6 +49,10 @@ pub(crate) struct Fake {
     children: Mutex<Vec<Child>>,
     /// Answers still being made, by session and request id.
     pending: Mutex<HashMap<(String, String), AbortHandle>>,
+    /// How often each act was done.
+    acted: Mutex<HashMap<Stage, usize>>,
+    /// Answers to be given once more.
+    old: Mutex<VecDeque<String>>,
 }
 
 impl Fake {
@@ -70,6 +78,8 @@ impl Fake {
             deaf: AtomicBool::new(false),
             children: Mutex::default(),
             pending: Mutex::default(),
+            acted: Mutex::default(),
+            old: Mutex::default(),
         }
     }
 
@@ -95,10 +105,16 @@ impl Fake {
         calls.iter().for_each(AbortHandle::abort);
     }
 
-    /// What a program does before it listens: `stderr`, then `exit_at: "start"`.
-    pub(crate) fn start(&self) {
+    /// What a program does before it listens: a line in the script's `.starts`, `stderr`, its act, then `exit_at: "start"`.
+    pub(crate) fn start(self: &Arc<Self>) {
         let script = self.script();
+        if let Some(mut starts) = self.file_beside(".starts") {
+            say(&mut starts, &format!("{}\n", std::process::id()));
+        }
         say(&mut std::io::stderr(), &script.stderr);
+        if let Some(act) = self.act(Stage::Start) {
+            act::play_on_stdout(Scene::new(self, act, None, None));
+        }
         if script.exit_at == Some(Stage::Start) {
             std::process::exit(script.exit_code);
         }
@@ -112,10 +128,29 @@ impl Fake {
         }
     }
 
+    /// What the script has for this stage, unless it was done often enough.
+    fn act(&self, stage: Stage) -> Option<Act> {
+        let act = self.script().acts.get(&stage)?.clone();
+        // A program counts beside its script: the next process goes on from there.
+        if let Some(mut count) = self.file_beside(&format!(".{stage:?}")) {
+            say(&mut count, ".");
+            let times = count.metadata().map_or(0, |metadata| metadata.len());
+            return (act.times == 0 || times <= act.times as u64).then_some(act);
+        }
+        let mut acted = locked(&self.acted);
+        let times = acted.entry(stage).or_default();
+        *times += 1;
+        (act.times == 0 || *times <= act.times).then_some(act)
+    }
+
     fn log_file(&self) -> Option<fs::File> {
+        self.file_beside(".log")
+    }
+
+    fn file_beside(&self, ending: &str) -> Option<fs::File> {
         let mut name = self.file.as_deref().map(Path::as_os_str)?.to_owned();
-        name.push(".log");
-        Some(fs::File::options().append(true).create(true).open(name).expect("the log lies beside the script"))
+        name.push(ending);
+        Some(fs::File::options().append(true).create(true).open(name).expect("the folder of the script is writable"))
     }
 }
 
@@ -154,7 +189,7 @@ struct Session {
     /// Where its messages must be posted; empty: anywhere.
     path: String,
     /// Its open event stream; dropping this ends the stream.
-    events: Option<UnboundedSender<String>>,
+    events: Option<UnboundedSender<Pieces>>,
 }
 
 /// What the connections of one listening fake share.
@@ -174,6 +209,10 @@ impl Shared {
                 headers: head.headers.clone(),
                 body: serde_json::from_slice(body).unwrap_or_default(),
             });
+        } else if let Some(mut log) = self.fake.log_file() {
+            let message =
+                serde_json::from_slice::<Value>(body).unwrap_or_else(|_| json!({"http": head.method.as_str()}));
+            say(&mut log, &format!("{}\n", json!({"pid": std::process::id(), "message": message})));
         }
     }
 
@@ -274,7 +313,7 @@ impl Running {
         let event = sse::event(&self.shared.fake.script(), "message", message);
         for session in locked(&self.shared.sessions).values() {
             if let Some(events) = &session.events {
-                let _hung_up = events.send(event.clone());
+                let _hung_up = events.send(act::text(event.clone()));
             }
         }
     }
@@ -302,7 +341,7 @@ impl Drop for Running {
 }
 
 /// Loopback, any free port.
-fn anywhere() -> SocketAddr {
+pub(crate) fn anywhere() -> SocketAddr {
     (Ipv4Addr::LOCALHOST, 0).into()
 }
 

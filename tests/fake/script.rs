@@ -1,6 +1,6 @@
 //! What the fake does: one JSON object, every field optional, unknown fields refused.
 
-use std::path::Path;
+use std::{collections::BTreeMap, path::Path};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -35,6 +35,13 @@ pub(crate) struct Script {
     pub(crate) exit_code: i32,
     /// Where it stays silent for ever.
     pub(crate) silent_at: Option<Stage>,
+    /// What it does in place of what a stage asks for.
+    pub(crate) acts: BTreeMap<Stage, Act>,
+    /// Declares that it tells of changes of its list.
+    pub(crate) list_changed: bool,
+    /// echo answers after 0 to so many ms, whatever came first; before each answer comes an old one, and after it the same
+    /// again. 0: at once, and once.
+    pub(crate) jumble_ms: u64,
 
     /// stdio: written to stdout before anything else, as it is.
     pub(crate) banner: String,
@@ -90,6 +97,9 @@ impl Default for Script {
             exit_at: None,
             exit_code: 1,
             silent_at: None,
+            acts: BTreeMap::new(),
+            list_changed: false,
+            jumble_ms: 0,
             banner: String::new(),
             stderr: String::new(),
             stubborn: false,
@@ -132,14 +142,71 @@ impl Script {
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Stage {
+    /// Programs: before anything is read.
     Start,
+    /// A GET, of either HTTP transport.
+    Open,
     /// Also `server/discover`, where that is spoken.
     Initialize,
+    /// The notification after it.
+    Initialized,
     List,
     Call,
+    /// A client's answer to a request of the server's.
+    Reply,
+    /// The end of the input, or DELETE.
+    Close,
+}
+
+/// A misbehaviour.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Act {
+    /// How often, before it behaves again; 0: always.
+    pub(crate) times: usize,
+    /// HTTP: the status of the answer, and fields beside the usual ones or in their place.
+    pub(crate) status: Option<u16>,
+    pub(crate) headers: BTreeMap<String, String>,
+    /// HTTP: the request gets no answer, not even a status.
+    pub(crate) hold: bool,
+    /// stdio: nothing is read while it lasts.
+    pub(crate) deaf: bool,
+    pub(crate) steps: Vec<Step>,
+}
+
+/// `{id}` in a text is that of the request, `{n}` the number of the repetition.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Step {
+    /// What a server that behaves says here.
+    Answer,
+    /// A message: a line, an event, or (part of) a JSON body.
+    Say(String),
+    /// The very text, or bytes.
+    Raw(String),
+    Bytes(Vec<u8>),
+    /// So many bytes `x`.
+    Fill(usize),
+    Repeat(usize, Box<Step>),
+    Pause(u64),
+    /// What follows comes one byte at a time, so many ms apart.
+    Drip(u64),
+    /// So many bytes to standard error.
+    Stderr(usize),
+    /// A process that inherits the pipes, in this one's group or in its own; its command line names the script.
+    Spawn,
+    SpawnAway,
+    /// The end of the process; of the connection where the fake is part of a test.
+    Exit(i32),
+    /// The same by SIGKILL.
+    Kill,
+    /// The end of the connection, in the middle of the body.
+    Cut,
+    /// Nothing more, and no end either.
+    Silence,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,7 +1,7 @@
 //! HTTP+SSE, the transport of 2024-11-05: GET on a path that ends in `/sse` opens a session and names the path its messages are
 //! posted to; the answers come on the stream. The session ends with the stream. Also the framing of events for `http`.
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc};
+use std::{io, net::SocketAddr, sync::Arc};
 
 use ::http::{HeaderValue, Method, StatusCode, header, request::Parts};
 use axum::{
@@ -15,11 +15,12 @@ use uuid::Uuid;
 
 use super::{
     Fake, Running, Session, Shared,
+    act::{self, Piece, Pieces, Scene},
     answer::{Message, Origin, Reply},
     anywhere,
     http::{json, plain, receive},
     locked,
-    script::{LineEnd, Script},
+    script::{Act, LineEnd, Script, Stage},
 };
 
 /// Listens on any free port.
@@ -39,14 +40,14 @@ async fn answer(State(shared): State<Arc<Shared>>, request: Request) -> Response
         Err(refusal) => return refusal,
     };
     match (&head.method, head.uri.path()) {
-        (&Method::GET, path) if path.ends_with("/sse") => open(&shared, &script, path),
-        (&Method::POST, path) if path.ends_with("/messages") => post(&shared, &script, &head, &body),
+        (&Method::GET, path) if path.ends_with("/sse") => open(&shared, &script, path).await,
+        (&Method::POST, path) if path.ends_with("/messages") => post(&shared, &script, &head, &body).await,
         (_, path) if path.ends_with("/sse") || path.ends_with("/messages") => plain(StatusCode::METHOD_NOT_ALLOWED),
         _ => plain(StatusCode::NOT_FOUND),
     }
 }
 
-fn open(shared: &Arc<Shared>, script: &Script, path: &str) -> Response {
+async fn open(shared: &Arc<Shared>, script: &Script, path: &str) -> Response {
     struct Open(Arc<Shared>, String);
     impl Drop for Open {
         fn drop(&mut self) {
@@ -63,16 +64,32 @@ fn open(shared: &Arc<Shared>, script: &Script, path: &str) -> Response {
         literal => (String::new(), literal.into()),
     };
     let (events, receiver) = mpsc::unbounded_channel();
-    let _receiver_is_here = events.send(event(script, "endpoint", &endpoint));
+    let endpoint = event(script, "endpoint", &endpoint);
+    let mut head = plain(StatusCode::OK);
+    match shared.fake.act(Stage::Open) {
+        Some(act) if act.hold => return std::future::pending().await,
+        Some(act) => {
+            head = act::head(&act, "text/event-stream");
+            let usual = Box::pin(stream::iter([endpoint]));
+            let scene = Scene::new(&shared.fake, act, None, Some(usual));
+            let _receiver_is_here = events.send(scene.pieces(|text| text.to_owned()));
+        }
+        None => drop(events.send(act::text(endpoint))),
+    }
+    if head.status() != StatusCode::OK {
+        return head;
+    }
     locked(&shared.sessions).insert(id.clone(), Session { path, events: Some(events) });
     let open = Open(shared.clone(), id);
     let events = stream(receiver).inspect(move |_| {
         let _held_as_long_as_the_stream = &open;
     });
-    response(body(script, events))
+    let mut response = response(body(script, events));
+    response.headers_mut().extend(std::mem::take(head.headers_mut()));
+    response
 }
 
-fn post(shared: &Arc<Shared>, script: &Script, head: &Parts, body: &[u8]) -> Response {
+async fn post(shared: &Arc<Shared>, script: &Script, head: &Parts, body: &[u8]) -> Response {
     let query = head.uri.query().unwrap_or_default();
     let id = query.split('&').find_map(|pair| pair.strip_prefix("session_id=")).unwrap_or_default();
     let events = match locked(&shared.sessions).get(id) {
@@ -87,10 +104,10 @@ fn post(shared: &Arc<Shared>, script: &Script, head: &Parts, body: &[u8]) -> Res
     match shared.fake.handle(&message, &Origin { session: id, headers: Some(&head.headers) }) {
         Reply::Nothing => {}
         Reply::Now(text) | Reply::Refused(_, text) => {
-            let _hung_up = events.send(event(script, "message", &text));
+            let _hung_up = events.send(act::text(event(script, "message", &text)));
         }
         Reply::Last(text) => {
-            let _hung_up = events.send(event(script, "message", &text));
+            let _hung_up = events.send(act::text(event(script, "message", &text)));
             shared.fade();
         }
         Reply::Later(mut messages) => {
@@ -100,9 +117,18 @@ fn post(shared: &Arc<Shared>, script: &Script, head: &Parts, body: &[u8]) -> Res
             tokio::spawn(async move {
                 while let Some(message) = messages.next().await {
                     let Some(events) = events.upgrade() else { return };
-                    let _hung_up = events.send(event(&script, "message", &message));
+                    let _hung_up = events.send(act::text(event(&script, "message", &message)));
                 }
             });
+        }
+        Reply::Act(scene) => {
+            let (act, script) = (scene.act.clone(), script.clone());
+            let _hung_up = events.send(scene.pieces(move |text| event(&script, "message", text)));
+            drop(events);
+            if act.hold {
+                std::future::pending::<()>().await;
+            }
+            return act::head(&Act { status: Some(act.status.unwrap_or(202)), ..act }, "");
         }
         Reply::Gone => {
             locked(&shared.sessions).remove(id);
@@ -129,27 +155,28 @@ pub(super) fn event(script: &Script, name: &str, data: &str) -> String {
     }
 }
 
-pub(super) fn stream(mut events: UnboundedReceiver<String>) -> impl Stream<Item = String> + Send {
-    stream::poll_fn(move |context| events.poll_recv(context))
+pub(super) fn stream(mut events: UnboundedReceiver<Pieces>) -> impl Stream<Item = Piece> + Send {
+    stream::poll_fn(move |context| events.poll_recv(context)).flatten()
 }
 
-pub(super) fn once(event: String) -> impl Stream<Item = String> + Send {
-    stream::iter([event])
+pub(super) fn once(event: String) -> impl Stream<Item = Piece> + Send {
+    stream::iter([event.into()])
 }
 
 /// The events in chunks of the script's size.
-pub(super) fn body(script: &Script, events: impl Stream<Item = String> + Send + 'static) -> Body {
+pub(super) fn body(script: &Script, events: impl Stream<Item = Piece> + Send + 'static) -> Body {
     let size = script.chunk;
+    let events = events.then(Piece::take);
     if size == 0 {
-        return Body::from_stream(events.map(Ok::<_, Infallible>));
+        return Body::from_stream(events);
     }
     Body::from_stream(events.flat_map(move |event| {
-        let event = Bytes::from(event);
+        let event = event.unwrap_or_default();
         let pieces = (0..event.len()).step_by(size).map(move |at| event.slice(at..event.len().min(at + size)));
-        stream::iter(pieces).then(async |piece| {
+        stream::iter(pieces).then(async |piece: Bytes| {
             // A pause after each, else they leave in one write.
             tokio::task::yield_now().await;
-            Ok::<_, Infallible>(piece)
+            Ok::<_, io::Error>(piece)
         })
     }))
 }

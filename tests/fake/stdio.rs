@@ -13,8 +13,10 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{
     Fake,
+    act::{self, Scene},
     answer::{Message, Origin, Reply},
     say,
+    script::Stage,
 };
 
 const BUFFER: usize = 64 << 10;
@@ -66,6 +68,14 @@ pub(crate) fn run(fake: &Arc<Fake>) -> ! {
                     }
                 });
             }
+            Reply::Act(scene) => {
+                send(&mut output);
+                if scene.act.deaf {
+                    runtime.block_on(act::play(scene));
+                } else {
+                    runtime.spawn(act::play(scene));
+                }
+            }
             Reply::Nothing | Reply::Gone => {}
         }
         let deaf = fake.deaf.load(Relaxed);
@@ -79,6 +89,9 @@ pub(crate) fn run(fake: &Arc<Fake>) -> ! {
             sleep_for_ever();
         }
     }
+    if let Some(act) = fake.act(Stage::Close) {
+        runtime.block_on(act::play(Scene::new(fake, act, None, None)));
+    }
     if fake.script().stubborn {
         sleep_for_ever();
     }
@@ -86,7 +99,7 @@ pub(crate) fn run(fake: &Arc<Fake>) -> ! {
 }
 
 /// One write; the lock keeps lines whole.
-fn send(text: &mut Vec<u8>) {
+pub(super) fn send(text: &mut Vec<u8>) {
     let mut stdout = stdout().lock();
     if stdout.write_all(text).and_then(|()| stdout.flush()).is_err() {
         exit(0);

@@ -103,6 +103,16 @@ impl Portolan {
         App::open(settings).await.expect("Portolan starts")
     }
 
+    /// This Portolan with connections of its own.
+    pub(crate) fn remote(&self) -> Remote {
+        Remote::new(&self.url)
+    }
+
+    /// The folder of everything that this test keeps on disk: what names it on its command line belongs to this test.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     pub(crate) fn url(&self, path: &str) -> String {
         format!("{}{path}", self.url)
     }
@@ -183,9 +193,7 @@ impl Portolan {
 
     /// A script file for the fake server.
     pub(crate) fn script(&self, script: &Value) -> Script {
-        let file = Script(self.folder.path().join(format!("{}.json", uuid::Uuid::new_v4())));
-        file.set(script);
-        file
+        Script::new(self.folder.path(), script)
     }
 
     /// The children that Portolan started for this test: all of them name a script in its folder.
@@ -217,10 +225,75 @@ pub(crate) fn client() -> reqwest::Client {
     reqwest::Client::builder().no_proxy().build().expect("an HTTP client")
 }
 
+/// A Portolan as its clients know it, be it a part of the test or a process of its own.
+pub(crate) struct Remote {
+    url: String,
+    client: reqwest::Client,
+}
+
+impl Remote {
+    pub(crate) fn new(url: &str) -> Self {
+        Self { url: url.to_owned(), client: client() }
+    }
+
+    pub(crate) fn request(&self, method: &str, path: &str) -> reqwest::RequestBuilder {
+        self.client.request(method.parse().expect("a method"), format!("{}{path}", self.url))
+    }
+
+    pub(crate) async fn send(&self, method: &str, path: &str, body: Option<&Value>) -> Answer {
+        let request = self.request(method, path);
+        Answer::of(method, path, if let Some(body) = body { request.json(body) } else { request }).await
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.send("POST", path, Some(body)).await
+    }
+
+    /// Registers a server and returns its object.
+    pub(crate) async fn create(&self, server_name: &str, config: Value) -> Value {
+        let body = json!({ "server_name": server_name, "config": config });
+        self.post("/v1/mcp-servers/", &body).await.expect(200)
+    }
+
+    /// The path on which a tool is run.
+    pub(crate) async fn path(&self, id: &str, tool: &str) -> String {
+        let tools = self.send("GET", &format!("/v1/mcp-servers/{id}/tools"), None).await.expect(200);
+        let found = tools.as_array().and_then(|tools| tools.iter().find(|one| one["name"] == tool));
+        let tool_id = found.and_then(|tool| tool["id"].as_str()).unwrap_or_else(|| panic!("no tool {tool}"));
+        format!("/v1/mcp-servers/{id}/tools/{tool_id}/run")
+    }
+
+    /// Runs a tool by its name, again after each 503 as an SDK does, and returns the answer's body.
+    pub(crate) async fn run(&self, id: &str, tool: &str, args: Value) -> Value {
+        let path = self.path(id, tool).await;
+        let body = json!({ "args": args });
+        patiently(async || self.post(&path, &body).await).await.expect(200)
+    }
+}
+
+/// Asks again after each 503, as an SDK does, for a while.
+pub(crate) async fn patiently(ask: impl AsyncFn() -> Answer) -> Answer {
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    loop {
+        let answer = ask().await;
+        if answer.status != 503 || tokio::time::Instant::now() > deadline {
+            return answer;
+        }
+        let seconds = answer.header("retry-after").and_then(|seconds| seconds.parse().ok());
+        tokio::time::sleep(Duration::from_secs(seconds.expect("a 503 says when to come again"))).await;
+    }
+}
+
 /// A file that tells the fake server what to do, read again at every list of tools.
 pub(crate) struct Script(pub(crate) PathBuf);
 
 impl Script {
+    pub(crate) fn new(folder: &Path, script: &Value) -> Self {
+        let file = Self(folder.join(format!("{}.json", uuid::Uuid::new_v4())));
+        file.set(script);
+        file
+    }
+
     pub(crate) fn set(&self, script: &Value) {
         // Renamed into place: the fake server never reads half of it.
         let new = self.0.with_extension("new");
@@ -233,6 +306,16 @@ impl Script {
         let log = std::fs::read_to_string(format!("{}.log", self.0.display())).unwrap_or_default();
         let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).expect("the fake logs JSON"));
         lines.map(|line| (line["pid"].as_u64().expect("a pid"), line["message"].clone())).collect()
+    }
+
+    /// How many processes were started with this script.
+    pub(crate) fn starts(&self) -> usize {
+        std::fs::read_to_string(format!("{}.starts", self.0.display())).unwrap_or_default().lines().count()
+    }
+
+    /// How many messages of this method were received.
+    pub(crate) fn count(&self, method: &str) -> usize {
+        self.methods().iter().filter(|seen| *seen == method).count()
     }
 
     /// The methods of those messages.
@@ -258,6 +341,86 @@ pub(crate) fn processes_naming(text: &str) -> Vec<u32> {
         String::from_utf8_lossy(&line).contains(text)
     };
     pids.filter(|pid| *pid != ours).filter(names).collect()
+}
+
+/// How many sockets of this machine's programs are connected, or being connected, to a local port.
+pub(crate) fn sockets_to(port: u16) -> usize {
+    let table = std::fs::read_to_string("/proc/self/net/tcp").expect("this is Linux");
+    let remote = format!(":{port:04X}");
+    let of_a_program = |line: &&str| {
+        let fields: Vec<_> = line.split_whitespace().collect();
+        // A socket that no program holds any more has no inode.
+        fields.get(2).is_some_and(|address| address.ends_with(&remote))
+            && fields.get(9).is_some_and(|inode| *inode != "0")
+    };
+    table.lines().skip(1).filter(of_a_program).count()
+}
+
+/// Children of `parent` that ended and that it does not reap.
+pub(crate) fn zombies_of(parent: u32) -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").expect("this is Linux").flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let zombie = |pid: &u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        // The name of the program stands in parentheses and may hold any character.
+        let Some((_, rest)) = stat.rsplit_once(')') else { return false };
+        let mut fields = rest.split_whitespace();
+        fields.next() == Some("Z") && fields.next() == Some(&parent.to_string())
+    };
+    pids.filter(zombie).collect()
+}
+
+/// A field of a process's `/proc` status in bytes: `VmRSS`, `VmHWM`.
+pub(crate) fn memory(pid: u32, field: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).expect("Linux knows it");
+    let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse().expect("it is a number");
+    kilobytes * 1024
+}
+
+/// How many tasks the test's runtime has: Portolan's, and those of the connections on both ends.
+pub(crate) fn tasks() -> usize {
+    tokio::runtime::Handle::current().metrics().num_alive_tasks()
+}
+
+/// The fake server as a listening process. Dropping it kills it.
+pub(crate) struct FakeProgram {
+    child: std::process::Child,
+    pub(crate) url: String,
+    pub(crate) addr: std::net::SocketAddr,
+}
+
+impl FakeProgram {
+    /// `kind` is `http` or `sse`; without an address it takes a free port.
+    pub(crate) fn start(kind: &str, script: &Script, addr: Option<std::net::SocketAddr>) -> Self {
+        let mut command = Command::new(fake_mcp());
+        let addr = addr.unwrap_or_else(|| ([127, 0, 0, 1], 0).into());
+        command.args([kind, "--listen", &addr.to_string(), "--script"]).arg(&script.0);
+        let mut child = command
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .expect("the fake can be run");
+        let mut line = String::new();
+        let stdout = child.stdout.take().expect("it is piped");
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).expect("it says where it listens");
+        let url = reqwest::Url::parse(line.trim()).expect("it listens");
+        let port = url.port().expect("it names its port");
+        Self { child, url: url.into(), addr: ([127, 0, 0, 1], port).into() }
+    }
+
+    /// SIGKILL; done when it is gone.
+    pub(crate) fn kill(&mut self) {
+        // One that is gone already is not harmed.
+        let _gone = self.child.kill();
+        let _gone = self.child.wait();
+    }
+}
+
+impl Drop for FakeProgram {
+    fn drop(&mut self) {
+        self.kill();
+    }
 }
 
 /// Kills a process that this test's Portolan started.
