@@ -163,7 +163,7 @@ async fn jumbled_answers(callers: usize) {
         let (store, mcp) = (&portolan.app.store, &portolan.app.mcp);
         let tool_id = portolan.tool_id(&upstream.id, "echo").await;
         let server = store.server(&upstream.id).await.unwrap().unwrap();
-        let tool = store.tool(&upstream.id, &tool_id).await.unwrap().unwrap().tool;
+        let tool = store.tool(&upstream.id, &tool_id).await.unwrap().unwrap().tool.clone();
         let server = Arc::new(server);
         let tool = Arc::new(tool);
         let calls = (0..callers).map(|caller| {
