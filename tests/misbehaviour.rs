@@ -465,7 +465,7 @@ fn stalls(rows: &mut Vec<Row>) {
         created: Well,
         then: vec![
             (Run("deaf", json!({})), Says("done")),
-            (Run("echo", big.clone()), Fails("did not answer")),
+            (Run("echo", big), Fails("did not answer")),
             (Back, Settled),
         ],
     });
@@ -505,7 +505,7 @@ fn exits(rows: &mut Vec<Row>) {
                 (RunOnce("echo", json!({})), NotSent),
                 (RunOnce("echo", json!({})), Later),
                 (Rest(2_000), Settled),
-                (RunOnce("echo", json!({})), NotSent),
+                (RunOnce("echo", json!({})), Declined),
             ],
         });
     }
