@@ -572,6 +572,7 @@ async fn a_hundred_calls_outlive_a_stop() {
     })
     .await;
     program.signal("-TERM");
+    let signalled = Instant::now();
     let mut done = 0;
     while let Some(answer) = runs.join_next().await {
         let answer = answer.unwrap().expect("it is answered");
@@ -581,6 +582,7 @@ async fn a_hundred_calls_outlive_a_stop() {
     }
     assert_eq!(done, 100);
     assert_eq!(program.exit_code(), Some(0));
+    assert!(signalled.elapsed() < Duration::from_secs(25), "the drain time");
     assert_eq!(processes_naming(&folder.path().to_string_lossy()), Vec::<u32>::new());
     for bystander in bystanders {
         bystander.end().await;
