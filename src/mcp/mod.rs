@@ -92,7 +92,7 @@ pub enum Error {
     Closed,
     #[error("The server does not know its session any more.")]
     SessionExpired,
-    #[error("The server does not read its standard input.")]
+    #[error("The server does not read what it is sent.")]
     NotReading,
     #[error("The server was not ready within the time that a run may take; --run-timeout sets it.")]
     NotReady,

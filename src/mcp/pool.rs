@@ -32,6 +32,8 @@ const SOON: Duration = Duration::from_secs(10);
 /// How long an opening waits for another child to leave, and how often it looks for one that can.
 const CHILD_TIMEOUT: Duration = Duration::from_secs(15);
 const CHILD_LOOK: Duration = Duration::from_millis(50);
+/// How long a call that failed waits for others to be done with noting it.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long after a rest a server that failed is remembered.
 const MEMORY: Duration = Duration::from_secs(600);
 
@@ -326,8 +328,9 @@ impl Pool {
     pub async fn discard(&self, server: &Server, session: &Arc<Session>, error: &Error) {
         session.retire();
         let Ok(slot) = self.slot(&server.id) else { return };
-        // Whoever opens a session just now found this one retired, and says how that went.
-        let Ok(mut history) = slot.history.try_lock() else { return };
+        // Whoever opens a session just now found this one retired, and says how that went. Whoever has heard of its end
+        // just now says why, and is waited for, so that the status is told when the caller is.
+        let Ok(mut history) = timeout(SETTLE_TIMEOUT, slot.history.lock()).await else { return };
         if slot.take(session).is_none() {
             return;
         }

@@ -258,7 +258,7 @@ impl Session {
         self.opened
     }
 
-    /// When it was last handed out.
+    /// When it was last handed out, or done with a call.
     pub fn used(&self) -> Instant {
         *self.used.lock().expect("no code panics while it holds the time")
     }
@@ -331,6 +331,7 @@ impl Session {
             }
             tools.extend(page.tools.into_iter().map(ToOwned::to_owned));
             let Some(next) = page.next_cursor else {
+                self.touch();
                 self.served.store(true, Ordering::Relaxed);
                 return Ok(tools);
             };
@@ -366,6 +367,8 @@ impl Session {
         };
         let ask = Ask { tool: Some(&tool.name), mirrored: &mirrored, ..Ask::new("tools/call", &params) };
         let answer = self.wire.request(&ask, deadline).await;
+        // It was in use until now.
+        self.touch();
         if matches!(answer, Ok(_) | Err(CallError::Rpc(_))) {
             self.served.store(true, Ordering::Relaxed);
         }

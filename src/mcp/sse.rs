@@ -42,6 +42,8 @@ struct Shared {
     questions: Arc<Semaphore>,
     tracker: TaskTracker,
     bell: Bell,
+    /// The session is to end, or has.
+    end: CancellationToken,
 }
 
 impl SseWire {
@@ -88,8 +90,9 @@ impl SseWire {
             questions: Arc::new(Semaphore::new(QUESTIONS)),
             tracker: context.tracker.clone(),
             bell,
+            end,
         }));
-        context.tracker.spawn(wire.clone().read(events, end));
+        context.tracker.spawn(wire.clone().read(events));
         Ok(wire)
     }
 
@@ -145,11 +148,11 @@ impl SseWire {
         request.header(CONTENT_TYPE, "application/json").body(body)
     }
 
-    async fn read(self, mut events: Events, end: CancellationToken) {
-        let reason = end.run_until_cancelled(self.read_events(&mut events)).await;
+    async fn read(self, mut events: Events) {
+        let reason = self.0.end.run_until_cancelled(self.read_events(&mut events)).await;
         self.0.exchange.end(&reason.unwrap_or(Error::Closed));
         self.0.bell.ended();
-        end.cancel();
+        self.0.end.cancel();
     }
 
     async fn read_events(&self, events: &mut Events) -> Error {
@@ -180,7 +183,12 @@ impl SseWire {
                         let turn = turn.expect("the semaphore is never closed");
                         let (wire, body) = (self.clone(), message::reply(&id, &method));
                         self.0.tracker.spawn(async move {
-                            let _ = wire.notify(body.into(), Instant::now() + NOTICE_TIMEOUT).await;
+                            let answered = wire.notify(body.into(), Instant::now() + NOTICE_TIMEOUT).await;
+                            // It asks and takes no answer: what it wrote behind its questions would not be read for long.
+                            if matches!(answered, Err(HttpError::TimedOut)) {
+                                wire.0.exchange.end(&Error::NotReading);
+                                wire.0.end.cancel();
+                            }
                             drop(turn);
                         });
                     }

@@ -43,6 +43,9 @@ const SHORTEST_SECRET: usize = 4;
 /// How long the end of standard error may take after the end of the child, and the rest of its output.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 const REST_OF_OUTPUT: Duration = Duration::from_millis(500);
+/// How many files a child may open at first; it may raise that itself.
+#[cfg(target_os = "linux")]
+const USUAL_FILES: u64 = 1024;
 /// How long a child may leave its standard input unread while something waits to be written.
 const STALL: Duration = Duration::from_secs(30);
 /// How long a child may ask on without reading what it was answered.
@@ -233,18 +236,23 @@ fn command(config: &Config, split_args: bool) -> Command {
     command
 }
 
-/// Asks the kernel to kill the child at the end of the thread that starts it, which is that of Portolan.
+/// Asks the kernel to kill the child at the end of the thread that starts it, which is that of Portolan; and gives the
+/// child back the number of open files that is usual, of which Portolan may have raised its own: some programs take
+/// time or memory for each that they may open.
 #[cfg(target_os = "linux")]
 #[expect(unsafe_code, reason = "code between fork and exec")]
 fn die_with_us(command: &mut Command) {
-    use rustix::process::{getpid, getppid, set_parent_process_death_signal};
+    use rustix::process::{Resource, Rlimit, getpid, getppid, getrlimit, set_parent_process_death_signal, setrlimit};
     let portolan = getpid();
     let before_exec = move || {
         set_parent_process_death_signal(Some(Signal::KILL))?;
+        let files = getrlimit(Resource::Nofile);
+        let usual = files.current.map(|current| current.min(USUAL_FILES));
+        setrlimit(Resource::Nofile, Rlimit { current: usual, ..files })?;
         // Portolan may have died before it was asked for.
         if getppid() == Some(portolan) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
     };
-    // SAFETY: the closure makes two system calls; it takes no lock and no memory.
+    // SAFETY: the closure makes four system calls; it takes no lock and no memory.
     unsafe {
         command.pre_exec(before_exec);
     }
