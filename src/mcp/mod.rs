@@ -74,7 +74,7 @@ impl AgentId {
 pub enum Error {
     #[error("{}", spawn_reason(*.0))]
     Spawn(std::io::ErrorKind),
-    #[error("The command ended before it was ready ({status}){}.", last_words(.stderr.as_deref()))]
+    #[error("The command ended ({status}){}.", last_words(.stderr.as_deref()))]
     Exited { status: std::process::ExitStatus, stderr: Option<String> },
     #[error("The server cannot be used: {0}.")]
     Http(#[from] HttpError),

@@ -423,10 +423,16 @@ impl Drop for FakeProgram {
     }
 }
 
-/// Kills a process that this test's Portolan started.
+/// Kills a process that this test's Portolan started, and waits until it has let go of its files: a pipe that it was to
+/// read takes bytes until then.
 pub(crate) fn kill(pid: u32) {
     let killed = Command::new("kill").args(["-KILL", &pid.to_string()]).status().expect("kill can be run");
     assert!(killed.success());
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z ")) {
+        assert!(std::time::Instant::now() < deadline, "a killed process goes on");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// Waits until `test` is true.
