@@ -36,7 +36,10 @@ fn main() -> ExitCode {
 
 fn run(command: impl Future<Output = Result<(), String>>) -> Result<(), String> {
     let runtime = tokio::runtime::Runtime::new().map_err(|error| format!("Cannot start threads: {error}."))?;
-    runtime.block_on(command)
+    let result = runtime.block_on(command);
+    // What is left are threads that look names up, and that may take their time.
+    runtime.shutdown_background();
+    result
 }
 
 async fn serve(mut settings: Settings) -> Result<(), String> {

@@ -7,14 +7,16 @@ use futures_util::{Stream, StreamExt};
 use super::budget::{Held, Oversize};
 use super::http::HttpError;
 
+/// The longest id that is kept, in bytes.
+const MAX_ID: usize = 1024;
+
 /// One event. A field that is absent is empty.
 #[derive(Debug, Default, PartialEq)]
 pub struct Event {
     /// The kind of event; empty for `message`.
     pub name: String,
     pub data: String,
-    /// The last id that the stream gave, with this event or before.
-    pub id: String,
+    id: String,
     /// After how many milliseconds a client shall come back, if this event says so.
     pub retry: Option<u64>,
 }
@@ -31,6 +33,17 @@ impl Events {
     /// The stream fails at an event of more than `max` bytes, and at one that `held` finds no room for.
     pub fn new(body: impl Stream<Item = reqwest::Result<Bytes>> + Send + 'static, max: usize, held: Held) -> Self {
         Self { body: body.boxed(), parser: Parser::default(), max, held }
+    }
+
+    /// This stream goes on where an event of this id ended another one.
+    pub fn after(mut self, id: String) -> Self {
+        self.parser.event.id = id;
+        self
+    }
+
+    /// The last id that the stream gave.
+    pub fn last_id(&self) -> &str {
+        &self.parser.event.id
     }
 
     /// The next event and the room it takes; `None` at the end of the body. Cancel-safe.
@@ -82,7 +95,7 @@ impl Parser {
     fn next(&mut self) -> Option<Event> {
         while let Some(line) = self.line() {
             if line.is_empty() {
-                let id = self.event.id.clone();
+                let id = std::mem::take(&mut self.event.id);
                 let event = std::mem::replace(&mut self.event, Event { id, ..Event::default() });
                 // An event without data is none, but what it said of coming back holds.
                 if std::mem::take(&mut self.has_data) || event.retry.is_some() {
@@ -101,7 +114,7 @@ impl Parser {
                     self.event.data.push_str(value);
                 }
                 "event" => self.event.name = value.to_owned(),
-                "id" if !value.contains('\0') => self.event.id = value.to_owned(),
+                "id" if !value.contains('\0') && value.len() <= MAX_ID => self.event.id = value.to_owned(),
                 "retry" => self.event.retry = value.parse().ok().or(self.event.retry),
                 _ => {}
             }
@@ -145,7 +158,7 @@ mod tests {
         for chunk in text.as_bytes().chunks(chunk) {
             parser.push(chunk);
             while let Some(event) = parser.next() {
-                events.push((event.name, event.data, event.id, event.retry));
+                events.push((event.name, event.data, parser.event.id.clone(), event.retry));
             }
         }
         events

@@ -87,6 +87,11 @@ impl Exchange {
         }
     }
 
+    /// How many requests wait for their answers.
+    pub fn waiting(&self) -> usize {
+        self.state().waiting.len()
+    }
+
     /// Why the connection has ended, once it has.
     pub fn ended(&self) -> Option<Error> {
         self.state().end.clone()

@@ -49,6 +49,8 @@ const REST_OF_STREAM: Duration = Duration::from_secs(1);
 const QUESTIONS: usize = 8;
 /// How long before a stream of notices is opened again: doubled from the first to the last.
 const LISTEN_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How long between two looks at a server that says nothing by itself.
+const LOOK: Duration = Duration::from_secs(60);
 /// The longest `Retry-After` that is believed.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
@@ -156,6 +158,8 @@ struct Shared {
     questions: Arc<Semaphore>,
     tracker: tokio_util::task::TaskTracker,
     handshake_timeout: Duration,
+    /// Why the server is known to be gone.
+    gone: OnceLock<HttpError>,
 }
 
 struct Agreed {
@@ -182,6 +186,7 @@ impl HttpWire {
             questions: Arc::new(Semaphore::new(QUESTIONS)),
             tracker: context.tracker.clone(),
             handshake_timeout: context.settings.handshake_timeout,
+            gone: OnceLock::new(),
         })))
     }
 
@@ -237,7 +242,7 @@ impl HttpWire {
         };
         let status = response.status();
         if !status.is_success() {
-            return Err(refused(in_session, response).await);
+            return Err(refused(id, in_session, response).await);
         }
         if let Some(session) = response.headers().get(SESSION)
             && !in_session
@@ -261,7 +266,6 @@ impl HttpWire {
     /// Reads an event stream up to the answer. A stream that breaks off is resumed if the server gave its events ids.
     async fn streamed(&self, id: u64, response: reqwest::Response) -> Result<Answer, CallError> {
         let mut events = self.events(response);
-        let mut last_event = String::new();
         let mut delay = RESUME_DELAY;
         for _ in 0..MAX_RESUMES {
             let broken = loop {
@@ -271,8 +275,7 @@ impl HttpWire {
                     Some(Err(error)) => break error.into(),
                     None => break Error::Closed,
                 };
-                let Event { data, id: event_id, retry, .. } = event;
-                last_event = event_id;
+                let Event { data, retry, .. } = event;
                 if let Some(retry) = retry {
                     delay = Duration::from_millis(retry).max(RESUME_DELAY);
                 }
@@ -284,6 +287,7 @@ impl HttpWire {
                     return answer;
                 }
             };
+            let last_event = events.last_id().to_owned();
             if last_event.is_empty() {
                 return Err(CallError::Lost(broken));
             }
@@ -292,7 +296,7 @@ impl HttpWire {
             let resumed = timeout(self.0.handshake_timeout, request.send()).await;
             events = match resumed {
                 Ok(Ok(response)) if response.status().is_success() && is_media_type(&response, EVENT_STREAM) => {
-                    self.events(response)
+                    self.events(response).after(last_event)
                 }
                 _ => return Err(CallError::Lost(broken)),
             };
@@ -371,24 +375,54 @@ impl HttpWire {
         let _ = self.0.agreed.set(Agreed { version, modern: greeted.is_modern() });
     }
 
-    /// Listens for changed lists if the server announces them, until `end`; then says goodbye.
+    /// Why the session has ended, once it has.
+    pub fn ended(&self) -> Option<Error> {
+        self.0.gone.get().cloned().map(Error::Http)
+    }
+
+    /// Listens for changed lists if the server announces them, and looks whether it is still there, until `end`, which a
+    /// server that is gone brings about; then says goodbye.
     pub async fn attend(self, greeted: Greeted, end: CancellationToken) {
-        let listening = async {
-            if greeted.announces_lists {
-                self.listen(&greeted).await;
+        let attending = async {
+            if greeted.announces_lists
+                && let Some(gone) = self.listen(&greeted).await
+            {
+                return gone;
             }
-            std::future::pending::<()>().await;
+            self.look(&greeted).await
         };
-        end.run_until_cancelled(listening).await;
+        if let Some(gone) = end.run_until_cancelled(attending).await {
+            // Set once: this is the only place.
+            let _ = self.0.gone.set(gone);
+            self.0.bell.ended();
+            return end.cancel();
+        }
         // A server that does not take the goodbye forgets the session by itself.
         if self.session().is_some() {
             let _ = timeout(NOTICE_TIMEOUT, self.request_for(Method::DELETE).send()).await;
         }
     }
 
-    /// Keeps a stream of notices open, as long as the server allows one: a GET stream, or `subscriptions/listen`.
-    async fn listen(&self, greeted: &Greeted) {
+    /// Asks now and then whether the server is there; returns when nobody listens at its address any more.
+    async fn look(&self, greeted: &Greeted) -> HttpError {
+        let params = if greeted.is_modern() { greeted.plain_params() } else { "{}".to_owned() };
+        let method = if greeted.is_modern() { "server/discover" } else { "ping" };
+        let ask = Ask::new(method, &params);
+        loop {
+            sleep(LOOK).await;
+            if let Err(CallError::NotSent(Error::Http(gone @ HttpError::Connect(_)))) =
+                self.request(&ask, Instant::now() + self.0.handshake_timeout).await
+            {
+                return gone;
+            }
+        }
+    }
+
+    /// Keeps a stream of notices open, as long as the server allows one: a GET stream, or `subscriptions/listen`. Returns
+    /// when it does not, or, with the reason, when nobody listens at its address any more.
+    async fn listen(&self, greeted: &Greeted) -> Option<HttpError> {
         let mut delay = LISTEN_AGAIN.0;
+        let mut first = true;
         loop {
             let opened = Instant::now();
             let request = if greeted.is_modern() {
@@ -400,13 +434,21 @@ impl HttpWire {
             };
             match timeout(self.0.handshake_timeout, request.send()).await {
                 Ok(Ok(response)) if response.status().is_success() && is_media_type(&response, EVENT_STREAM) => {
+                    // What changed while there was no stream was not told.
+                    if !std::mem::take(&mut first) {
+                        self.0.bell.list_changed();
+                    }
                     let mut events = self.events(response);
                     while let Some(Ok((event, held))) = events.next().await {
                         self.take(0, event.data.as_bytes(), held).await;
                     }
                 }
                 // The server has no such stream (405), or does not want us.
-                Ok(Ok(response)) if response.status().is_client_error() || response.status().is_success() => return,
+                Ok(Ok(response)) if !may_come_back(response.status()) => return None,
+                Ok(Err(error)) => match HttpError::from(error) {
+                    gone @ HttpError::Connect(_) => return Some(gone),
+                    _ => {}
+                },
                 _ => {}
             }
             if opened.elapsed() >= LISTEN_AGAIN.1 {
@@ -439,40 +481,63 @@ impl Drop for Pending<'_> {
     }
 }
 
-/// What a status other than 2xx means for the request.
-async fn refused(in_session: bool, response: reqwest::Response) -> CallError {
+/// Whether a server that answered this may answer otherwise later.
+fn may_come_back(status: StatusCode) -> bool {
+    status.is_server_error()
+        || matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS)
+}
+
+/// What a status other than 2xx means for request `id`.
+async fn refused(id: u64, in_session: bool, response: reqwest::Response) -> CallError {
     let status = response.status();
     let error = HttpError::of(&response);
-    if matches!(error, HttpError::SignIn) {
+    if matches!(error, HttpError::SignIn) || status == StatusCode::TOO_MANY_REQUESTS {
         return CallError::Refused(error.into());
     }
-    if status == StatusCode::NOT_FOUND && in_session {
-        return CallError::NotSent(Error::SessionExpired);
+    if matches!(error, HttpError::Status { retry_after: Some(_), .. }) && status.is_server_error() {
+        return CallError::Lost(error.into());
     }
     let is_json = is_media_type(&response, JSON);
     let said = match body(response, MAX_ERROR_BODY, None).await {
-        Ok(body) if is_json && status != StatusCode::FORBIDDEN => rpc_error(&body),
+        Ok(body) if is_json && status != StatusCode::FORBIDDEN => Refusal::read(&body),
         _ => None,
     };
-    match said {
-        // Several servers answer 400 where the specification has 404 for a session they do not know.
-        Some(said)
-            if in_session && status == StatusCode::BAD_REQUEST && said.message.to_lowercase().contains("session") =>
-        {
-            CallError::NotSent(Error::SessionExpired)
-        }
-        Some(said) => CallError::Rpc(said),
-        None if status.is_client_error() || status.is_redirection() => CallError::Refused(error.into()),
-        None => CallError::Lost(error.into()),
+    // It answers this very request: the tool may have run, whatever the status.
+    if let Some(Refusal { id: Some(answered), error }) = &said
+        && *answered == id
+    {
+        return CallError::Rpc(error.clone());
+    }
+    // Several servers answer 400 where the specification has 404 for a session they do not know (MCP 2025-11-25, session
+    // management). The request is not taken then, and may be sent again.
+    let about_the_session = said.as_ref().is_some_and(|said| said.error.message.to_lowercase().contains("session"));
+    match (status, said) {
+        (StatusCode::NOT_FOUND, _) if in_session => CallError::NotSent(Error::SessionExpired),
+        (StatusCode::BAD_REQUEST, _) if in_session && about_the_session => CallError::NotSent(Error::SessionExpired),
+        (_, Some(said)) => CallError::Rpc(said.error),
+        (status, None) if status.is_client_error() || status.is_redirection() => CallError::Refused(error.into()),
+        (_, None) => CallError::Lost(error.into()),
     }
 }
 
-fn rpc_error(body: &[u8]) -> Option<RpcError> {
-    #[derive(serde::Deserialize)]
-    struct Refusal {
-        error: RpcError,
+/// A JSON-RPC error in the body of a refusal, and which request of ours it answers, if it says so.
+struct Refusal {
+    id: Option<u64>,
+    error: RpcError,
+}
+
+impl Refusal {
+    fn read(body: &[u8]) -> Option<Self> {
+        #[derive(serde::Deserialize)]
+        struct Body {
+            #[serde(default)]
+            id: serde_json::Value,
+            error: RpcError,
+        }
+        let Body { id, error } = serde_json::from_slice(body).ok()?;
+        let id = id.as_u64().or_else(|| id.as_str()?.parse().ok());
+        Some(Self { id, error })
     }
-    serde_json::from_slice::<Refusal>(body).ok().map(|refusal| refusal.error)
 }
 
 fn untaken(error: HttpError) -> CallError {

@@ -103,7 +103,7 @@ fn read_one(text: &str) -> Option<Inbound> {
     let envelope = text.trim_ascii_start().starts_with('{').then(|| serde_json::from_str::<Envelope<'_>>(text).ok());
     let Some(envelope) = envelope? else {
         // It breaks off being JSON somewhere, but may say before that whose answer it is.
-        return id_before_the_fault(text).map(unreadable);
+        return Start::read(text).answers().map(unreadable);
     };
     match envelope {
         Envelope { id: None, method: Some(method), .. } => Some(Inbound::Notification { method: method.into_owned() }),
@@ -143,44 +143,60 @@ fn number(id: &str) -> Option<u64> {
     id.trim_matches('"').parse().ok()
 }
 
-fn id_before_the_fault(text: &str) -> Option<u64> {
-    /// Reads the keys of an object in turn; what was found stays found when the rest fails.
-    struct Keys<'a>(&'a mut Option<u64>);
+/// What the start of a message says before it breaks off.
+#[derive(Default)]
+struct Start {
+    id: Option<u64>,
+    /// It is a message of the server's own, whatever its id.
+    has_method: bool,
+}
 
-    impl<'de> Visitor<'de> for Keys<'_> {
-        type Value = ();
+impl Start {
+    fn read(text: &str) -> Self {
+        /// Reads the keys of an object in turn; what was found stays found when the rest fails.
+        struct Keys<'a>(&'a mut Start);
 
-        fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-            f.write_str("a JSON-RPC message")
-        }
+        impl<'de> Visitor<'de> for Keys<'_> {
+            type Value = ();
 
-        fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
-            while let Some(key) = map.next_key::<String>()? {
-                match key.as_str() {
-                    "id" => *self.0 = number(map.next_value::<&RawValue>()?.get()),
-                    "method" => *self.0 = None,
-                    _ => drop(map.next_value::<IgnoredAny>()?),
-                }
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a JSON-RPC message")
             }
-            Ok(())
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+                while let Some(key) = map.next_key::<String>()? {
+                    self.0.has_method |= key == "method";
+                    match key.as_str() {
+                        "id" => self.0.id = number(map.next_value::<&RawValue>()?.get()),
+                        _ => drop(map.next_value::<IgnoredAny>()?),
+                    }
+                }
+                Ok(())
+            }
         }
+
+        let mut start = Self::default();
+        // Only what stands before the fault matters.
+        let _ = serde_json::Deserializer::from_str(text).deserialize_map(Keys(&mut start));
+        start
     }
 
-    let mut id = None;
-    // Only what stands before the fault matters.
-    let _ = serde_json::Deserializer::from_str(text).deserialize_map(Keys(&mut id));
-    id
+    /// The request of ours that it answers.
+    fn answers(&self) -> Option<u64> {
+        self.id.filter(|_| !self.has_method)
+    }
 }
 
 /// The id of an answer of which only the first and the last bytes were kept: servers write it at either end.
 pub fn id_of_a_part(head: &[u8], tail: &[u8]) -> Option<u64> {
-    let head = String::from_utf8_lossy(head);
+    let start = Start::read(&String::from_utf8_lossy(head));
+    if start.has_method || start.id.is_some() {
+        return start.answers();
+    }
     let tail = String::from_utf8_lossy(tail);
-    id_before_the_fault(&head).or_else(|| {
-        let after = tail.rsplit_once("\"id\"")?.1.trim_ascii_start().strip_prefix(':')?;
-        let id = after.trim_ascii().trim_end_matches('}').split(',').next()?;
-        number(id.trim_ascii())
-    })
+    let after = tail.rsplit_once("\"id\"")?.1.trim_ascii_start().strip_prefix(':')?;
+    let id = after.trim_ascii().trim_end_matches('}').split(',').next()?;
+    number(id.trim_ascii())
 }
 
 #[cfg(test)]
@@ -242,6 +258,7 @@ mod tests {
         assert_eq!(id_of_a_part(br#"{"jsonrpc":"2.0","id":12,"result":{"te"#, b"xxx"), Some(12));
         assert_eq!(id_of_a_part(br#"{"result":{"te"#, br#"xt"}]},"jsonrpc":"2.0","id":12}"#), Some(12));
         assert_eq!(id_of_a_part(br#"{"result":{"te"#, br#"xt"}]},"id": "12" , "jsonrpc":"2.0"}"#), Some(12));
+        assert_eq!(id_of_a_part(br#"{"jsonrpc":"2.0","method":"m","params":{"te"#, br#"xt"},"id":12}"#), None);
         assert_eq!(id_of_a_part(b"garbage", b"garbage"), None);
     }
 }

@@ -38,10 +38,11 @@ use crate::config::Upstream;
 use crate::model::{Era, Server, Skipped, State, Tool, ToolChanges, Unreadable};
 use crate::store::{self, Store};
 
+pub use budget::Held;
 pub use listing::definition;
 pub use schema::{Room, json_schema};
 
-use budget::{Budget, Held, Oversize};
+use budget::{Budget, Oversize};
 use exchange::Answer;
 use http::HttpError;
 use keeper::Keeper;
@@ -50,7 +51,7 @@ use message::RpcError;
 use pool::Pool;
 use result::ToolResult;
 use schema::{HEARTBEAT, declares};
-use session::{CallError, Context, Session};
+use session::{CallError, Context, Listed, Session};
 use stdio::Spawner;
 use watch::{News, watch};
 
@@ -58,7 +59,7 @@ use watch::{News, watch};
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct AgentId(HeaderValue);
 
 impl AgentId {
@@ -78,8 +79,11 @@ pub enum Error {
     Exited { status: std::process::ExitStatus, stderr: Option<String> },
     #[error("The server cannot be used: {0}.")]
     Http(#[from] HttpError),
-    #[error("The server did not finish the MCP handshake in time; --handshake-timeout and --start-timeout set it.")]
-    HandshakeTimeout,
+    #[error(
+        "The server did not finish the MCP handshake in time{}; --handshake-timeout and --start-timeout set it.",
+        last_words(.stderr.as_deref())
+    )]
+    HandshakeTimeout { stderr: Option<String> },
     #[error("The server refused the MCP handshake with JSON-RPC error {code}.")]
     HandshakeRefused { code: i64 },
     #[error("The server's answer to the MCP handshake cannot be understood.")]
@@ -154,7 +158,7 @@ impl Error {
     fn is_about_one_call(&self) -> bool {
         match self {
             Self::SessionExpired | Self::Oversize(_) => true,
-            Self::Http(HttpError::Status { status, .. }) => status.is_server_error(),
+            Self::Http(HttpError::Status { .. }) => self.pause().is_none(),
             Self::Http(HttpError::ContentType | HttpError::NoAnswer | HttpError::Oversize(_)) => true,
             _ => false,
         }
@@ -163,7 +167,7 @@ impl Error {
     /// How long the server asks not to be called.
     fn pause(&self) -> Option<Duration> {
         match self {
-            Self::Http(HttpError::Status { status, retry_after }) if status.as_u16() == 429 => *retry_after,
+            Self::Http(HttpError::Status { retry_after, .. }) => *retry_after,
             _ => None,
         }
     }
@@ -189,6 +193,7 @@ fn spawn_reason(kind: std::io::ErrorKind) -> &'static str {
     match kind {
         std::io::ErrorKind::NotFound => "The command was not found; check its name and the PATH of Portolan.",
         std::io::ErrorKind::PermissionDenied => "The command may not be executed; check its permissions.",
+        std::io::ErrorKind::TimedOut => "The command could not be started in time.",
         _ => "The command could not be started.",
     }
 }
@@ -243,8 +248,14 @@ pub struct Mcp {
     syncing: Arc<Mutex<HashMap<String, Arc<Turn>>>>,
 }
 
-/// Holds how and when the last sync began that failed, for those who came meanwhile.
-type Turn = tokio::sync::Mutex<Option<(Instant, Error)>>;
+/// Holds what came of the last sync, for those who came before it began.
+type Turn = tokio::sync::Mutex<Option<Synced>>;
+
+struct Synced {
+    began: Instant,
+    agent: Option<AgentId>,
+    result: Result<ToolChanges, Error>,
+}
 
 impl Mcp {
     /// Sessions and background work are tasks on `tracker`; children are made known to `keeper`. To be called in the
@@ -294,7 +305,9 @@ impl Mcp {
                 tracing::error!(server.id, %error, "the first sync of a server cannot be stored");
             }
         };
-        timeout(patience, self.tracker.spawn(sync)).await.is_ok()
+        let stop = self.stop.clone();
+        let sync = self.tracker.spawn(async move { stop.run_until_cancelled(sync).await });
+        timeout(patience, sync).await.is_ok()
     }
 
     /// Lists the server's tools, following all pages, and makes the stored ones equal to them in one transaction.
@@ -306,19 +319,23 @@ impl Mcp {
         let arrived = Instant::now();
         let turn = self.turn(&server.id);
         let mut last = turn.lock().await;
-        if let Some((began, error)) = &*last
+        // Of those who wait, the next one asks the server for all.
+        if let Some(Synced { began, agent: asked_for, result }) = &*last
             && *began > arrived
+            && asked_for.as_ref() == agent
         {
-            return Err(error.clone().into());
+            return result.clone().map_err(Into::into);
         }
         let began = Instant::now();
         // The row may have changed while others had their turn.
         let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
         let synced = self.sync(&server, agent, true).await;
-        *last = match &synced {
-            Err(SyncError::Server(error)) => Some((began, error.clone())),
-            _ => None,
+        let result = match &synced {
+            Ok(changes) => Some(Ok(changes.clone())),
+            Err(SyncError::Server(error)) => Some(Err(error.clone())),
+            Err(_) => None,
         };
+        *last = result.map(|result| Synced { began, agent: agent.cloned(), result });
         synced
     }
 
@@ -346,7 +363,11 @@ impl Mcp {
     /// Opens a session to a server that was away, if it is back.
     async fn look_for(&self, server_id: &str) {
         match self.store.server(server_id).await {
-            // Its failure is noted where it happens.
+            // Nobody has seen its tools yet. A failure is noted where it happens, here and below.
+            Ok(Some(server)) if server.last_synced_at.is_none() => {
+                drop(server);
+                self.relist(server_id).await;
+            }
             Ok(Some(server)) => drop(self.session(&server, false).await),
             Ok(None) => self.pool.forget(server_id),
             Err(_) => {}
@@ -356,7 +377,7 @@ impl Mcp {
     /// `now`: somebody asked for it, and wants no answer of before.
     async fn sync(&self, server: &Server, agent: Option<&AgentId>, now: bool) -> Result<ToolChanges, SyncError> {
         let (listed, era) = self.list(server, agent, now).await?;
-        let (offered, skipped) = accept(&listed);
+        let (offered, skipped) = accept(&listed.tools);
         let notice = notice(&skipped);
         let synced = self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered).await?;
         let Some(mut changes) = synced else {
@@ -376,18 +397,13 @@ impl Mcp {
     }
 
     /// Lists on the live session; on one that proves dead, once more on a new one.
-    async fn list(
-        &self,
-        server: &Server,
-        agent: Option<&AgentId>,
-        now: bool,
-    ) -> Result<(Vec<Box<RawValue>>, Era), Error> {
+    async fn list(&self, server: &Server, agent: Option<&AgentId>, now: bool) -> Result<(Listed, Era), Error> {
         let mut second = false;
         loop {
             let (session, new) = self.session(server, now).await?;
             let deadline = Instant::now() + self.settings.list_timeout;
             match session.list_tools(agent, deadline).await {
-                Ok(tools) => return Ok((tools, session.era())),
+                Ok(listed) => return Ok((listed, session.era())),
                 Err(Error::Closed | Error::SessionExpired | Error::Exited { .. } | Error::Http(_))
                     if !new && !second =>
                 {
@@ -436,7 +452,7 @@ impl Mcp {
         let mut called = self.call(&server, tool, &arguments, deadline).await;
         // A kept session was found dead, or of an old configuration, before anything was sent: a new one is as good.
         if let Err(Failed { again: true, .. }) = called {
-            if let Ok(current) = self.store.server(&server.id).await {
+            if let Ok(Ok(current)) = timeout_at(deadline, self.store.server(&server.id)).await {
                 server = Cow::Owned(current.ok_or(Error::Deleted)?);
             }
             called = self.call(&server, tool, &arguments, deadline).await;
@@ -485,7 +501,7 @@ impl Mcp {
                 match &error {
                     // A new session says more of the server than this one.
                     CallError::NotSent(_) if again => self.pool.drop_session(&server.id, &session),
-                    CallError::Lost(error) if error.is_about_one_call() => {
+                    CallError::Lost(error) | CallError::Refused(error) if error.is_about_one_call() => {
                         self.pool.drop_session(&server.id, &session);
                     }
                     // What turned the call away or lost it may be all that is wrong: the next call gets a session of

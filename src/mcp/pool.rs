@@ -374,8 +374,8 @@ impl Pool {
             // What a stop cut off says nothing about the server.
             Err(_) if self.context.stop.is_cancelled() => return,
             // A server that was silent in the era it is known for may have been replaced by one of the other.
-            Err(Error::HandshakeTimeout) => {
-                Reached { state: State::Unreachable, error: Some(Error::HandshakeTimeout.to_string()), era: None }
+            Err(error @ Error::HandshakeTimeout { .. }) => {
+                Reached { state: State::Unreachable, error: Some(error.to_string()), era: None }
             }
             Err(error) => Reached { state: error.state(), error: Some(error.to_string()), era: server.era() },
         };

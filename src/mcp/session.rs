@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Upstream;
 use crate::model::{Connector, Era, Tool};
 
-use super::budget::{Budget, Oversize};
+use super::budget::{Budget, Held, Oversize};
 use super::exchange::Answer;
 use super::http::{HttpError, HttpWire};
 use super::keeper::Keeper;
@@ -70,7 +70,7 @@ pub struct Ask<'a> {
 }
 
 impl<'a> Ask<'a> {
-    fn new(method: &'static str, params: &'a str) -> Self {
+    pub fn new(method: &'static str, params: &'a str) -> Self {
         Self { method, params, modern: false, tool: None, mirrored: &[], agent: None }
     }
 }
@@ -87,6 +87,11 @@ pub struct Greeted {
 impl Greeted {
     pub fn is_modern(&self) -> bool {
         self.version == MODERN
+    }
+
+    /// The parameters of a request to a modern server that needs none.
+    pub fn plain_params(&self) -> String {
+        format!(r#"{{"_meta":{}}}"#, meta())
     }
 
     /// The parameters of `subscriptions/listen`.
@@ -106,6 +111,12 @@ fn meta() -> String {
 
 fn who_we_are() -> String {
     format!(r#"{{"name":"portolan","version":"{}"}}"#, env!("CARGO_PKG_VERSION"))
+}
+
+/// All tools of a server, each definition as the server wrote it, and the room that they take.
+pub struct Listed {
+    pub tools: Vec<Box<RawValue>>,
+    _held: Vec<Held>,
 }
 
 /// How a call ended that has no result.
@@ -178,7 +189,10 @@ impl Session {
         };
         let attempt = |attempt| Self::attempt(connector, attempt, context, &bell, permit.clone(), deadline);
         let opened = match attempt(first).await {
-            Err(error) if error.is_about_the_handshake() && !context.stop.is_cancelled() => {
+            // Past the deadline the first child may still be there.
+            Err(error)
+                if error.is_about_the_handshake() && !context.stop.is_cancelled() && Instant::now() < deadline =>
+            {
                 // The first error says more, unless the second attempt got further.
                 attempt(second).await.map_err(|later| if later.is_about_the_handshake() { error } else { later })
             }
@@ -201,9 +215,9 @@ impl Session {
         let share = context.budget.share();
         let opening = async {
             let wire = match connector {
-                Connector::Stdio(config) => {
-                    Wire::Stdio(StdioWire::open(config, context, share, bell.clone(), permit, end.clone()).await?)
-                }
+                Connector::Stdio(config) => Wire::Stdio(
+                    StdioWire::open(config, context, share, bell.clone(), permit, end.clone(), deadline).await?,
+                ),
                 Connector::Sse(remote) => {
                     Wire::Sse(SseWire::open(remote, context, share, bell.clone(), end.clone(), deadline).await?)
                 }
@@ -211,13 +225,17 @@ impl Session {
             };
             match wire.greet(attempt, deadline).await {
                 Ok(greeted) => Ok((wire, greeted)),
-                Err(error) => {
-                    // Two children at a time would be one more than there is room for.
-                    if let Wire::Stdio(stdio) = &wire {
+                Err(error) => match &wire {
+                    Wire::Stdio(stdio) => {
+                        // Two children at a time would be one more than there is room for.
                         stdio.leave(deadline).await;
+                        Err(match error {
+                            Error::HandshakeTimeout { .. } => Error::HandshakeTimeout { stderr: stdio.last_line() },
+                            error => error,
+                        })
                     }
-                    Err(error)
-                }
+                    Wire::Sse(_) | Wire::Http(_) => Err(error),
+                },
             }
         };
         let (wire, greeted) = context.stop.run_until_cancelled(opening).await.ok_or(Error::Stopping)??;
@@ -282,7 +300,7 @@ impl Session {
         match &self.wire {
             Wire::Stdio(stdio) => stdio.ended(),
             Wire::Sse(sse) => sse.ended(),
-            Wire::Http(_) => None,
+            Wire::Http(http) => http.ended(),
         }
     }
 
@@ -296,7 +314,7 @@ impl Session {
     /// # Errors
     /// [`Error::Paging`] for a cursor that comes twice and for lists beyond all measure, [`Error::List`] for an answer
     /// that is not a list, [`Error::ListTimeout`] at the deadline.
-    pub async fn list_tools(&self, agent: Option<&AgentId>, deadline: Instant) -> Result<Vec<Box<RawValue>>, Error> {
+    pub async fn list_tools(&self, agent: Option<&AgentId>, deadline: Instant) -> Result<Listed, Error> {
         #[derive(Serialize)]
         struct Params<'a> {
             #[serde(skip_serializing_if = "Option::is_none")]
@@ -311,7 +329,7 @@ impl Session {
             tools: Vec<&'a RawValue>,
             next_cursor: Option<String>,
         }
-        let mut tools = Vec::new();
+        let mut listed = Listed { tools: Vec::new(), _held: Vec::new() };
         let mut bytes = 0;
         let mut cursors = HashSet::new();
         let mut cursor: Option<String> = None;
@@ -321,19 +339,20 @@ impl Session {
             let answer = match self.wire.request(&ask, deadline).await {
                 Ok(answer) => answer,
                 // A server without tools need not know the method.
-                Err(CallError::Rpc(RpcError { code: METHOD_NOT_FOUND, .. })) => return Ok(tools),
+                Err(CallError::Rpc(RpcError { code: METHOD_NOT_FOUND, .. })) => return Ok(listed),
                 Err(error) => return Err(error.into_error(|code| Error::ListRefused { code }, Error::ListTimeout)),
             };
             let page: Page<'_> = serde_json::from_str(answer.result.get()).map_err(|_| Error::List)?;
             bytes += answer.result.get().len();
-            if tools.len() + page.tools.len() > MAX_LISTED || bytes > MAX_LIST_BYTES {
+            if listed.tools.len() + page.tools.len() > MAX_LISTED || bytes > MAX_LIST_BYTES {
                 return Err(Error::Paging);
             }
-            tools.extend(page.tools.into_iter().map(ToOwned::to_owned));
+            listed.tools.extend(page.tools.into_iter().map(ToOwned::to_owned));
+            listed._held.push(answer.held);
             let Some(next) = page.next_cursor else {
                 self.touch();
                 self.served.store(true, Ordering::Relaxed);
-                return Ok(tools);
+                return Ok(listed);
             };
             if !cursors.insert(next.clone()) {
                 return Err(Error::Paging);
@@ -453,7 +472,9 @@ impl Wire {
                 Ok(None)
             }
             Err(CallError::TimedOut) if or_not && until < deadline => Ok(None),
-            Err(error) => Err(error.into_error(|code| Error::HandshakeRefused { code }, Error::HandshakeTimeout)),
+            Err(error) => {
+                Err(error.into_error(|code| Error::HandshakeRefused { code }, Error::HandshakeTimeout { stderr: None }))
+            }
         }
     }
 
@@ -467,10 +488,9 @@ impl Wire {
         }
         let params =
             format!(r#"{{"protocolVersion":"{}","capabilities":{{}},"clientInfo":{}}}"#, INITIALIZE[0], who_we_are());
-        let answer = self
-            .request(&Ask::new("initialize", &params), deadline)
-            .await
-            .map_err(|error| error.into_error(|code| Error::HandshakeRefused { code }, Error::HandshakeTimeout))?;
+        let answer = self.request(&Ask::new("initialize", &params), deadline).await.map_err(|error| {
+            error.into_error(|code| Error::HandshakeRefused { code }, Error::HandshakeTimeout { stderr: None })
+        })?;
         let initialized: Initialized = serde_json::from_str(answer.result.get()).map_err(|_| Error::Handshake)?;
         let version = INITIALIZE.into_iter().find(|version| *version == initialized.protocol_version);
         Ok(Greeted {

@@ -81,7 +81,8 @@ impl SseWire {
                 }
             }
         };
-        let (endpoint, events) = timeout_at(deadline, opening).await.map_err(|_| Error::HandshakeTimeout)??;
+        let (endpoint, events) =
+            timeout_at(deadline, opening).await.map_err(|_| Error::HandshakeTimeout { stderr: None })??;
         let wire = Self(Arc::new(Shared {
             client: context.client.clone(),
             fields,

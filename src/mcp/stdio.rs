@@ -54,33 +54,63 @@ const ASKING: Duration = Duration::from_secs(5);
 const QUEUE: usize = 64;
 
 /// Starts children, all from one thread: the kernel sends a death signal at the end of the thread that started the
-/// child, not of the process.
-pub struct Spawner(mpsc::UnboundedSender<Order>);
+/// child, not of the process. A thread that is stuck with a command (on a file system that is away, say) is followed by
+/// another one, and kept: its death would be that of the children it started before.
+pub struct Spawner(Mutex<Vec<mpsc::UnboundedSender<Order>>>);
 
 type Order = (Command, oneshot::Sender<io::Result<Child>>);
 
+/// How many threads may be stuck.
+const STUCK: usize = 16;
+
 impl Spawner {
-    /// To be called in the runtime that is to wait for the children. The thread ends when the spawner is dropped.
+    /// To be called in the runtime that is to wait for the children. The threads end when the spawner is dropped.
     pub fn new() -> Self {
+        Self(Mutex::new(vec![Self::thread()]))
+    }
+
+    fn thread() -> mpsc::UnboundedSender<Order> {
         // As many orders wait as sessions are being opened.
         let (orders, mut next) = mpsc::unbounded_channel::<Order>();
         let runtime = tokio::runtime::Handle::current();
         let thread = move || {
             let _runtime = runtime.enter();
             while let Some((mut command, started)) = next.blocking_recv() {
-                // Whoever asked may have left; the child then ends with its handle.
-                let _ = started.send(command.spawn());
+                if started.is_closed() {
+                    continue;
+                }
+                // Whoever asked may have left; the group then ends before it is known to anybody.
+                if let Err(Ok(child)) = started.send(command.spawn())
+                    && let Some(group) = group(&child)
+                {
+                    let _ = kill_process_group(group, Signal::KILL);
+                }
             }
         };
         std::thread::Builder::new().name("children".to_owned()).spawn(thread).expect("a thread can be started");
-        Self(orders)
+        orders
     }
 
-    async fn spawn(&self, command: Command) -> io::Result<Child> {
+    async fn spawn(&self, command: Command, deadline: Instant) -> io::Result<Child> {
         let (started, child) = oneshot::channel();
         let gone = || io::Error::other("the thread that starts children is gone");
-        self.0.send((command, started)).map_err(|_| gone())?;
-        child.await.map_err(|_| gone())?
+        let threads = || self.0.lock().expect("no code panics while it holds the threads");
+        let (number, thread) = {
+            let threads = threads();
+            (threads.len(), threads.last().cloned().ok_or_else(gone)?)
+        };
+        thread.send((command, started)).map_err(|_| gone())?;
+        match timeout_at(deadline, child).await {
+            Ok(child) => child.map_err(|_| gone())?,
+            Err(_) => {
+                let mut threads = threads();
+                if threads.len() == number && number <= STUCK {
+                    tracing::error!("a command cannot be started in time, and holds up the thread that starts it");
+                    threads.push(Self::thread());
+                }
+                Err(io::ErrorKind::TimedOut.into())
+            }
+        }
     }
 }
 
@@ -136,11 +166,12 @@ impl StdioWire {
         bell: Bell,
         permit: Option<Arc<OwnedSemaphorePermit>>,
         end: CancellationToken,
+        deadline: Instant,
     ) -> Result<Self, Error> {
         let command = command(config, context.settings.legacy_arg_split);
         let cannot = |error: io::Error| Error::Spawn(error.kind());
-        let mut child = context.spawner.spawn(command).await.map_err(cannot)?;
-        let kept = context.keeper.as_ref().and_then(|keeper| keeper.keep(child.id()?));
+        let mut child = context.spawner.spawn(command, deadline).await.map_err(cannot)?;
+        let kept = context.keeper.as_ref().and_then(|keeper| Some(keeper.keep(child.id()?)));
         let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let (Some(stdin), Some(stdout), Some(stderr)) = (stdin, stdout, stderr) else {
             unreachable!("all three were asked to be pipes");
@@ -210,6 +241,11 @@ impl StdioWire {
     pub async fn leave(&self, deadline: Instant) {
         self.0.end.cancel();
         let _ = timeout_at(deadline, self.0.exited.cancelled()).await;
+    }
+
+    /// The last line that the child wrote to standard error.
+    pub fn last_line(&self) -> Option<String> {
+        last_line(&self.0.facts().stderr, &self.0.secrets)
     }
 
     /// Why the session has ended, once it has.
@@ -323,7 +359,11 @@ impl Shared {
                     }
                     let before = self.input().left();
                     if timeout_at(progress + self.stall, pipe.writable()).await.is_err() {
-                        return Error::NotReading;
+                        // One that has calls to work on may read on afterwards; those have their own deadlines.
+                        if self.exchange.waiting() <= self.input().requests() {
+                            return Error::NotReading;
+                        }
+                        progress = Instant::now();
                     }
                     if self.input().flush().is_err() {
                         return Error::Closed;
@@ -479,15 +519,25 @@ impl Input {
         Ok(true)
     }
 
+    /// How many requests wait of which nothing is written.
+    fn requests(&self) -> usize {
+        self.queue.iter().filter(|line| line.request.is_some() && !line.begun).count()
+    }
+
     /// How many bytes wait.
     fn left(&self) -> usize {
         self.queue.iter().map(|line| line.rest.len()).sum()
     }
 }
 
+/// The process group that a child leads.
+fn group(child: &Child) -> Option<Pid> {
+    child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?))
+}
+
 /// Waits for the end of the child, or brings it about; returns how it ended.
 async fn supervise(mut child: Child, end: &CancellationToken) -> Option<ExitStatus> {
-    let group = child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?));
+    let group = group(&child);
     let signal = |signal| {
         if let Some(group) = group {
             // Fails only when nobody of the group is left.

@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use crate::mcp::{Outcome, Room, definition, json_schema};
+use crate::mcp::{Held, Outcome, Room, definition, json_schema};
 use crate::model::{Connector, Secret, SecretMap, Server, ServerType, State, Stdio, Tool, clear, sha256_hex};
 
 /// Letta's default user, which every tool was made by.
@@ -206,6 +206,20 @@ pub struct ToolExecutionResult {
     sandbox_config_fingerprint: (),
     result: Option<Box<RawValue>>,
     duration_ms: f64,
+    #[serde(skip)]
+    held: Option<Held>,
+}
+
+/// The text of an answer, and the room that it takes as long as it is there.
+struct Body {
+    text: Vec<u8>,
+    _held: Option<Held>,
+}
+
+impl AsRef<[u8]> for Body {
+    fn as_ref(&self) -> &[u8] {
+        &self.text
+    }
 }
 
 impl ToolExecutionResult {
@@ -214,8 +228,15 @@ impl ToolExecutionResult {
         Outcome { is_error: true, text: reason.into(), result: None, duration, held: None }.into()
     }
 
-    pub fn json(&self) -> Bytes {
-        serde_json::to_vec(self).expect("a result is JSON").into()
+    /// The body of the answer.
+    pub fn json(mut self) -> Bytes {
+        let text = serde_json::to_vec(&self).expect("a result is JSON");
+        let mut held = self.held.take();
+        if let Some(held) = &mut held {
+            // It may be larger than the server's message, and find no room for that: the answer is there already.
+            let _ = held.resize(text.len());
+        }
+        Bytes::from_owner(Body { text, _held: held })
     }
 }
 
@@ -230,6 +251,7 @@ impl From<Outcome> for ToolExecutionResult {
             sandbox_config_fingerprint: (),
             result: outcome.result,
             duration_ms: (outcome.duration.as_secs_f64() * 1_000_000.0).round() / 1_000.0,
+            held: outcome.held,
         }
     }
 }
