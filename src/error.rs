@@ -112,6 +112,7 @@ impl Error {
             // Letta's own status for a server that a refresh cannot reach (CONTRACT row 11).
             Self::Refresh { .. } => (StatusCode::NOT_FOUND, "mcp_server_unavailable"),
             Self::Connect(_) => (StatusCode::BAD_GATEWAY, "mcp_connection_error"),
+            Self::Overload { source: mcp::Error::Store, .. } => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             Self::Overload { .. } | Self::Full => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
             Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),

@@ -17,7 +17,7 @@
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
 //! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
-//! | [`mcp`] | speaks MCP: `pool` (one live session per server) and `watch` (what happens between calls), `session` (handshake, list, call), the transports `stdio`, `http` and `sse`, and what they are made of: `message` (JSON-RPC), `exchange` (who waits for which answer), `lines` and `events` (what is read, bounded), `budget` (how much of it at a time), `mirror` (arguments as header fields), `egress` (what goes out), `keeper` (no child outlives us); `listing` and `schema` (tools), `result` and `json` (answers) |
+//! | [`mcp`] | speaks MCP: `pool` (one live session per server) and `watch` (what happens between calls), `session` (handshake, list, call), the transports `stdio`, `http` and `sse` (`remote` is what those two have in common), and what they are made of: `message` (JSON-RPC), `exchange` (who waits for which answer), `lines` and `events` (what is read, bounded), `budget` (how much of it at a time), `mirror` (arguments as header fields), `egress` (what goes out), `keeper` (no child outlives us); `listing` and `schema` (tools), `result` and `json` (answers) |
 //! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory) |
 //!
 //! # Who may import whom

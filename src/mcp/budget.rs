@@ -45,14 +45,13 @@ impl Budget {
 /// The room that one message takes; dropping it gives the room back.
 pub struct Held {
     share: Arc<Share>,
-    /// The size of the message, and how much of it is counted.
-    size: usize,
+    /// How much of the message is counted.
     counted: usize,
 }
 
 impl Held {
     pub fn nothing(share: &Arc<Share>) -> Self {
-        Self { share: share.clone(), size: 0, counted: 0 }
+        Self { share: share.clone(), counted: 0 }
     }
 
     /// Changes the size of the message to `size` bytes.
@@ -76,7 +75,6 @@ impl Held {
             all.fetch_sub(self.counted - counted, Ordering::Relaxed);
             ours.fetch_sub(self.counted - counted, Ordering::Relaxed);
         }
-        self.size = size;
         self.counted = counted;
         Ok(())
     }
@@ -97,7 +95,7 @@ impl Drop for Held {
 
 impl std::fmt::Debug for Held {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Held({} bytes)", self.size)
+        write!(f, "Held({} bytes)", self.counted)
     }
 }
 

@@ -5,7 +5,7 @@ use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt};
 
 use super::budget::{Held, Oversize};
-use super::http::HttpError;
+use super::remote::HttpError;
 
 /// The longest id that is kept, in bytes.
 const MAX_ID: usize = 1024;

@@ -8,7 +8,9 @@ use tokio::sync::oneshot;
 
 use super::Error;
 use super::budget::{Held, Oversize};
-use super::message::RpcError;
+use super::message::{self, Inbound, RpcError};
+use super::session::CallError;
+use super::watch::Bell;
 
 /// What a request got.
 #[derive(Debug)]
@@ -27,6 +29,21 @@ pub struct Answer {
     pub result: Box<RawValue>,
     pub held: Held,
 }
+
+impl Reply {
+    /// The same, of a request that was sent.
+    pub fn into_result(self) -> Result<Answer, CallError> {
+        match self {
+            Self::Result(answer) => Ok(answer),
+            Self::Error(error) => Err(CallError::Rpc(error)),
+            Self::Untaken(oversize) => Err(CallError::Untaken(oversize)),
+            Self::Ended(error) => Err(CallError::Lost(error)),
+        }
+    }
+}
+
+/// A request of the server's: its id, as it goes back, and its method.
+pub type ServerRequest = (Box<RawValue>, String);
 
 #[derive(Default)]
 pub struct Exchange(Mutex<State>);
@@ -54,6 +71,24 @@ impl Exchange {
         let (sender, answer) = oneshot::channel();
         state.waiting.insert(id, sender);
         Ok(Waiting { id, answer, exchange: self.clone() })
+    }
+
+    /// Takes what one text of the server brings: answers go to those who wait, notices to `bell`. Returns the server's own
+    /// requests.
+    pub fn receive(&self, text: &[u8], mut held: Held, bell: &Bell) -> Vec<ServerRequest> {
+        let mut requests = Vec::new();
+        for inbound in message::read(text) {
+            match inbound {
+                Inbound::Answer { id, result: Ok(result) } => {
+                    self.deliver(id, Reply::Result(Answer { result, held: held.take() }));
+                }
+                Inbound::Answer { id, result: Err(error) } => self.deliver(id, Reply::Error(error)),
+                Inbound::Request { id, method } => requests.push((id, method)),
+                Inbound::Notification { method } if method == message::LIST_CHANGED => bell.list_changed(),
+                Inbound::Notification { .. } => {}
+            }
+        }
+        requests
     }
 
     /// Hands an answer to whoever waits for it. An answer to nobody, or a second one, changes nothing.

@@ -9,9 +9,8 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
-use http::header::{ACCEPT, CONTENT_TYPE, RETRY_AFTER};
+use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
-use tokio::sync::Semaphore;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -22,122 +21,29 @@ use super::events::{Event, Events};
 use super::exchange::Answer;
 use super::message::{self, Inbound, RpcError};
 use super::mirror::encode;
+use super::remote::{EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, header_fields, is_media_type};
 use super::session::{Ask, CallError, Context, Greeted};
 use super::watch::Bell;
 use super::{AgentId, Error};
 
-pub const EVENT_STREAM: &str = "text/event-stream";
-const JSON: &str = "application/json";
 const BOTH: HeaderValue = HeaderValue::from_static("application/json, text/event-stream");
 const SESSION: HeaderName = HeaderName::from_static("mcp-session-id");
 const VERSION: HeaderName = HeaderName::from_static("mcp-protocol-version");
 const METHOD: HeaderName = HeaderName::from_static("mcp-method");
 const NAME: HeaderName = HeaderName::from_static("mcp-name");
 const LAST_EVENT: HeaderName = HeaderName::from_static("last-event-id");
-pub const X_AGENT_ID: HeaderName = HeaderName::from_static("x-agent-id");
 
 /// The most of an error body that is read, in bytes.
 const MAX_ERROR_BODY: usize = 64 * 1024;
 /// How long before a broken answer stream is resumed, however soon the server invites it, and how often.
 const RESUME_DELAY: Duration = Duration::from_millis(500);
 const MAX_RESUMES: usize = 100;
-/// How long a goodbye, a notice of cancellation or our answer to a server's question may take.
-const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the end of a stream may take after its answer, so that its connection can be used again.
 const REST_OF_STREAM: Duration = Duration::from_secs(1);
-/// How many of a server's questions are being answered at a time.
-const QUESTIONS: usize = 8;
 /// How long before a stream of notices is opened again: doubled from the first to the last.
 const LISTEN_AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 /// How long between two looks at a server that says nothing by itself.
 const LOOK: Duration = Duration::from_secs(60);
-/// The longest `Retry-After` that is believed.
-const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
-
-/// Why an HTTP exchange did not come about; texts name no URL.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum HttpError {
-    /// Nothing was sent.
-    #[error("{0}")]
-    Connect(String),
-    #[error("the server did not answer in time")]
-    TimedOut,
-    #[error("the connection broke: {0}")]
-    Broken(String),
-    #[error("its answer cannot be taken: {0}")]
-    Oversize(#[from] Oversize),
-    #[error("it asks for a sign-in (HTTP 401); check auth_token and custom_headers")]
-    SignIn,
-    #[error("the server answered HTTP {status}")]
-    Status { status: StatusCode, retry_after: Option<Duration> },
-    #[error("the server answered with a body that is neither JSON nor an event stream")]
-    ContentType,
-    #[error("the server's answer is no JSON-RPC answer to the request")]
-    NoAnswer,
-}
-
-impl From<reqwest::Error> for HttpError {
-    fn from(error: reqwest::Error) -> Self {
-        let reason = innermost(&error);
-        match error {
-            error if error.is_connect() && error.is_timeout() => Self::Connect("the connection timed out".to_owned()),
-            error if error.is_connect() || error.is_builder() => Self::Connect(reason),
-            error if error.is_timeout() => Self::TimedOut,
-            _ => Self::Broken(reason),
-        }
-    }
-}
-
-impl HttpError {
-    /// What a status other than 2xx means.
-    pub fn of(response: &reqwest::Response) -> Self {
-        match response.status() {
-            StatusCode::UNAUTHORIZED => Self::SignIn,
-            status => Self::Status { status, retry_after: retry_after(response) },
-        }
-    }
-}
-
-/// The last cause of an error: the operating system's or TLS's words, without the URL that the outer ones carry.
-fn innermost(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(next) = cause.source() {
-        cause = next;
-    }
-    if std::ptr::addr_eq(cause, error) { "the request could not be made".to_owned() } else { cause.to_string() }
-}
-
-/// The header fields that a server's configuration asks for (CONTRACT row 7): `auth_header` and `auth_token` as they
-/// are given, a token alone as `Authorization` with `Bearer ` added if it is absent, and the custom headers.
-///
-/// # Errors
-/// [`Error::Header`] when a field is no legal HTTP; such a configuration is refused when it is written.
-pub fn header_fields(remote: &Remote) -> Result<HeaderMap, Error> {
-    let mut fields = HeaderMap::new();
-    let mut add = |name: &str, value: &str| -> Result<(), Error> {
-        let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| Error::Header)?;
-        let mut value = HeaderValue::from_str(value).map_err(|_| Error::Header)?;
-        value.set_sensitive(true);
-        fields.insert(name, value);
-        Ok(())
-    };
-    for (name, value) in remote.custom_headers.iter().flatten() {
-        add(name, value.expose())?;
-    }
-    if let Some(token) = &remote.auth_token {
-        let token = token.expose();
-        match &remote.auth_header {
-            Some(name) => add(name, token)?,
-            None if starts_with_bearer(token) => add("authorization", token)?,
-            None => add("authorization", &format!("Bearer {token}"))?,
-        }
-    }
-    Ok(fields)
-}
-
-fn starts_with_bearer(token: &str) -> bool {
-    token.get(..7).is_some_and(|scheme| scheme.eq_ignore_ascii_case("bearer "))
-}
 
 /// One session with one server.
 #[derive(Clone)]
@@ -155,7 +61,7 @@ struct Shared {
     max_body: usize,
     share: Arc<Share>,
     bell: Bell,
-    questions: Arc<Semaphore>,
+    replies: Replies,
     tracker: tokio_util::task::TaskTracker,
     handshake_timeout: Duration,
     /// Why the server is known to be gone.
@@ -183,7 +89,7 @@ impl HttpWire {
             max_body: context.settings.max_message_bytes,
             share,
             bell,
-            questions: Arc::new(Semaphore::new(QUESTIONS)),
+            replies: Replies::new(context.tracker.clone()),
             tracker: context.tracker.clone(),
             handshake_timeout: context.settings.handshake_timeout,
             gone: OnceLock::new(),
@@ -304,7 +210,7 @@ impl HttpWire {
         Err(CallError::Lost(Error::Closed))
     }
 
-    /// What one text of the server brings: the answer to request `id` if it is among it. Questions are answered.
+    /// What one text of the server brings: the answer to request `id` if it is among it. The server's own requests are answered.
     async fn take(&self, id: u64, text: &[u8], held: Held) -> Option<Result<Answer, CallError>> {
         let mut answer = None;
         let mut held = held;
@@ -318,14 +224,11 @@ impl HttpWire {
                 }
                 Inbound::Answer { .. } => {}
                 Inbound::Request { id, method } => {
-                    // The server waits its turn, and so does what it wrote behind its question.
-                    let turn = self.0.questions.clone().acquire_owned().await;
-                    let turn = turn.expect("the semaphore is never closed");
                     let (wire, body) = (self.clone(), message::reply(&id, &method));
-                    self.0.tracker.spawn(async move {
+                    let sending = async move {
                         let _ = wire.notify(body.into(), Instant::now() + NOTICE_TIMEOUT).await;
-                        drop(turn);
-                    });
+                    };
+                    self.0.replies.send(sending).await;
                 }
                 Inbound::Notification { method } if method == message::LIST_CHANGED => self.0.bell.list_changed(),
                 Inbound::Notification { .. } => {}
@@ -382,7 +285,7 @@ impl HttpWire {
 
     /// Listens for changed lists if the server announces them, and looks whether it is still there, until `end`, which a
     /// server that is gone brings about; then says goodbye.
-    pub async fn attend(self, greeted: Greeted, end: CancellationToken) {
+    pub async fn listen_and_leave(self, greeted: Greeted, end: CancellationToken) {
         let attending = async {
             if greeted.announces_lists
                 && let Some(gone) = self.listen(&greeted).await
@@ -432,7 +335,8 @@ impl HttpWire {
             } else {
                 self.request_for(Method::GET).header(ACCEPT, EVENT_STREAM)
             };
-            match timeout(self.0.handshake_timeout, request.send()).await {
+            let answered = timeout(self.0.handshake_timeout, request.send()).await;
+            match answered.map(|sent| sent.map_err(HttpError::from)) {
                 Ok(Ok(response)) if response.status().is_success() && is_media_type(&response, EVENT_STREAM) => {
                     // What changed while there was no stream was not told.
                     if !std::mem::take(&mut first) {
@@ -445,10 +349,7 @@ impl HttpWire {
                 }
                 // The server has no such stream (405), or does not want us.
                 Ok(Ok(response)) if !may_come_back(response.status()) => return None,
-                Ok(Err(error)) => match HttpError::from(error) {
-                    gone @ HttpError::Connect(_) => return Some(gone),
-                    _ => {}
-                },
+                Ok(Err(gone @ HttpError::Connect(_))) => return Some(gone),
                 _ => {}
             }
             if opened.elapsed() >= LISTEN_AGAIN.1 {
@@ -565,59 +466,4 @@ async fn body(response: reqwest::Response, max: usize, mut held: Option<&mut Hel
         body.extend_from_slice(&chunk);
     }
     Ok(body)
-}
-
-/// `Retry-After`, in seconds or as a date (RFC 9110, 10.2.3).
-fn retry_after(response: &reqwest::Response) -> Option<Duration> {
-    let text = text_header(response, &RETRY_AFTER)?;
-    let time = match text.trim().parse() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => {
-            let date = chrono::DateTime::parse_from_rfc2822(text.trim()).ok()?;
-            (date.to_utc() - chrono::Utc::now()).to_std().ok()?
-        }
-    };
-    Some(time.min(MAX_RETRY_AFTER))
-}
-
-/// Whether an answer is of this media type, whatever its parameters and case (RFC 9110 §8.3.1).
-pub fn is_media_type(response: &reqwest::Response, wanted: &str) -> bool {
-    let kind = text_header(response, &CONTENT_TYPE).unwrap_or_default();
-    kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case(wanted)
-}
-
-fn text_header(response: &reqwest::Response, name: &HeaderName) -> Option<String> {
-    response.headers().get(name)?.to_str().ok().map(str::to_owned)
-}
-
-#[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
-mod tests {
-    use super::*;
-
-    fn sent(auth_header: Option<&str>, auth_token: Option<&str>, custom: &[(&str, &str)]) -> Vec<(String, String)> {
-        let remote = Remote {
-            server_url: "http://127.0.0.1/mcp".to_owned(),
-            auth_header: auth_header.map(str::to_owned),
-            auth_token: auth_token.map(|token| token.to_owned().into()),
-            custom_headers: Some(custom.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned().into())).collect()),
-        };
-        let fields = header_fields(&remote).unwrap();
-        fields.iter().map(|(n, v)| (n.to_string(), v.to_str().unwrap().to_owned())).collect()
-    }
-
-    fn pair(name: &str, value: &str) -> (String, String) {
-        (name.to_owned(), value.to_owned())
-    }
-
-    #[test]
-    fn tokens_and_headers_are_sent_as_given() {
-        assert_eq!(sent(Some("X-API-Key"), Some("abc"), &[]), [pair("x-api-key", "abc")]);
-        assert_eq!(sent(Some("Authorization"), Some("Bearer t"), &[]), [pair("authorization", "Bearer t")]);
-        assert_eq!(sent(None, Some("t"), &[]), [pair("authorization", "Bearer t")]);
-        assert_eq!(sent(None, Some("bearer t"), &[]), [pair("authorization", "bearer t")]);
-        let both = sent(None, Some("t"), &[("X-A", "1")]);
-        assert!(both.contains(&pair("authorization", "Bearer t")) && both.contains(&pair("x-a", "1")), "{both:?}");
-        assert_eq!(sent(Some("X-API-Key"), None, &[]), []);
-    }
 }

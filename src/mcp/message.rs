@@ -1,6 +1,6 @@
 //! JSON-RPC 2.0 as MCP uses it: what goes out, and what comes in with its result left exactly as the server wrote it.
 //!
-//! Servers are forgiven what harms nobody: a missing `jsonrpc`, an id that comes back as a string, a byte that is no
+//! Servers are forgiven what harms nobody: a missing `jsonrpc`, an id that comes back as a string, a byte that is not
 //! UTF-8, a batch (revision 2025-03-26). An answer that cannot be read still fails its own request at once.
 
 use std::borrow::Cow;

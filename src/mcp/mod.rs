@@ -1,7 +1,7 @@
-//! Speaks MCP and knows no handler: the front door to sessions and tool lists.
+//! Speaks MCP, itself, and knows no handler: the front door to sessions and tool lists.
 //!
-//! [`Mcp::sync_tools`] makes the stored tools of a server equal to what it offers, [`Mcp::run_tool`] runs one,
-//! [`Mcp::forget`] ends a server's session, [`Mcp::close`] all of them.
+//! [`Mcp::first_sync`] and [`Mcp::sync_tools`] make the stored tools of a server equal to what it offers, [`Mcp::run_tool`] runs one,
+//! [`Mcp::forget`] and [`Mcp::reconfigured`] end a server's session, [`Mcp::close`] all of them.
 
 mod budget;
 mod egress;
@@ -15,6 +15,7 @@ mod listing;
 mod message;
 mod mirror;
 mod pool;
+mod remote;
 mod result;
 mod schema;
 mod session;
@@ -44,18 +45,18 @@ pub use schema::{Room, json_schema};
 
 use budget::{Budget, Oversize};
 use exchange::Answer;
-use http::HttpError;
 use keeper::Keeper;
 use listing::accept;
 use message::RpcError;
 use pool::Pool;
+use remote::HttpError;
 use result::ToolResult;
 use schema::{HEARTBEAT, declares};
 use session::{CallError, Context, Listed, Session};
 use stdio::Spawner;
 use watch::{News, watch};
 
-/// How long the end of all sessions may take at a stop: a child gets two graces, a server a moment for its goodbye.
+/// How long the end of all sessions may take at a stop: a child has two periods of grace, a remote server a moment for the goodbye.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
@@ -124,6 +125,8 @@ pub enum Error {
     Stopping,
     #[error("The server has as many calls as it may have, and as many waiting; try again in a moment.")]
     QueueFull,
+    #[error("The server had no time for this call, which was not sent; try again in a moment.")]
+    QueueTimeout,
     #[error("As many stdio servers as may run are busy; try again in a moment, or raise --max-children.")]
     NoChildFree,
     #[error("{reason} Portolan tries it again in {} s.", .rest.as_secs_f64().ceil())]
@@ -148,6 +151,7 @@ impl Error {
                 | Self::Stopping
                 | Self::Store
                 | Self::QueueFull
+                | Self::QueueTimeout
                 | Self::NoChildFree
                 | Self::NotReady
                 | Self::Resting { .. }
@@ -176,7 +180,7 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Resting { rest, .. } => Some(*rest),
-            Self::QueueFull | Self::NoChildFree | Self::Store => Some(Duration::from_secs(1)),
+            Self::QueueFull | Self::QueueTimeout | Self::NoChildFree | Self::Store => Some(Duration::from_secs(1)),
             _ => None,
         }
     }

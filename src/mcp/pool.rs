@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -16,7 +17,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex as Lock, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::model::{Connector, Era, Server, State};
+use crate::model::{Connector, Era, Server, ServerType, State};
 use crate::store::{Reached, Store};
 
 use super::Error;
@@ -25,16 +26,18 @@ use super::watch::News;
 
 /// How long a server rests after a failure: doubled from the first to the last. One that could be opened and ended soon
 /// after that rests less: it may well be that one call ended it.
-const REST: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
-const SHORT_REST: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
+const BACK_OFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+const SHORT_BACK_OFF: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(2));
 /// A session that ends within this time, and has answered nothing, counts as a failure.
 const SOON: Duration = Duration::from_secs(10);
-/// How long an opening waits for another child to leave, and how often it looks for one that can.
+/// How long an opening waits for another child to leave, how often it looks for one that can, and how long one that was
+/// asked to may take.
 const CHILD_TIMEOUT: Duration = Duration::from_secs(15);
 const CHILD_LOOK: Duration = Duration::from_millis(50);
-/// How long a call that failed waits for others to be done with noting it.
+const CHILD_LEAVES: Duration = Duration::from_secs(5);
+/// How long a call that failed waits for that to be noted.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long after a rest a server that failed is remembered.
+/// How long after its rest a server is remembered that will not come back by itself.
 const MEMORY: Duration = Duration::from_secs(600);
 
 pub struct Pool {
@@ -56,8 +59,20 @@ struct Slot {
     live: Mutex<Option<Live>>,
     /// Held while a session is being opened.
     history: Lock<History>,
+    turns: Turns,
+}
+
+/// The places of a server's calls; they stay with the server when its configuration changes.
+#[derive(Clone)]
+struct Turns {
     calls: Arc<Semaphore>,
-    queued: AtomicUsize,
+    queued: Arc<AtomicUsize>,
+}
+
+impl Slot {
+    fn new(turns: Turns) -> Arc<Self> {
+        Arc::new(Self { live: Mutex::default(), history: Lock::default(), turns })
+    }
 }
 
 #[derive(Clone)]
@@ -70,19 +85,47 @@ struct Live {
 /// How the last attempts went.
 #[derive(Default)]
 struct History {
+    /// In a row.
     failures: u32,
-    failed: Option<Failed>,
+    last: Option<Failure>,
 }
 
 #[derive(Clone)]
-struct Failed {
+struct Failure {
     at: Instant,
     /// No attempt is made before.
     until: Instant,
     revision: i64,
     error: Error,
     /// The server may come back by itself, and be looked for without being asked.
-    remote: bool,
+    may_return: bool,
+}
+
+impl History {
+    /// Notes a failure that is followed by `pause`.
+    fn fail(&mut self, revision: i64, error: &Error, pause: Duration, has_child: bool) {
+        let at = Instant::now();
+        let may_return = !has_child && !error.is_ours() && error.state() == State::Unreachable;
+        self.last = Some(Failure { at, until: at + pause, revision, error: error.clone(), may_return });
+    }
+
+    /// Notes the end of a session, and why it ended if it did so by itself. One that ended soon after it was opened, and
+    /// had answered nothing, counts as a failure; the first time may be bad luck.
+    fn end(&mut self, live: &Live, why: Option<&Error>) {
+        let session = &live.session;
+        if session.has_served() {
+            self.failures = 0;
+        }
+        let Some(error) = why.filter(|error| !error.is_ours()) else { return };
+        let mut pause = Duration::ZERO;
+        if !session.has_served() && session.opened().elapsed() < SOON {
+            self.failures += 1;
+            if self.failures > 1 {
+                pause = back_off(SHORT_BACK_OFF, self.failures - 1);
+            }
+        }
+        self.fail(live.revision, error, error.pause().unwrap_or(pause), session.has_child());
+    }
 }
 
 /// A call's place at its server; dropping it lets the next one in.
@@ -94,7 +137,8 @@ pub fn jitter(most: Duration) -> Duration {
     most.mul_f64((random >> 11) as f64 / (1_u64 << 53) as f64)
 }
 
-fn rest(scale: (Duration, Duration), failures: u32) -> Duration {
+/// How long to leave a server alone after so many failures in a row: between half of the step and all of it.
+fn back_off(scale: (Duration, Duration), failures: u32) -> Duration {
     let full = scale.0.saturating_mul(1 << failures.saturating_sub(1).min(16)).min(scale.1);
     full / 2 + jitter(full / 2)
 }
@@ -136,12 +180,8 @@ impl Pool {
         if let Some(slot) = slots.by_server.get(server_id) {
             return Ok(slot.clone());
         }
-        let slot = Arc::new(Slot {
-            live: Mutex::default(),
-            history: Lock::default(),
-            calls: Arc::new(Semaphore::new(self.context.settings.max_calls_per_server)),
-            queued: AtomicUsize::new(0),
-        });
+        let calls = Arc::new(Semaphore::new(self.context.settings.max_calls_per_server));
+        let slot = Slot::new(Turns { calls, queued: Arc::default() });
         slots.by_server.insert(server_id.to_owned(), slot.clone());
         Ok(slot)
     }
@@ -149,25 +189,26 @@ impl Pool {
     /// A place among the calls of a server, in turn, by `deadline`.
     ///
     /// # Errors
-    /// [`Error::QueueFull`] when too many wait already, or the wait takes too long; [`Error::Stopping`].
+    /// [`Error::QueueFull`] when too many wait already, [`Error::QueueTimeout`], [`Error::Stopping`].
     pub async fn enter(&self, server_id: &str, deadline: Instant) -> Result<Place, Error> {
-        let slot = self.slot(server_id)?;
-        if let Ok(permit) = slot.calls.clone().try_acquire_owned() {
+        // Not the slot: who waits here must not keep the session of an old configuration.
+        let Turns { calls, queued } = self.slot(server_id)?.turns.clone();
+        if let Ok(permit) = calls.clone().try_acquire_owned() {
             return Ok(Place(permit));
         }
-        struct Queued<'a>(&'a AtomicUsize);
-        impl Drop for Queued<'_> {
+        struct Queued(Arc<AtomicUsize>);
+        impl Drop for Queued {
             fn drop(&mut self) {
                 self.0.fetch_sub(1, Ordering::Relaxed);
             }
         }
-        let before = slot.queued.fetch_add(1, Ordering::Relaxed);
-        let _queued = Queued(&slot.queued);
+        let before = queued.fetch_add(1, Ordering::Relaxed);
+        let _queued = Queued(queued);
         if before >= self.context.settings.max_queue_per_server {
             return Err(Error::QueueFull);
         }
-        let permit = timeout_at(deadline, slot.calls.clone().acquire_owned()).await;
-        permit.ok().and_then(Result::ok).map(Place).ok_or(Error::QueueFull)
+        let permit = timeout_at(deadline, calls.acquire_owned()).await.map_err(|_| Error::QueueTimeout)?;
+        permit.map(Place).map_err(|_| Error::Stopping)
     }
 
     /// The session of this server, if there is a live one.
@@ -194,13 +235,13 @@ impl Pool {
         }
         self.check_current(&server.id, &slot)?;
         self.bury(&slot, &mut history);
-        if let Some(failed) = history.failed.as_ref().filter(|failed| failed.revision == server.revision) {
-            if failed.at > arrived {
-                return Err(failed.error.clone());
+        if let Some(failure) = history.last.as_ref().filter(|failure| failure.revision == server.revision) {
+            if failure.at > arrived {
+                return Err(failure.error.clone());
             }
-            let rest = failed.until.saturating_duration_since(Instant::now());
+            let rest = failure.until.saturating_duration_since(Instant::now());
             if !now && !rest.is_zero() {
-                return Err(Error::Resting { reason: Box::new(failed.error.clone()), rest });
+                return Err(Error::Resting { reason: Box::new(failure.error.clone()), rest });
             }
         }
         // The row at hand may be of before a change; what is started must be what is configured.
@@ -209,6 +250,7 @@ impl Pool {
             Ok(None) => return Err(Error::Deleted),
             Err(error) => {
                 tracing::error!(server.id, %error, "cannot read the server to be opened");
+                history.fail(server.revision, &Error::Store, Duration::ZERO, true);
                 return Err(Error::Store);
             }
         };
@@ -218,7 +260,7 @@ impl Pool {
         match opened {
             Ok(session) => {
                 tracing::info!(server.id, server.r#type = server.server_type.as_str(), "session opened");
-                history.failed = None;
+                history.last = None;
                 // A server that was never listed is ready when it has been.
                 if server.last_synced_at.is_some() {
                     self.note(&server, &mut history, Ok(session.era())).await;
@@ -229,10 +271,17 @@ impl Pool {
                 Ok((session, true))
             }
             Err(error) => {
+                let mut pause = Duration::ZERO;
                 if !error.is_ours() {
-                    self.fail(&mut history, &server, &error, REST, None);
-                    self.note(&server, &mut history, Err(&error)).await;
+                    history.failures += 1;
+                    pause = error.pause().unwrap_or_else(|| back_off(BACK_OFF, history.failures));
+                    // A server that stays away is not written down each time.
+                    if server.state != error.state() || server.error.as_deref() != Some(&*error.to_string()) {
+                        self.note(&server, &mut history, Err(&error)).await;
+                    }
                 }
+                // Noted also when it is ours: those who wait share it.
+                history.fail(server.revision, &error, pause, server.server_type == ServerType::Stdio);
                 Err(error)
             }
         }
@@ -250,21 +299,22 @@ impl Pool {
 
     /// Room for one more child; the one that is idle longest makes it.
     async fn child_permit(&self) -> Result<OwnedSemaphorePermit, Error> {
-        let waiting = async {
-            loop {
-                let children = self.children.clone();
-                // A permit comes back when its child is gone, and that takes the child's time.
-                let patience = if self.children.available_permits() == 0 && self.close_idlest_child() {
-                    CHILD_TIMEOUT
-                } else {
-                    CHILD_LOOK
-                };
-                if let Ok(Ok(permit)) = timeout(patience, children.acquire_owned()).await {
-                    return permit;
-                }
+        let mut permit = pin!(self.children.clone().acquire_owned());
+        let deadline = Instant::now() + CHILD_TIMEOUT;
+        // A permit comes back when its child is gone, and that takes the child's time: one is asked at a time.
+        let mut asked: Option<Instant> = None;
+        while Instant::now() < deadline {
+            if let Ok(Ok(permit)) = timeout(Duration::ZERO, &mut permit).await {
+                return Ok(permit);
             }
-        };
-        timeout(CHILD_TIMEOUT, waiting).await.map_err(|_| Error::NoChildFree)
+            if asked.is_none_or(|asked| asked.elapsed() > CHILD_LEAVES) && self.close_idlest_child() {
+                asked = Some(Instant::now());
+            }
+            if let Ok(Ok(permit)) = timeout(CHILD_LOOK, &mut permit).await {
+                return Ok(permit);
+            }
+        }
+        Err(Error::NoChildFree)
     }
 
     fn close_idlest_child(&self) -> bool {
@@ -289,38 +339,12 @@ impl Pool {
         }
     }
 
-    /// Takes a session that has ended out of its slot, and counts an early end as a failure. Returns why it ended.
+    /// Takes a session that has ended out of its slot, and returns why it ended.
     fn bury(&self, slot: &Slot, history: &mut History) -> Option<(i64, Error)> {
-        let Live { revision, session } = slot.live().take_if(|live| live.session.is_closed())?;
-        if session.has_served() {
-            history.failures = 0;
-        }
-        let error = session.ended()?;
-        if !session.has_served() && session.opened().elapsed() < SOON {
-            history.failures += 1;
-            // The first time may be bad luck.
-            let wait = if history.failures > 1 { rest(SHORT_REST, history.failures - 1) } else { Duration::ZERO };
-            let now = Instant::now();
-            let remote = !session.has_child();
-            history.failed = Some(Failed { at: now, until: now + wait, revision, error: error.clone(), remote });
-        }
-        Some((revision, error))
-    }
-
-    fn fail(
-        &self,
-        history: &mut History,
-        server: &Server,
-        error: &Error,
-        scale: (Duration, Duration),
-        asked: Option<Duration>,
-    ) {
-        history.failures += 1;
-        let now = Instant::now();
-        let until = now + asked.unwrap_or_else(|| rest(scale, history.failures));
-        let remote = matches!(server.config.0, Ok(Connector::Sse(_) | Connector::StreamableHttp(_)))
-            && error.state() == State::Unreachable;
-        history.failed = Some(Failed { at: now, until, revision: server.revision, error: error.clone(), remote });
+        let live = slot.live().take_if(|live| live.session.is_closed())?;
+        let error = live.session.ended();
+        history.end(&live, error.as_ref());
+        Some((live.revision, error?))
     }
 
     /// Lets go of a session that failed a call with `error`, unless another one has taken its place; the server's status
@@ -331,14 +355,8 @@ impl Pool {
         // Whoever opens a session just now found this one retired, and says how that went. Whoever has heard of its end
         // just now says why, and is waited for, so that the status is told when the caller is.
         let Ok(mut history) = timeout(SETTLE_TIMEOUT, slot.history.lock()).await else { return };
-        if slot.take(session).is_none() {
-            return;
-        }
-        if let Some(pause) = error.pause() {
-            self.fail(&mut history, server, error, REST, Some(pause));
-        } else if !session.has_served() && session.opened().elapsed() < SOON && !error.is_ours() {
-            history.failures += 1;
-        }
+        let Some(live) = slot.take(session) else { return };
+        history.end(&live, Some(error));
         if !error.is_ours() {
             self.note(server, &mut history, Err(error)).await;
         }
@@ -347,8 +365,12 @@ impl Pool {
     /// Lets go of a session that proved to be dead before a call was sent on it.
     pub fn drop_session(&self, server_id: &str, session: &Arc<Session>) {
         session.retire();
-        if let Some(slot) = self.slots().by_server.get(server_id) {
-            slot.take(session);
+        let slot = self.slots().by_server.get(server_id).cloned();
+        if let Some(slot) = slot
+            && let Some(live) = slot.take(session)
+            && let Ok(mut history) = slot.history.try_lock()
+        {
+            history.end(&live, None);
         }
     }
 
@@ -379,49 +401,63 @@ impl Pool {
             }
             Err(error) => Reached { state: error.state(), error: Some(error.to_string()), era: server.era() },
         };
-        if let Err(error) = self.store.record_reached(&server.id, server.revision, &reached).await {
-            tracing::error!(server.id, %error, "cannot note the state of a server");
-        }
+        let (store, id, revision) = (self.store.clone(), server.id.clone(), server.revision);
+        let noting = async move {
+            if let Err(error) = store.record_reached(&id, revision, &reached).await {
+                tracing::error!(server.id = id, %error, "cannot note the state of a server");
+            }
+        };
+        // It goes on when the database takes longer: a caller must not wait for that.
+        let _ = timeout(SETTLE_TIMEOUT, self.context.tracker.spawn(noting)).await;
     }
 
-    /// Closes sessions that nobody has used for long, and forgets what is not worth remembering. Returns the remote
-    /// servers that failed and have rested: somebody may look for them.
+    /// Closes sessions that nobody has used for long, and forgets what is not worth remembering. Returns the servers that
+    /// are away, have rested and may have come back, the longest away first: somebody may look for them.
     pub fn sweep(&self) -> Vec<String> {
         let now = Instant::now();
-        let idle_timeout = self.context.settings.idle_timeout;
+        let settings = &self.context.settings;
         let mut rested = Vec::new();
         self.slots().by_server.retain(|server_id, slot| {
             let idle = slot.live().take_if(|live| {
-                Arc::strong_count(&live.session) == 1 && now.duration_since(live.session.used()) >= idle_timeout
+                Arc::strong_count(&live.session) == 1
+                    && now.duration_since(live.session.used()) >= settings.idle_timeout
             });
-            if idle.is_some() {
+            let Ok(mut history) = slot.history.try_lock() else { return true };
+            if let Some(idle) = idle {
                 tracing::debug!(server.id = server_id, "idle session closed");
+                history.end(&idle, None);
             }
-            let Ok(history) = slot.history.try_lock() else { return true };
-            if let Some(failed) = history.failed.as_ref().filter(|_| slot.live().is_none()) {
-                if failed.remote && failed.until <= now {
-                    rested.push(server_id.clone());
-                }
-                if now < failed.until + MEMORY || failed.remote {
-                    return true;
-                }
+            let is_used = slot.live().is_some()
+                || Arc::strong_count(slot) > 1
+                || slot.turns.calls.available_permits() < settings.max_calls_per_server;
+            if is_used {
+                return true;
             }
-            slot.live().is_some() || Arc::strong_count(slot) > 1
+            let Some(failure) = &history.last else { return false };
+            if failure.may_return && failure.until <= now {
+                rested.push((failure.until, server_id.clone()));
+            }
+            failure.may_return || now < failure.until + MEMORY
         });
-        rested
+        rested.sort();
+        rested.into_iter().map(|(_, server_id)| server_id).collect()
     }
 
     /// Lets go of whatever session this server has.
     pub fn forget(&self, server_id: &str) {
-        self.slots().by_server.remove(server_id);
+        let slot = self.slots().by_server.remove(server_id);
+        if let Some(slot) = slot {
+            slot.live().take();
+        }
     }
 
     /// Lets go of a session of before `revision`, and of one that is just being opened.
     pub fn reconfigured(&self, server_id: &str, revision: i64) {
         let mut slots = self.slots();
-        let newer = slots.by_server.get(server_id).is_some_and(|slot| slot.usable(revision).is_some());
-        if !newer {
-            slots.by_server.remove(server_id);
+        let Some(slot) = slots.by_server.get_mut(server_id) else { return };
+        if slot.usable(revision).is_none() {
+            let old = std::mem::replace(slot, Slot::new(slot.turns.clone()));
+            old.live().take();
         }
     }
 
@@ -429,6 +465,23 @@ impl Pool {
     pub fn close(&self) {
         let mut slots = self.slots();
         slots.closed = true;
-        slots.by_server.clear();
+        for (_, slot) in slots.by_server.drain() {
+            slot.live().take();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_back_off_doubles_up_to_its_cap_and_is_never_the_same() {
+        for (failures, seconds) in [(1, 1), (2, 2), (5, 16), (6, 30), (1_000, 30)] {
+            let full = Duration::from_secs(seconds);
+            let drawn: Vec<_> = (0..20).map(|_| back_off(BACK_OFF, failures)).collect();
+            assert!(drawn.iter().all(|wait| *wait >= full / 2 && *wait <= full), "{failures}: {drawn:?}");
+            assert!(drawn.windows(2).any(|pair| pair[0] != pair[1]), "jitter");
+        }
     }
 }

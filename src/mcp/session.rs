@@ -22,10 +22,11 @@ use crate::model::{Connector, Era, Tool};
 
 use super::budget::{Budget, Held, Oversize};
 use super::exchange::Answer;
-use super::http::{HttpError, HttpWire};
+use super::http::HttpWire;
 use super::keeper::Keeper;
 use super::listing::{MAX_TOOLS, definition};
 use super::message::{self, METHOD_NOT_FOUND, RpcError};
+use super::remote::HttpError;
 use super::sse::SseWire;
 use super::stdio::{Spawner, StdioWire};
 use super::watch::Bell;
@@ -245,7 +246,7 @@ impl Session {
             }
             Wire::Stdio(_) | Wire::Sse(_) => {}
             Wire::Http(http) => {
-                context.tracker.spawn(http.clone().attend(greeted.clone(), end.clone()));
+                context.tracker.spawn(http.clone().listen_and_leave(greeted.clone(), end.clone()));
             }
         }
         let meta = greeted.is_modern().then(|| RawValue::from_string(meta()).expect("it is JSON"));

@@ -3,12 +3,10 @@
 //! The end of the stream is the end of the session: a new stream would be a new session that knows of no handshake.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{ACCEPT, CONTENT_TYPE};
 use http::{HeaderMap, StatusCode};
-use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -18,17 +16,12 @@ use crate::model::Remote;
 
 use super::budget::{Held, Share};
 use super::events::Events;
-use super::exchange::{Answer, Exchange, Reply};
-use super::http::{EVENT_STREAM, HttpError, X_AGENT_ID, header_fields, is_media_type};
-use super::message::{self, Inbound};
+use super::exchange::{Answer, Exchange};
+use super::message;
+use super::remote::{EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, header_fields, is_media_type};
 use super::session::{Ask, CallError, Context};
 use super::watch::Bell;
 use super::{AgentId, Error};
-
-/// How long a notice of cancellation, or our answer to a server's question, may take.
-const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How many of a server's questions are being answered at a time.
-const QUESTIONS: usize = 8;
 
 /// One session with one server.
 #[derive(Clone)]
@@ -39,7 +32,7 @@ struct Shared {
     fields: HeaderMap,
     endpoint: Url,
     exchange: Arc<Exchange>,
-    questions: Arc<Semaphore>,
+    replies: Replies,
     tracker: TaskTracker,
     bell: Bell,
     /// The session is to end, or has.
@@ -88,7 +81,7 @@ impl SseWire {
             fields,
             endpoint,
             exchange: Arc::default(),
-            questions: Arc::new(Semaphore::new(QUESTIONS)),
+            replies: Replies::new(context.tracker.clone()),
             tracker: context.tracker.clone(),
             bell,
             end,
@@ -125,12 +118,7 @@ impl SseWire {
         };
         let Ok(reply) = timeout_at(deadline, exchanging).await else { return Err(CallError::TimedOut) };
         pending.over = true;
-        match reply? {
-            Reply::Result(answer) => Ok(answer),
-            Reply::Error(error) => Err(CallError::Rpc(error)),
-            Reply::Untaken(error) => Err(CallError::Untaken(error)),
-            Reply::Ended(error) => Err(CallError::Lost(error)),
-        }
+        reply?.into_result()
     }
 
     /// Sends what has no answer.
@@ -146,7 +134,7 @@ impl SseWire {
     fn post(&self, body: Bytes) -> reqwest::RequestBuilder {
         let shared = &self.0;
         let request = shared.client.post(shared.endpoint.clone()).headers(shared.fields.clone());
-        request.header(CONTENT_TYPE, "application/json").body(body)
+        request.header(CONTENT_TYPE, JSON).body(body)
     }
 
     async fn read(self, mut events: Events) {
@@ -171,31 +159,17 @@ impl SseWire {
             if !matches!(&*event.name, "" | "message") {
                 continue;
             }
-            let mut held = held;
-            for inbound in message::read(event.data.as_bytes()) {
-                match inbound {
-                    Inbound::Answer { id, result: Ok(result) } => {
-                        let answer = Answer { result, held: held.take() };
-                        self.0.exchange.deliver(id, Reply::Result(answer));
+            for (id, method) in self.0.exchange.receive(event.data.as_bytes(), held, &self.0.bell) {
+                let (wire, body) = (self.clone(), message::reply(&id, &method));
+                let sending = async move {
+                    let answered = wire.notify(body.into(), Instant::now() + NOTICE_TIMEOUT).await;
+                    // It asks and takes no answer: what it wrote behind its requests would not be read for long.
+                    if matches!(answered, Err(HttpError::TimedOut)) {
+                        wire.0.exchange.end(&Error::NotReading);
+                        wire.0.end.cancel();
                     }
-                    Inbound::Answer { id, result: Err(error) } => self.0.exchange.deliver(id, Reply::Error(error)),
-                    Inbound::Request { id, method } => {
-                        let turn = self.0.questions.clone().acquire_owned().await;
-                        let turn = turn.expect("the semaphore is never closed");
-                        let (wire, body) = (self.clone(), message::reply(&id, &method));
-                        self.0.tracker.spawn(async move {
-                            let answered = wire.notify(body.into(), Instant::now() + NOTICE_TIMEOUT).await;
-                            // It asks and takes no answer: what it wrote behind its questions would not be read for long.
-                            if matches!(answered, Err(HttpError::TimedOut)) {
-                                wire.0.exchange.end(&Error::NotReading);
-                                wire.0.end.cancel();
-                            }
-                            drop(turn);
-                        });
-                    }
-                    Inbound::Notification { method } if method == message::LIST_CHANGED => self.0.bell.list_changed(),
-                    Inbound::Notification { .. } => {}
-                }
+                };
+                self.0.replies.send(sending).await;
             }
         }
     }

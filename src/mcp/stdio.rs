@@ -26,7 +26,7 @@ use super::Error;
 use super::budget::{Held, Share};
 use super::exchange::{Answer, Exchange, Reply};
 use super::lines::{Line, Lines};
-use super::message::{self, Inbound};
+use super::message;
 use super::session::{Ask, CallError, Context};
 use super::watch::Bell;
 
@@ -48,10 +48,12 @@ const REST_OF_OUTPUT: Duration = Duration::from_millis(500);
 const USUAL_FILES: u64 = 1024;
 /// How long a child may leave its standard input unread while something waits to be written.
 const STALL: Duration = Duration::from_secs(30);
-/// How long a child may ask on without reading what it was answered.
+/// How long a child may go on asking without reading our answers.
 const ASKING: Duration = Duration::from_secs(5);
-/// How many messages may wait for a child that does not read.
+/// At this many waiting messages the child's own requests are not read on, and at twice as many, notices to it are
+/// dropped. Our requests are bounded by --max-calls-per-server.
 const QUEUE: usize = 64;
+const MAX_NOTICES: usize = 2 * QUEUE;
 
 /// Starts children, all from one thread: the kernel sends a death signal at the end of the thread that started the
 /// child, not of the process. A thread that is stuck with a command (on a file system that is away, say) is followed by
@@ -115,14 +117,14 @@ impl Spawner {
 }
 
 /// One session with one child.
-#[derive(Clone)]
 pub struct StdioWire(Arc<Shared>);
 
 struct Shared {
     exchange: Arc<Exchange>,
     input: Mutex<Input>,
-    /// Something waits to be written; and, the other way round, less waits than before.
+    /// Rung when a line is queued.
     waits: Notify,
+    /// Rung when the queue got shorter.
     written: Notify,
     facts: Mutex<Facts>,
     /// The child is gone and reaped.
@@ -209,11 +211,8 @@ impl StdioWire {
             Ok(reply) => {
                 pending.over = true;
                 match reply {
-                    Reply::Result(answer) => Ok(answer),
-                    Reply::Error(error) => Err(CallError::Rpc(error)),
-                    Reply::Untaken(oversize) => Err(CallError::Untaken(oversize)),
                     Reply::Ended(error) if self.0.withdraw(waiting.id) => Err(CallError::NotSent(error)),
-                    Reply::Ended(error) => Err(CallError::Lost(error)),
+                    reply => reply.into_result(),
                 }
             }
             Err(_) if self.0.withdraw(waiting.id) => {
@@ -324,7 +323,7 @@ impl Shared {
     fn push(&self, request: Option<u64>, line: Bytes) {
         let mut input = self.input();
         // What nobody waits for is not worth more than this.
-        if request.is_none() && input.queue.len() >= 2 * QUEUE {
+        if request.is_none() && input.queue.len() >= MAX_NOTICES {
             return;
         }
         input.queue.push_back(Outgoing { request, begun: false, rest: line });
@@ -421,7 +420,7 @@ impl Shared {
 
     /// `false` when the session cannot go on.
     async fn take(&self, line: Line) -> bool {
-        let (text, mut held) = match line {
+        let (text, held) = match line {
             Line::Whole(text, held) => (text, held),
             Line::Untaken { head, tail, why } => {
                 return match message::id_of_a_part(&head, &tail) {
@@ -437,35 +436,24 @@ impl Shared {
                 };
             }
         };
-        for inbound in message::read(&text) {
-            match inbound {
-                Inbound::Answer { id, result: Ok(result) } => {
-                    let answer = Answer { result, held: held.take() };
-                    self.exchange.deliver(id, Reply::Result(answer));
-                }
-                Inbound::Answer { id, result: Err(error) } => self.exchange.deliver(id, Reply::Error(error)),
-                Inbound::Request { id, method } => {
-                    // A child that asks faster than it reads our answers waits; so does what it wrote behind.
-                    let room = async {
-                        loop {
-                            let written = self.written.notified();
-                            if self.input().queue.len() < QUEUE {
-                                break;
-                            }
-                            written.await;
-                        }
-                    };
-                    if timeout(ASKING, room).await.is_err() {
-                        self.exchange.end(&Error::NotReading);
-                        return false;
+        for (id, method) in self.exchange.receive(&text, held, &self.bell) {
+            // A child that asks faster than it reads our answers waits; so does what it wrote behind.
+            let room = async {
+                loop {
+                    let written = self.written.notified();
+                    if self.input().queue.len() < QUEUE {
+                        break;
                     }
-                    let mut reply = message::reply(&id, &method);
-                    reply.push(b'\n');
-                    self.push(None, reply.into());
+                    written.await;
                 }
-                Inbound::Notification { method } if method == message::LIST_CHANGED => self.bell.list_changed(),
-                Inbound::Notification { .. } => {}
+            };
+            if timeout(ASKING, room).await.is_err() {
+                self.exchange.end(&Error::NotReading);
+                return false;
             }
+            let mut reply = message::reply(&id, &method);
+            reply.push(b'\n');
+            self.push(None, reply.into());
         }
         true
     }

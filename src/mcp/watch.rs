@@ -112,6 +112,7 @@ impl Relists {
 pub async fn watch(mcp: Mcp, news: Arc<News>) {
     let relists = Relists::default();
     let turns = Arc::new(Semaphore::new(AT_A_TIME));
+    let looks = Arc::new(Semaphore::new(AT_A_TIME));
     let mut sweeps = interval((mcp.settings.idle_timeout / 4).clamp(Duration::from_millis(50), SWEEP));
     sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -130,7 +131,7 @@ pub async fn watch(mcp: Mcp, news: Arc<News>) {
             }
             _ = sweeps.tick() => {
                 for server_id in mcp.pool.sweep() {
-                    let Ok(turn) = turns.clone().try_acquire_owned() else { break };
+                    let Ok(turn) = looks.clone().try_acquire_owned() else { break };
                     let looking = mcp.clone();
                     mcp.tracker.spawn(async move {
                         looking.look_for(&server_id).await;
@@ -157,6 +158,8 @@ fn relist(mcp: &Mcp, relists: &Relists, turns: &Arc<Semaphore>, server_id: Arc<s
             relists.begin(&server_id);
             mcp.relist(&server_id).await;
             drop(turn);
+            // A server that answers each list with a notice is listed ever less often.
+            sleep(delay).await;
             if relists.is_over(&server_id) {
                 return;
             }
