@@ -122,9 +122,9 @@ impl Error {
     fn log(&self) {
         let (status, code) = self.status();
         match self {
-            // The server of a user is away; Portolan is well.
             Self::Full => tracing::debug!(code, "no room for a request"),
             Self::Overload { .. } => tracing::debug!(cause = %causes(self), code, "no room for a run"),
+            // The server of a user is away; Portolan is well.
             Self::Connect(_) => tracing::warn!(cause = %causes(self), code, "no session for a run"),
             _ if status.is_server_error() => {
                 tracing::error!(error = %self, cause = %causes(self), code, "request failed")

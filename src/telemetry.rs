@@ -26,5 +26,5 @@ pub fn init(filter: &str) -> Result<(), String> {
 /// stay out of the log.
 fn is_discreet(metadata: &Metadata<'_>) -> bool {
     let module = metadata.target().split("::").next().unwrap_or_default();
-    !matches!(module, "h2" | "hyper" | "hyper_util" | "reqwest" | "rustls")
+    !matches!(module, "hyper" | "hyper_util" | "reqwest" | "rustls")
 }

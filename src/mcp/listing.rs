@@ -8,11 +8,14 @@ use serde_json::{Map, Value};
 
 use crate::model::{Offered, Skipped, Tool};
 
-/// The most tools of one server, and the most bytes and depth of one tool's parts, that are kept.
+use super::json::depth;
+
+/// How many tools of one server are kept.
 pub const MAX_TOOLS: usize = 5_000;
 /// How many tools that are not kept are named, and the characters of each name.
 const MAX_SKIPPED: usize = 1_000;
 const MAX_SKIPPED_NAME: usize = 255;
+/// What the parts of a tool that is kept may have, in bytes and in levels.
 const MAX_SCHEMA_BYTES: usize = 256 * 1024;
 const MAX_SCHEMA_DEPTH: usize = 64;
 const MAX_TEXT_BYTES: usize = 64 * 1024;
@@ -92,21 +95,14 @@ fn read_tool(raw: &str) -> Result<Definition, (String, &'static str)> {
     if name.len() > MAX_TEXT_BYTES || value["description"].as_str().is_some_and(|text| text.len() > MAX_TEXT_BYTES) {
         return refuse("its name or description is larger than 64 KiB");
     }
-    if raw.len() > MAX_SCHEMA_BYTES + 2 * MAX_TEXT_BYTES || value["inputSchema"].to_string().len() > MAX_SCHEMA_BYTES {
-        return refuse("its definition is larger than 256 KiB");
+    let schema = value["inputSchema"].to_string();
+    if raw.len() > MAX_SCHEMA_BYTES + 2 * MAX_TEXT_BYTES || schema.len() > MAX_SCHEMA_BYTES {
+        return refuse("its inputSchema is larger than 256 KiB, or its definition than 384 KiB");
     }
-    if depth(&value["inputSchema"]) > MAX_SCHEMA_DEPTH {
+    if depth(&schema) > MAX_SCHEMA_DEPTH {
         return refuse("its inputSchema is nested deeper than 64");
     }
     serde_json::from_value(value).map_err(|_| (name, "its definition cannot be read"))
-}
-
-fn depth(value: &Value) -> usize {
-    match value {
-        Value::Array(items) => 1 + items.iter().map(depth).max().unwrap_or(0),
-        Value::Object(map) => 1 + map.values().map(depth).max().unwrap_or(0),
-        _ => 0,
-    }
 }
 
 #[cfg(test)]
