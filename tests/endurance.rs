@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use serde_json::{Map, Value, json};
 
+use crate::fake::script::with_tools;
 use crate::fake::{self, Fake, Running};
 use crate::harness::{
     Answer, Database, FakeProgram, Portolan, Remote, Script, client, eventually, fake_mcp, kill, patiently,
@@ -17,16 +18,11 @@ use crate::harness::{
 use crate::process::{self, Program};
 
 const KINDS: [&str; 3] = ["stdio", "http", "sse"];
+const MODERN: &str = fake::script::MODERN;
 const CHANGED: &str = r#"{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}"#;
 
 fn typed(script: &Value) -> fake::Script {
     serde_json::from_value(script.clone()).unwrap()
-}
-
-/// The standard tools, and these.
-fn tools(names: &[&str]) -> Value {
-    let own = names.iter().map(|name| fake::script::tool(name, &json!({})));
-    json!(fake::script::standard_tools().into_iter().chain(own).collect::<Vec<_>>())
 }
 
 /// A registered server, and the fake behind it: a child, or a program that listens.
@@ -527,23 +523,28 @@ async fn a_status_is_true_without_anybody_asking_the_server() {
     portolan.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_changed_list_is_read_again_by_itself() {
+/// HTTP+SSE has no newer revision than its own.
+async fn changed_lists(revision: &str) {
     let portolan = Portolan::start().await;
-    let declared = |names: &[&str]| json!({"list_changed": true, "get_stream": true, "tools": tools(names)});
+    let old = |names: &[&str]| json!({"list_changed": true, "get_stream": true, "tools": with_tools(names)});
+    let declared = |names: &[&str]| {
+        let mut script = old(names);
+        script["revisions"] = json!([revision]);
+        script
+    };
     let stdio = Upstream::new(&portolan, "stdio", &declared(&["changed"])).await;
     let http = fake::http::serve(Fake::new(typed(&declared(&[]))));
-    let sse = fake::sse::serve(Fake::new(typed(&declared(&[]))));
+    let sse = fake::sse::serve(Fake::new(typed(&old(&[]))));
     let over_http = portolan.create("http", json!({ "server_url": http.url })).await;
     let over_sse = portolan.create("sse", json!({"mcp_server_type": "sse", "server_url": sse.url})).await;
-    eventually("the session listens to the server", || http.streams() == 1).await;
+    eventually("the session listens to the server", || http.streams() + http.fake().listeners() == 1).await;
     let ids = [stdio.id.as_str(), over_http["id"].as_str().unwrap(), over_sse["id"].as_str().unwrap()];
     stdio.script.set(&declared(&["changed", "fresh"]));
     http.set_script(typed(&declared(&["fresh"])));
-    sse.set_script(typed(&declared(&["fresh"])));
+    sse.set_script(typed(&old(&["fresh"])));
     portolan.run(&stdio.id, "changed", json!({})).await;
-    http.notify(CHANGED);
-    sse.notify(CHANGED);
+    http.list_changed();
+    sse.list_changed();
     for (kind, id) in KINDS.iter().zip(ids) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !portolan.tools(id).await.iter().any(|tool| tool["name"] == "fresh") {
@@ -564,8 +565,8 @@ async fn a_changed_list_is_read_again_by_itself() {
     portolan.refresh(&stdio.id).await.expect(200);
     portolan.run(&stdio.id, "echo", json!({"message": "storm"})).await;
     for _ in 0..1_000 {
-        http.notify(CHANGED);
-        sse.notify(CHANGED);
+        http.list_changed();
+        sse.list_changed();
     }
     let after = || [stdio.script.count("tools/list") - 1, lists(&http), lists(&sse)];
     eventually("all are listed again", || after().iter().zip(before).all(|(after, before)| *after > before)).await;
@@ -577,7 +578,24 @@ async fn a_changed_list_is_read_again_by_itself() {
     for id in ids {
         assert_eq!(portolan.run(id, "echo", json!({"message": "on"})).await["func_return"], "on");
     }
+    if revision == MODERN {
+        let subscribed = http.requests().iter().filter(|seen| seen.rpc() == "subscriptions/listen").count();
+        assert_eq!([stdio.script.count("subscriptions/listen"), subscribed], [1, 1], "one subscription per session");
+        assert!(http.requests().iter().all(|seen| seen.method != "GET"));
+    }
+    drop(stdio);
     portolan.stop().await;
+    eventually("nothing listens any more", || http.streams() + http.fake().listeners() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_list_is_read_again_by_itself() {
+    changed_lists("2025-11-25").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_list_of_a_server_of_today_is_read_again_by_itself() {
+    changed_lists(MODERN).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

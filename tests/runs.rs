@@ -4,19 +4,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::fake::script::with_tools;
 use crate::fake::{self, Fake, Script};
 use crate::harness::{Portolan, eventually, kill};
-
-/// The fake server with its standard tools and the unlisted ones that these tests call.
-fn tools(names: &[&str]) -> Value {
-    let mut tools = fake::script::standard_tools();
-    for name in names {
-        if !tools.iter().any(|tool| tool["name"] == **name) {
-            tools.push(json!({"name": name, "inputSchema": {"type": "object"}}));
-        }
-    }
-    json!(tools)
-}
 
 const ALL: [&str; 21] = [
     "echo",
@@ -43,14 +33,14 @@ const ALL: [&str; 21] = [
 ];
 
 fn script(names: &[&str]) -> Script {
-    serde_json::from_value(json!({ "tools": tools(names) })).unwrap()
+    serde_json::from_value(json!({ "tools": with_tools(names) })).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn results_are_one_text_and_the_whole_result_untouched_over_each_transport() {
     let portolan = Portolan::start().await;
     let (http, sse) = (fake::http::serve(Fake::new(script(&ALL))), fake::sse::serve(Fake::new(script(&ALL))));
-    let (stdio, _script) = portolan.create_stdio("stdio", &json!({ "tools": tools(&ALL) })).await;
+    let (stdio, _script) = portolan.create_stdio("stdio", &json!({ "tools": with_tools(&ALL) })).await;
     let over_http = portolan.create("http", json!({ "server_url": http.url })).await;
     let over_sse = portolan.create("sse", json!({ "mcp_server_type": "sse", "server_url": sse.url })).await;
     for server in [stdio, over_http, over_sse] {
@@ -125,7 +115,8 @@ async fn a_run_without_body_has_no_arguments_and_heartbeats_stay_here() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_session_is_kept_and_shared() {
     let portolan = Portolan::start().await;
-    let (server, script) = portolan.create_stdio("kept", &json!({ "tools": tools(&["count", "pid", "never"]) })).await;
+    let (server, script) =
+        portolan.create_stdio("kept", &json!({ "tools": with_tools(&["count", "pid", "never"]) })).await;
     let id = server["id"].as_str().unwrap();
     let pid = portolan.run(id, "pid", json!({})).await["func_return"].clone();
     for count in 1..=5 {
@@ -175,7 +166,7 @@ async fn callers_at_once_open_one_session_and_get_their_own_answers() {
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_death_between_calls_the_next_call_reconnects() {
     let portolan = Portolan::start().await;
-    let (stdio, _script) = portolan.create_stdio("stdio", &json!({ "tools": tools(&["pid"]) })).await;
+    let (stdio, _script) = portolan.create_stdio("stdio", &json!({ "tools": with_tools(&["pid"]) })).await;
     let id = stdio["id"].as_str().unwrap();
     for _ in 0..3 {
         let pid = portolan.run(id, "pid", json!({})).await["func_return"].clone();
@@ -218,7 +209,7 @@ async fn after_a_death_between_calls_the_next_call_reconnects() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_death_during_a_call_is_an_error_result_and_never_a_repeat() {
     let portolan = Portolan::start().await;
-    let (stdio, log) = portolan.create_stdio("stdio", &json!({ "tools": tools(&["die", "die_after"]) })).await;
+    let (stdio, log) = portolan.create_stdio("stdio", &json!({ "tools": with_tools(&["die", "die_after"]) })).await;
     let (http, sse) = (fake::http::serve(Fake::new(script(&ALL))), fake::sse::serve(Fake::new(script(&ALL))));
     let over_http = portolan.create("http", json!({ "server_url": http.url })).await;
     let over_sse = portolan.create("sse", json!({ "mcp_server_type": "sse", "server_url": sse.url })).await;
@@ -270,7 +261,7 @@ async fn a_call_that_is_turned_away_says_so_and_the_status_knows() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_run_over_its_time_is_an_error_result_and_is_cancelled() {
     let portolan = Portolan::start_with(|settings| settings.upstream.run_timeout = Duration::from_millis(300)).await;
-    let (stdio, log) = portolan.create_stdio("stdio", &json!({ "tools": tools(&["never"]) })).await;
+    let (stdio, log) = portolan.create_stdio("stdio", &json!({ "tools": with_tools(&["never"]) })).await;
     let http = fake::http::serve(Fake::new(script(&["never"])));
     let over_http = portolan.create("http", json!({ "server_url": http.url })).await;
     for server in [&stdio, &over_http] {
@@ -287,7 +278,7 @@ async fn a_run_over_its_time_is_an_error_result_and_is_cancelled() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_that_goes_away_cancels_its_run() {
     let portolan = Portolan::start().await;
-    let (server, log) = portolan.create_stdio("left", &json!({ "tools": tools(&["never"]) })).await;
+    let (server, log) = portolan.create_stdio("left", &json!({ "tools": with_tools(&["never"]) })).await;
     let id = server["id"].as_str().unwrap();
     let tool = portolan.tool_id(id, "never").await;
     let path = format!("/v1/mcp-servers/{id}/tools/{tool}/run");
