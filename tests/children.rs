@@ -1,13 +1,9 @@
 //! Children of every kind: what they print, when they die, what they leave behind.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
+use crate::fake::script::with_tools;
 use crate::harness::{Portolan, eventually, fake_mcp};
-
-fn tools(names: &[&str]) -> Value {
-    let own = names.iter().map(|name| json!({"name": name, "inputSchema": {"type": "object"}}));
-    json!(crate::fake::script::standard_tools().into_iter().chain(own).collect::<Vec<_>>())
-}
 
 fn alive(pid: &str) -> bool {
     // A zombie has an entry, too, but no command line.
@@ -18,7 +14,8 @@ fn alive(pid: &str) -> bool {
 async fn what_a_child_starts_goes_with_it() {
     let portolan = Portolan::start().await;
     for how in ["stop", "kill", "delete"] {
-        let (server, _script) = portolan.create_stdio(how, &json!({ "tools": tools(&["spawn_child", "pid"]) })).await;
+        let (server, _script) =
+            portolan.create_stdio(how, &json!({ "tools": with_tools(&["spawn_child", "pid"]) })).await;
         let id = server["id"].as_str().unwrap();
         let grandchild = portolan.run(id, "spawn_child", json!({})).await["func_return"].take();
         let grandchild = grandchild.as_str().unwrap().to_owned();
@@ -39,7 +36,7 @@ async fn standard_error_is_drained_and_a_banner_is_passed_over() {
     let portolan = Portolan::start().await;
     let script = json!({
         "banner": "Welcome!\n{\"not\": \"JSON-RPC\"}\n", "stderr": "w".repeat(300_000),
-        "tools": tools(&["stderr"]),
+        "tools": with_tools(&["stderr"]),
     });
     let (server, _script) = portolan.create_stdio("talks", &script).await;
     assert_eq!(server["status"]["state"], "ready", "{server}");
@@ -126,7 +123,7 @@ async fn a_child_that_reads_no_more_can_be_replaced() {
         settings.upstream.list_timeout = std::time::Duration::from_millis(500);
     })
     .await;
-    let (server, _script) = portolan.create_stdio("deaf", &json!({ "tools": tools(&["deaf"]) })).await;
+    let (server, _script) = portolan.create_stdio("deaf", &json!({ "tools": with_tools(&["deaf"]) })).await;
     let id = server["id"].as_str().unwrap();
     assert_eq!(portolan.run(id, "deaf", json!({})).await["func_return"], "done");
     portolan.refresh(id).await.expect(404);

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use serde_json::{Map, Value, json};
 
+use crate::fake::script::with_tools;
 use crate::fake::{self, Fake, Running};
 use crate::harness::{
     Answer, Database, FakeProgram, Portolan, Remote, Script, client, eventually, fake_mcp, kill, patiently,
@@ -17,16 +18,11 @@ use crate::harness::{
 use crate::process::{self, Program};
 
 const KINDS: [&str; 3] = ["stdio", "http", "sse"];
+const MODERN: &str = fake::script::MODERN;
 const CHANGED: &str = r#"{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}"#;
 
 fn typed(script: &Value) -> fake::Script {
     serde_json::from_value(script.clone()).unwrap()
-}
-
-/// The standard tools, and these.
-fn tools(names: &[&str]) -> Value {
-    let own = names.iter().map(|name| fake::script::tool(name, &json!({})));
-    json!(fake::script::standard_tools().into_iter().chain(own).collect::<Vec<_>>())
 }
 
 /// A registered server, and the fake behind it: a child, or a program that listens.
@@ -288,8 +284,15 @@ async fn children_that_are_busy_are_not_closed_for_others() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hung_server_holds_up_nobody_else() {
     const WAITERS: usize = 500;
+    const CALLS: usize = 16;
+    const QUEUED: usize = 64;
     let deadline = Duration::from_secs(3);
-    let portolan = Portolan::start_with(|settings| settings.upstream.run_timeout = deadline).await;
+    let portolan = Portolan::start_with(|settings| {
+        settings.upstream.run_timeout = deadline;
+        settings.upstream.max_calls_per_server = CALLS;
+        settings.upstream.max_queue_per_server = QUEUED;
+    })
+    .await;
     for kind in KINDS {
         let hung = Upstream::new(&portolan, kind, &json!({})).await;
         let well = Upstream::new(&portolan, kind, &json!({})).await;
@@ -301,7 +304,13 @@ async fn a_hung_server_holds_up_nobody_else() {
             (answers, started.elapsed())
         };
         let others = async {
-            eventually("the server hangs", || hung.script.count("tools/call") > 0).await;
+            eventually("the server hangs", || hung.script.count("tools/call") == CALLS).await;
+            // Half of the time: nobody's is over, however long the callers took to come.
+            while started.elapsed() < deadline / 2 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            let sent = hung.script.count("tools/call");
+            assert!(sent == CALLS || started.elapsed() > deadline, "{kind}: {sent} calls were sent, not {CALLS}");
             let mut asked = 0;
             while started.elapsed() < deadline {
                 let message = format!("well {asked}");
@@ -315,7 +324,8 @@ async fn a_hung_server_holds_up_nobody_else() {
         assert!(asked > 5, "{kind}: {asked} calls to another server");
         assert!(took < deadline + Duration::from_secs(3), "{kind}: the last waiter was answered after {took:?}");
         let busy = answers.iter().filter(|answer| answer.status == 503).count();
-        assert!(busy >= WAITERS - 16 - 64, "{kind}: {busy} were turned away");
+        // Those who wait get what is left of their own time when the first ones' is over: next to nothing.
+        assert!((WAITERS - CALLS - QUEUED..=WAITERS - CALLS).contains(&busy), "{kind}: {busy} were turned away");
         for answer in answers {
             if answer.status == 503 {
                 assert!(answer.header("retry-after").is_some(), "{}", answer.text);
@@ -325,7 +335,7 @@ async fn a_hung_server_holds_up_nobody_else() {
             }
         }
         let sent = hung.script.count("tools/call");
-        assert!(sent <= 16 + 64, "{kind}: {sent} calls were sent");
+        assert!((CALLS..=CALLS + QUEUED).contains(&sent), "{kind}: {sent} calls were sent");
         let path = hung.path(&portolan, "echo").await;
         assert_eq!(
             patiently(async || portolan.post(&path, &echo("on")).await).await.expect(200)["func_return"],
@@ -527,23 +537,28 @@ async fn a_status_is_true_without_anybody_asking_the_server() {
     portolan.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_changed_list_is_read_again_by_itself() {
+/// HTTP+SSE has no newer revision than its own.
+async fn changed_lists(revision: &str) {
     let portolan = Portolan::start().await;
-    let declared = |names: &[&str]| json!({"list_changed": true, "get_stream": true, "tools": tools(names)});
+    let old = |names: &[&str]| json!({"list_changed": true, "get_stream": true, "tools": with_tools(names)});
+    let declared = |names: &[&str]| {
+        let mut script = old(names);
+        script["revisions"] = json!([revision]);
+        script
+    };
     let stdio = Upstream::new(&portolan, "stdio", &declared(&["changed"])).await;
     let http = fake::http::serve(Fake::new(typed(&declared(&[]))));
-    let sse = fake::sse::serve(Fake::new(typed(&declared(&[]))));
+    let sse = fake::sse::serve(Fake::new(typed(&old(&[]))));
     let over_http = portolan.create("http", json!({ "server_url": http.url })).await;
     let over_sse = portolan.create("sse", json!({"mcp_server_type": "sse", "server_url": sse.url})).await;
-    eventually("the session listens to the server", || http.streams() == 1).await;
+    eventually("the session listens to the server", || http.streams() + http.fake().listeners() == 1).await;
     let ids = [stdio.id.as_str(), over_http["id"].as_str().unwrap(), over_sse["id"].as_str().unwrap()];
     stdio.script.set(&declared(&["changed", "fresh"]));
     http.set_script(typed(&declared(&["fresh"])));
-    sse.set_script(typed(&declared(&["fresh"])));
+    sse.set_script(typed(&old(&["fresh"])));
     portolan.run(&stdio.id, "changed", json!({})).await;
-    http.notify(CHANGED);
-    sse.notify(CHANGED);
+    http.list_changed();
+    sse.list_changed();
     for (kind, id) in KINDS.iter().zip(ids) {
         let deadline = Instant::now() + Duration::from_secs(10);
         while !portolan.tools(id).await.iter().any(|tool| tool["name"] == "fresh") {
@@ -564,8 +579,8 @@ async fn a_changed_list_is_read_again_by_itself() {
     portolan.refresh(&stdio.id).await.expect(200);
     portolan.run(&stdio.id, "echo", json!({"message": "storm"})).await;
     for _ in 0..1_000 {
-        http.notify(CHANGED);
-        sse.notify(CHANGED);
+        http.list_changed();
+        sse.list_changed();
     }
     let after = || [stdio.script.count("tools/list") - 1, lists(&http), lists(&sse)];
     eventually("all are listed again", || after().iter().zip(before).all(|(after, before)| *after > before)).await;
@@ -577,6 +592,250 @@ async fn a_changed_list_is_read_again_by_itself() {
     for id in ids {
         assert_eq!(portolan.run(id, "echo", json!({"message": "on"})).await["func_return"], "on");
     }
+    if revision == MODERN {
+        let subscribed = http.requests().iter().filter(|seen| seen.rpc() == "subscriptions/listen").count();
+        assert_eq!([stdio.script.count("subscriptions/listen"), subscribed], [1, 1], "one subscription per session");
+        assert!(http.requests().iter().all(|seen| seen.method != "GET"));
+    }
+    drop(stdio);
+    portolan.stop().await;
+    eventually("nothing listens any more", || http.streams() + http.fake().listeners() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_list_is_read_again_by_itself() {
+    changed_lists("2025-11-25").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_changed_list_of_a_server_of_today_is_read_again_by_itself() {
+    changed_lists(MODERN).await;
+}
+
+/// A registered server in this process, at an address of its own.
+async fn listening(portolan: &Portolan, kind: &str, script: &Value) -> (String, Running) {
+    let fake = Fake::new(typed(script));
+    let running = if kind == "sse" { fake::sse::serve(fake) } else { fake::http::serve(fake) };
+    let registered = if kind == "sse" { "sse" } else { "streamable_http" };
+    let config = json!({"mcp_server_type": registered, "server_url": running.url});
+    let server = portolan.create(&format!("{kind} {}", running.addr), config).await;
+    assert_eq!(server["status"]["state"], "ready", "{server}");
+    (server["id"].as_str().unwrap().to_owned(), running)
+}
+
+fn listen_again(kind: &str, addr: std::net::SocketAddr, script: &Value) -> Running {
+    let fake = Fake::new(typed(script));
+    if kind == "sse" { fake::sse::serve_on(addr, fake) } else { fake::http::serve_on(addr, fake) }
+}
+
+/// The sweep that looks for servers is made four times in the idle time.
+const OFTEN: Duration = Duration::from_secs(2);
+
+/// A server that goes away and comes back. `script` has what tells of its going; `call`: a call does.
+async fn away_and_back(portolan: &Portolan, kind: &str, script: &Value, call: bool) {
+    let (id, running) = listening(portolan, kind, script).await;
+    let path = format!("/v1/mcp-servers/{id}/tools/{}/run", portolan.tool_id(&id, "echo").await);
+    let addr = running.addr;
+    if kind == "http" && !call {
+        eventually("the session listens to the server", || running.streams() == 1).await;
+    }
+    running.stop().await;
+    let away = |status: &Value| status["state"] == "unreachable";
+    if call {
+        // The end of a kept connection may cross a call on it, of which nobody knows then.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        portolan.post(&path, &echo("x")).await.expect(502);
+    }
+    status_becomes(portolan, &id, "it is away", away).await;
+    // It is looked for more than once.
+    tokio::time::sleep(OFTEN).await;
+    assert!(away(&status(portolan, &id).await));
+    let running = listen_again(kind, addr, script);
+    status_becomes(portolan, &id, "it is found again", |status| status["state"] == "ready").await;
+    assert_eq!(status(portolan, &id).await["error"], Value::Null);
+    let called = running.requests().iter().filter(|seen| seen.rpc() == "tools/call").count();
+    assert_eq!(called, 0, "{kind}: it was found without a call");
+    assert_eq!(portolan.post(&path, &echo("back")).await.expect(200)["func_return"], "back");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_away_at_a_call_is_found_again_without_another() {
+    let portolan = Portolan::start_with(|settings| settings.upstream.idle_timeout = OFTEN).await;
+    let plain = json!({});
+    tokio::join!(away_and_back(&portolan, "http", &plain, true), away_and_back(&portolan, "sse", &plain, true));
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_was_never_there_is_listed_once_it_comes() {
+    let portolan = Portolan::start_with(|settings| settings.upstream.idle_timeout = OFTEN).await;
+    for kind in ["http", "sse"] {
+        // A port that was free just now.
+        let gone = listen_again(kind, fake::anywhere(), &json!({}));
+        let (url, addr) = (gone.url.clone(), gone.addr);
+        gone.stop().await;
+        let registered = if kind == "sse" { "sse" } else { "streamable_http" };
+        let config = json!({"mcp_server_type": registered, "server_url": url});
+        let server = portolan.create(kind, config).await;
+        assert_eq!(server["status"]["state"], "unreachable", "{server}");
+        let id = server["id"].as_str().unwrap();
+        assert!(portolan.tools(id).await.is_empty());
+        let _running = listen_again(kind, addr, &json!({}));
+        status_becomes(&portolan, id, "it is found", |status| status["state"] == "ready").await;
+        assert!(portolan.tools(id).await.iter().any(|tool| tool["name"] == "echo"), "{kind}: its tools are listed");
+        assert_eq!(portolan.run(id, "echo", json!({"message": "here"})).await["func_return"], "here");
+    }
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_ended_is_not_started_without_a_call() {
+    let idle = Duration::from_secs(1);
+    let portolan = Portolan::start_with(|settings| settings.upstream.idle_timeout = idle).await;
+    let failed = portolan.create_stdio("failed", &json!({"exit_at": "start"})).await;
+    let killed = Upstream::new(&portolan, "stdio", &json!({})).await;
+    kill(killed.children()[0]);
+    status_becomes(&portolan, &killed.id, "it was killed", |status| status["state"] == "unreachable").await;
+    let starts = failed.1.starts();
+    // Longer than a rest after the failures, and many sweeps.
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    assert_eq!((failed.1.starts(), killed.script.starts()), (starts, 1), "nobody asked for them");
+    assert_eq!(portolan.children(), Vec::<u32>::new());
+    portolan.run(&killed.id, "echo", json!({"message": "x"})).await;
+    assert_eq!(killed.script.starts(), 2, "a call does");
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_status_of_a_listening_server_is_true_without_anybody_asking_it() {
+    let portolan = Portolan::start().await;
+    let away = |status: &Value| status["state"] == "unreachable" && status["error"].is_string();
+    // The end of its stream is the end of an HTTP+SSE session, also when the server is still there.
+    let (id, running) = listening(&portolan, "sse", &json!({})).await;
+    assert_eq!(status(&portolan, &id).await["state"], "ready");
+    running.cut_streams();
+    status_becomes(&portolan, &id, "the stream has ended", away).await;
+    assert_eq!(portolan.run(&id, "echo", json!({"message": "back"})).await["func_return"], "back");
+    assert_eq!(status(&portolan, &id).await["state"], "ready");
+    let mut sse = Upstream::new(&portolan, "sse", &json!({})).await;
+    sse.program.as_mut().unwrap().kill();
+    status_becomes(&portolan, &sse.id, "its process was killed", away).await;
+    // Streamable HTTP: where a stream of notices is open its end tells, in each era.
+    for revision in ["2025-11-25", MODERN] {
+        let script = json!({"list_changed": true, "get_stream": true, "revisions": [revision]});
+        let mut http = Upstream::new(&portolan, "http", &script).await;
+        let listens = || {
+            http.script.count("subscriptions/listen")
+                + http.script.seen().iter().filter(|(_, seen)| seen["http"] == "GET").count()
+                > 0
+        };
+        eventually("the session listens to the server", listens).await;
+        http.program.as_mut().unwrap().kill();
+        status_becomes(&portolan, &http.id, "its process was killed", away).await;
+    }
+    portolan.stop().await;
+}
+
+fn refusal(status: u16, seconds: u64) -> Value {
+    let seconds = seconds.to_string();
+    json!({"times": 1, "status": status, "headers": {"retry-after": seconds}, "steps": []})
+}
+
+/// Servers that answer once with a status and `Retry-After: 4`, at a call or at the handshake.
+async fn pauses(at_the_handshake: bool) {
+    let portolan = Portolan::start().await;
+    let mut pausing = Vec::new();
+    for kind in ["http", "sse"] {
+        for status in [429, 503] {
+            let (id, running) = listening(&portolan, kind, &json!({})).await;
+            let path = format!("/v1/mcp-servers/{id}/tools/{}/run", portolan.tool_id(&id, "echo").await);
+            let at = match kind {
+                _ if !at_the_handshake => "call",
+                "sse" => "open",
+                _ => "initialize",
+            };
+            pausing.push((kind, status, at, id, running, path));
+        }
+    }
+    let trials = pausing.iter().map(|(kind, status, at, id, running, path)| {
+        let (portolan, name) = (&portolan, format!("{kind} {status} {at}"));
+        async move {
+            let asked = || running.requests().iter().filter(|seen| seen.method != "DELETE").count();
+            running.set_script(typed(&json!({"acts": {*at: refusal(*status, 4)}})));
+            if *at != "call" {
+                portolan.app.mcp.forget(id);
+            }
+            let first = portolan.post(path, &echo("x")).await;
+            let refused = Instant::now();
+            if *at == "call" {
+                assert_eq!(first.expect(200)["status"], "error", "{name}");
+            } else {
+                first.expect(502);
+            }
+            let before = asked();
+            // By the server's clock it is over after 4 s.
+            while refused.elapsed() < Duration::from_millis(3_500) {
+                let again = portolan.post(path, &echo("x")).await;
+                let waited = refused.elapsed().as_secs_f64();
+                if again.status != 503 {
+                    assert!(waited > 3.5, "{name}: {} after {waited} s: {}", again.status, again.text);
+                    break;
+                }
+                assert!((1..=4).contains(&seconds(&again)), "{name}: {}", seconds(&again));
+                again.expect(503);
+                assert_eq!(asked(), before, "{name}: after {waited} s");
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+            let run = patiently(async || portolan.post(path, &echo("well")).await).await.expect(200);
+            assert_eq!(run["func_return"], "well", "{name}");
+        }
+    });
+    join_all(trials).await;
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_asks_for_a_pause_at_a_call_is_left_alone_for_so_long() {
+    pauses(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pause_beyond_all_measure_is_not_believed() {
+    let portolan = Portolan::start().await;
+    let (id, running) = listening(&portolan, "http", &json!({})).await;
+    let path = format!("/v1/mcp-servers/{id}/tools/{}/run", portolan.tool_id(&id, "echo").await);
+    running.set_script(typed(&json!({"acts": {"call": refusal(503, 100_000)}})));
+    portolan.post(&path, &echo("x")).await.expect(200);
+    let long = seconds(&portolan.post(&path, &echo("x")).await);
+    assert!((290..=300).contains(&long), "{long}");
+    portolan.refresh(&id).await.expect(200);
+    assert_eq!(portolan.post(&path, &echo("asked for")).await.expect(200)["func_return"], "asked for");
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_child_that_was_used_longest_ago_makes_room() {
+    let portolan = Portolan::start_with(|settings| settings.upstream.max_children = 3).await;
+    let mut servers = Vec::new();
+    for _ in 0..3 {
+        servers.push(Upstream::new(&portolan, "stdio", &json!({})).await);
+    }
+    // Used in turn, and then the first once more.
+    for used in [0, 1, 2, 0] {
+        let path = servers[used].path(&portolan, "echo").await;
+        portolan.post(&path, &echo("x")).await.expect(200);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert!(servers.iter().all(|server| server.children().len() == 1));
+    servers.push(Upstream::new(&portolan, "stdio", &json!({})).await);
+    let running: Vec<_> = servers.iter().map(|server| server.children().len()).collect();
+    assert_eq!(running, [1, 0, 1, 1]);
+    // And so on: the third is now the oldest.
+    let path = servers[1].path(&portolan, "echo").await;
+    portolan.post(&path, &echo("x")).await.expect(200);
+    let running: Vec<_> = servers.iter().map(|server| server.children().len()).collect();
+    assert_eq!(running, [1, 1, 0, 1]);
+    assert_eq!(servers.iter().map(|server| server.script.starts()).collect::<Vec<_>>(), [1, 2, 1, 1]);
     portolan.stop().await;
 }
 

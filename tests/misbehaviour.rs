@@ -461,7 +461,7 @@ fn stalls(rows: &mut Vec<Row>) {
     rows.push(Row {
         name: "call: standard input is not read".to_owned(),
         over: Stdio,
-        script: extra(&["deaf"]),
+        script: json!({"tools": fake::script::with_tools(&["deaf"])}),
         created: Well,
         then: vec![
             (Run("deaf", json!({})), Says("done")),
@@ -775,12 +775,6 @@ fn pipes(rows: &mut Vec<Row>) {
         created: Well,
         then: vec![echo(), (KillInner, Settled), echo()],
     });
-}
-
-/// The standard tools, and these.
-fn extra(names: &[&str]) -> Value {
-    let own = names.iter().map(|name| fake::script::tool(name, &json!({})));
-    json!({"tools": fake::script::standard_tools().into_iter().chain(own).collect::<Vec<_>>()})
 }
 
 /// A row at work.

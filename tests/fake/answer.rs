@@ -16,7 +16,7 @@ use futures_util::{
 };
 use serde::Deserialize;
 use serde_json::{Value, json, value::RawValue};
-use tokio::time::sleep;
+use tokio::{sync::mpsc, time::sleep};
 
 use super::{
     Fake,
@@ -78,6 +78,15 @@ pub(crate) struct Params<'a> {
     protocol_version: Cow<'a, str>,
     #[serde(borrow, rename = "requestId")]
     request_id: Option<&'a RawValue>,
+    notifications: Notifications,
+}
+
+/// What a client wants to be told of (MCP 2026-07-28, subscriptions).
+#[derive(Deserialize, Default)]
+#[serde(default)]
+struct Notifications {
+    #[serde(rename = "toolsListChanged")]
+    tools_list_changed: bool,
 }
 
 #[derive(Deserialize, Default)]
@@ -180,6 +189,14 @@ fn stage(script: &Script, message: &Message<'_>) -> Option<Stage> {
     }
 }
 
+/// A notice for one subscription; `rest` is JSON that follows its `_meta`.
+fn notice(id: &str, method: &str, rest: &str) -> String {
+    let meta = format!(r#""_meta":{{"io.modelcontextprotocol/subscriptionId":{id}}}"#);
+    format!(r#"{{"jsonrpc":"2.0","method":"{method}","params":{{{meta}{rest}}}}}"#)
+}
+
+const LISTEN: &str = "subscriptions/listen";
+const LIST_CHANGED: &str = "notifications/tools/list_changed";
 const SERVER: &str = r#"{"name":"fake-mcp","version":"1.0.0"}"#;
 
 impl Fake {
@@ -240,9 +257,10 @@ impl Fake {
             }
             "server/discover" if answer.modern => {
                 let versions = json!(script.revisions).to_string();
-                let rest = r#","capabilities":{"tools":{}},"ttlMs":0,"cacheScope":"private","#;
+                let tools = if script.list_changed { r#"{"listChanged":true}"# } else { "{}" };
+                let rest = format!(r#","capabilities":{{"tools":{tools}}},"ttlMs":0,"cacheScope":"private","#);
                 let meta = format!(r#""_meta":{{"io.modelcontextprotocol/serverInfo":{SERVER}}}"#);
-                Reply::Now(answer.fields(&[r#""supportedVersions":"#, &versions, rest, &meta]))
+                Reply::Now(answer.fields(&[r#""supportedVersions":"#, &versions, &rest, &meta]))
             }
             "ping" if !answer.modern => Reply::Now(answer.fields(&[])),
             "tools/list" => {
@@ -252,6 +270,7 @@ impl Fake {
                     reply => reply,
                 }
             }
+            LISTEN if answer.modern && script.list_changed => self.listen(from, id, &message.params.notifications),
             "tools/call" => self.call(message, &meta, from, &answer),
             _ if script.ignore_unknown => self.later(from, id, stream::pending()),
             method => answer.refuse(-32601, &format!("Method not found: {method}")),
@@ -278,6 +297,25 @@ impl Fake {
         Reply::Later(Box::pin(messages.inspect(move |_| {
             let _held_as_long_as_the_stream = &entry;
         })))
+    }
+
+    /// Acknowledges a subscription, and tells of each change until the client ends it.
+    fn listen(self: &Arc<Self>, from: &Origin<'_>, id: &str, wanted: &Notifications) -> Reply {
+        let mut accepted = json!({});
+        let (changes, mut told) = mpsc::unbounded_channel();
+        if wanted.tools_list_changed {
+            accepted["toolsListChanged"] = true.into();
+            locked(&self.listeners).push(changes);
+        }
+        let rest = format!(r#","notifications":{accepted}"#);
+        let acknowledged = notice(id, "notifications/subscriptions/acknowledged", &rest);
+        let id = id.to_owned();
+        let changes = stream::poll_fn(move |context| told.poll_recv(context));
+        let changes = changes.map({
+            let id = id.clone();
+            move |()| notice(&id, LIST_CHANGED, "")
+        });
+        self.later(from, &id, stream::once(ready(acknowledged)).chain(changes).chain(stream::pending()))
     }
 
     fn after(self: &Arc<Self>, from: &Origin<'_>, id: &str, ms: u64, text: String) -> Reply {
@@ -397,9 +435,13 @@ impl Fake {
                 self.later(from, answer.id, steps.filter_map(ready).chain(stream::once(ready(done))))
             }
             // Says that the list has changed, and answers.
+            "changed" if answer.modern => {
+                self.tell_of_a_change();
+                text("done")
+            }
             "changed" => {
-                let note = r#"{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}"#;
-                self.later(from, answer.id, stream::iter([note.to_owned(), answer.text("done")]))
+                let note = format!(r#"{{"jsonrpc":"2.0","method":"{LIST_CHANGED}"}}"#);
+                self.later(from, answer.id, stream::iter([note, answer.text("done")]))
             }
             "die" => Reply::Gone,
             "die_after" => Reply::Last(answer.text("dying")),

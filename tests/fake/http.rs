@@ -174,7 +174,8 @@ async fn post(shared: &Arc<Shared>, script: &Script, head: &Parts, body: &[u8]) 
             shared.fade();
             written(script, text)
         }
-        Reply::Later(messages) if script.reply == PostReply::Sse => {
+        // A subscription is a stream in any case.
+        Reply::Later(messages) if script.reply == PostReply::Sse || message.method == "subscriptions/listen" => {
             let framed = script.clone();
             let events = messages.map(move |message| Piece::from(sse::event(&framed, "message", &message)));
             sse::response(sse::body(script, events))

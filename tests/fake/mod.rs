@@ -22,7 +22,7 @@ use std::{
     process::Child,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, RwLock,
-        atomic::{AtomicBool, AtomicU64},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     thread::JoinHandle,
 };
@@ -53,6 +53,8 @@ pub(crate) struct Fake {
     acted: Mutex<HashMap<Stage, usize>>,
     /// Answers to be given once more.
     old: Mutex<VecDeque<String>>,
+    /// Who is told of changes of the list (MCP 2026-07-28, subscriptions).
+    listeners: Mutex<Vec<UnboundedSender<()>>>,
 }
 
 impl Fake {
@@ -80,6 +82,7 @@ impl Fake {
             pending: Mutex::default(),
             acted: Mutex::default(),
             old: Mutex::default(),
+            listeners: Mutex::default(),
         }
     }
 
@@ -94,6 +97,18 @@ impl Fake {
     /// How many answers are being made right now: slow, never and progress calls that nobody cancelled or hung up on.
     pub(crate) fn running(&self) -> usize {
         locked(&self.pending).len()
+    }
+
+    /// How many `subscriptions/listen` are open.
+    pub(crate) fn listeners(&self) -> usize {
+        let mut listeners = locked(&self.listeners);
+        listeners.retain(|listener| !listener.is_closed());
+        listeners.len()
+    }
+
+    /// Tells those who listen that the list has changed.
+    fn tell_of_a_change(&self) {
+        locked(&self.listeners).retain(|listener| listener.send(()).is_ok());
     }
 
     /// Ends the answers under way of one session.
@@ -198,6 +213,8 @@ struct Shared {
     addr: SocketAddr,
     seen: Mutex<Vec<Seen>>,
     sessions: Mutex<HashMap<String, Session>>,
+    /// How many connections came in so far.
+    accepted: AtomicUsize,
 }
 
 impl Shared {
@@ -256,7 +273,13 @@ impl Running {
         let listener = TcpListener::bind(addr).expect("the address is free");
         listener.set_nonblocking(true).expect("a fresh socket takes options");
         let addr = listener.local_addr().expect("a bound socket has an address");
-        let shared = Arc::new(Shared { fake, addr, seen: Mutex::default(), sessions: Mutex::default() });
+        let shared = Arc::new(Shared {
+            fake,
+            addr,
+            seen: Mutex::default(),
+            sessions: Mutex::default(),
+            accepted: AtomicUsize::new(0),
+        });
         let stop = CancellationToken::new();
         let (state, stopped) = (shared.clone(), stop.clone());
         let thread = std::thread::spawn(move || {
@@ -264,7 +287,11 @@ impl Running {
                 tokio::runtime::Builder::new_current_thread().enable_all().build().expect("threads can be had");
             runtime.block_on(async move {
                 let listener = tokio::net::TcpListener::from_std(listener).expect("the socket does not block");
-                let listener = listener.tap_io(|stream| stream.set_nodelay(true).unwrap_or_default());
+                let counting = state.clone();
+                let listener = listener.tap_io(move |stream| {
+                    counting.accepted.fetch_add(1, Relaxed);
+                    stream.set_nodelay(true).unwrap_or_default();
+                });
                 let serving = axum::serve(listener, handler.with_state(state).into_make_service()).into_future();
                 tokio::select! {
                     _ = serving => {}
@@ -286,6 +313,11 @@ impl Running {
     /// Every HTTP request seen so far, oldest first.
     pub(crate) fn requests(&self) -> Vec<Seen> {
         locked(&self.shared.seen).clone()
+    }
+
+    /// How many TCP connections came in so far.
+    pub(crate) fn connections(&self) -> usize {
+        self.shared.accepted.load(Relaxed)
     }
 
     /// How many sessions are open.
@@ -316,6 +348,12 @@ impl Running {
                 let _hung_up = events.send(act::text(event.clone()));
             }
         }
+    }
+
+    /// Says that the list has changed: on every open event stream, and to every subscription.
+    pub(crate) fn list_changed(&self) {
+        self.notify(r#"{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}"#);
+        self.shared.fake.tell_of_a_change();
     }
 
     /// Stops; the address can be bound again at once.

@@ -234,6 +234,17 @@ pub(crate) fn tenant() -> Value {
     tool("tenant", &json!({"tenant": {"type": "string", "x-mcp-header": "Tenant"}}))
 }
 
+/// The standard tools, and these, which a script must list to have them called.
+pub(crate) fn with_tools(names: &[&str]) -> Value {
+    let mut tools = standard_tools();
+    for name in names {
+        if !tools.iter().any(|tool| tool["name"] == **name) {
+            tools.push(tool(name, &json!({})));
+        }
+    }
+    json!(tools)
+}
+
 pub(crate) fn standard_tools() -> Vec<Value> {
     let plain =
         ["two_texts", "image", "resource", "link", "structured", "text_and_structured", "empty", "fail"].into_iter();
