@@ -24,6 +24,7 @@ use crate::app::App;
 use crate::error::Error;
 use crate::serve::Full;
 
+pub use guard::Bodies;
 pub use runs::Runs;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
