@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::Runs;
+use crate::api::{Bodies, Runs};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::mcp::Mcp;
@@ -34,6 +34,8 @@ pub struct App {
     pub mcp: Mcp,
     /// Runs under way, and those that may be asked for again.
     pub runs: Runs,
+    /// Bodies of requests that are being read.
+    pub bodies: Bodies,
     tracker: TaskTracker,
 }
 
@@ -69,7 +71,8 @@ impl App {
         let tracker = TaskTracker::new();
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), tracker.clone(), keeper)?;
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
-        Ok(Self { settings: Arc::new(settings), store, mcp, runs, tracker })
+        let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
+        Ok(Self { settings: Arc::new(settings), store, mcp, runs, bodies, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain

@@ -51,10 +51,10 @@ pub struct Entry {
     /// How long a client may take for the headers of a request
     #[arg(long, env = "PORTOLAN_HEADER_TIMEOUT", default_value = "10s", value_parser = duration, global = true, value_name = "TIME")]
     pub header_timeout: Duration,
-    /// How long a request's body may be silent; each 8 KiB of it buy a second
+    /// How long a request's body may be silent; each 8 KiB of it buys a second
     #[arg(long, env = "PORTOLAN_BODY_TIMEOUT", default_value = "10s", value_parser = duration, global = true, value_name = "TIME")]
     pub body_timeout: Duration,
-    /// How long a client may leave its answer unread
+    /// How long a client may leave its answer unread; each 8 KiB that it takes buys a second
     #[arg(long, env = "PORTOLAN_WRITE_TIMEOUT", default_value = "30s", value_parser = duration, global = true, value_name = "TIME")]
     pub write_timeout: Duration,
     /// How long a connection is kept for another request
@@ -63,10 +63,14 @@ pub struct Entry {
     /// How many connections may be open; those that wait longest for their clients make room for the next
     #[arg(long, env = "PORTOLAN_MAX_CONNECTIONS", default_value_t = 8192, value_parser = at_least_one, global = true, value_name = "NUMBER")]
     pub max_connections: usize,
-    /// How many requests may be in flight, those apart that wait for their clients; more are answered 503
+    /// How many requests may be in flight, not counting those that wait for their clients; more are answered 503
     #[arg(long, env = "PORTOLAN_MAX_REQUESTS", default_value_t = 1024, value_parser = at_least_one, global = true, value_name = "NUMBER")]
     pub max_requests: usize,
-    /// How long a stop waits for requests that are being answered
+    /// How many bytes of request bodies may be held while they are read, the first 16 KiB of each apart; more are answered
+    /// 503
+    #[arg(long, env = "PORTOLAN_MAX_BODY_BYTES_IN_FLIGHT", default_value_t = 256 * 1024 * 1024, global = true, value_name = "BYTES")]
+    pub max_body_bytes_in_flight: usize,
+    /// How long a stop waits for requests that are being answered; after nine tenths of it, runs are answered with an error
     #[arg(long, env = "PORTOLAN_DRAIN_TIMEOUT", default_value = "25s", value_parser = duration, global = true, value_name = "TIME")]
     pub drain_timeout: Duration,
 }
@@ -100,7 +104,7 @@ pub struct Upstream {
     /// How long a TCP and TLS connection to a server may take
     #[arg(long, env = "PORTOLAN_CONNECT_TIMEOUT", default_value = "5s", value_parser = duration, global = true, value_name = "TIME")]
     pub connect_timeout: Duration,
-    /// How long a server that is connected to may take to be ready
+    /// How long reaching a server by URL may take, connection and handshake
     #[arg(long, env = "PORTOLAN_HANDSHAKE_TIMEOUT", default_value = "15s", value_parser = duration, global = true, value_name = "TIME")]
     pub handshake_timeout: Duration,
     /// How long a server that is started may take to be ready; the first start of an npx server downloads it
@@ -112,7 +116,7 @@ pub struct Upstream {
     /// How long the answer to a create waits for the first list of tools; the list goes on without it
     #[arg(long, env = "PORTOLAN_CREATE_SYNC_TIMEOUT", default_value = "20s", value_parser = duration, global = true, value_name = "TIME")]
     pub create_sync_timeout: Duration,
-    /// How long one run of a tool may take
+    /// How long one run of a tool may take, its wait for its turn included
     #[arg(long, env = "PORTOLAN_RUN_TIMEOUT", default_value = "5m", value_parser = duration, global = true, value_name = "TIME")]
     pub run_timeout: Duration,
     /// How long a session to a server that nobody uses is kept

@@ -17,14 +17,38 @@
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
 //! | [`api`] | speaks HTTP: route table, `guard` (what may come in), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
-//! | [`mcp`] | speaks MCP: `pool` (one live session per server) and `watch` (what happens between calls), `session` (handshake, list, call), the transports `stdio`, `http` and `sse` (`remote` is what those two have in common), and what they are made of: `message` (JSON-RPC), `exchange` (who waits for which answer), `lines` and `events` (what is read, bounded), `budget` (how much of it at a time), `mirror` (arguments as header fields), `egress` (what goes out), `keeper` (no child outlives us); `listing` and `schema` (tools), `result` and `json` (answers) |
+//! | [`mcp`] | speaks MCP; its files are: |
+//! | `pool`, `watch` | one live session per server; what happens between calls |
+//! | `session` | handshake, list, call |
+//! | `stdio`, `http`, `sse` | the transports; `remote` is what the last two have in common |
+//! | `message`, `exchange` | JSON-RPC, and who waits for which answer |
+//! | `lines`, `events`, `budget` | what is read, bounded, and how much of it at a time |
+//! | `egress`, `mirror` | what goes out, and arguments as header fields |
+//! | `keeper` | no child outlives us |
+//! | `listing`, `schema` | tools |
+//! | `result`, `json` | answers |
 //! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory) |
 //!
 //! # Who may import whom
 //!
-//! `main` → `app`; `app` → `serve`, `api`, `mcp`, `store`; `api` → `mcp` (its front door), `store`, `serve` (its mark of
-//! a request too many); `mcp` → `store`; `store` → nothing of ours; all of them → `model`, `config`. axum stays in `app`, `serve`, `api` and `error`;
-//! sqlx in `store`, and its derive in `model`. A test reads the `use` lines and keeps this true.
+//! A module, and what it may name of ours and of the crates `axum`, `rmcp` and `sqlx`. A test reads this table and the
+//! `use` lines, and keeps it true.
+//!
+//! | module | may name |
+//! |---|---|
+//! | `main` | `app`, `config`, `telemetry` |
+//! | `lib` | |
+//! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
+//! | `serve` | `config`, `axum` |
+//! | `error` | `mcp`, `store`, `axum` |
+//! | `config` | `model` |
+//! | `model` | `sqlx` |
+//! | `telemetry` | |
+//! | `api` | `app`, `config`, `error`, `mcp`, `model`, `serve`, `store`, `axum` |
+//! | `mcp` | `config`, `model`, `store` |
+//! | `store` | `model`, `sqlx` |
+//!
+//! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many.
 //!
 //! # One request
 //!

@@ -21,7 +21,9 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::harness::{Database, PATIENCE, Portolan, client, eventually, fake_mcp, processes_naming};
+use crate::harness::{
+    Database, FakeProgram, PATIENCE, Portolan, Script, client, eventually, fake_mcp, processes_naming,
+};
 use crate::process::{Program, command};
 
 /// A limit that does not matter.
@@ -31,6 +33,9 @@ const SHORT: Duration = Duration::from_millis(500);
 const DRIP: Duration = Duration::from_millis(50);
 
 const HEALTH: &str = "GET /v1/health HTTP/1.1\r\nhost: h\r\n\r\n";
+/// Sends its body, `{}`, when it is told to.
+const CAREFUL: &str = "POST /v1/mcp-servers/ HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\n\
+    expect: 100-continue\r\ncontent-length: 2\r\n\r\n";
 /// More than a megabyte.
 const BIG: &str = "GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: h\r\n\r\n";
 
@@ -307,6 +312,120 @@ async fn headers_have_a_number_and_a_size() {
     portolan.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn half_a_head_that_comes_early_has_no_more_time_than_another() {
+    let (say, words) = mpsc::unbounded_channel();
+    let limits = entry(|entry| {
+        entry.header_timeout = SHORT;
+        entry.keep_alive_timeout = NEVER;
+    });
+    let served = Served::start(router(words), limits).await;
+    const FULL: &str = "GET /full HTTP/1.1\r\n\r\n";
+    // With the request before it, and while that one is answered.
+    let mut together = Caller::at(&served.url).await;
+    together.send(&format!("{FULL}{FULL}GET /fu")).await;
+    for _ in 0..2 {
+        assert_eq!(together.answer().await.0, 200);
+    }
+    let mut between = Caller::at(&served.url).await;
+    between.send("GET /work HTTP/1.1\r\n\r\n").await;
+    sleep(DRIP).await;
+    between.send("GET /fu").await;
+    sleep(DRIP).await;
+    say.send("done").unwrap();
+    assert_eq!(between.answer().await.0, 200);
+    let mut idle = Caller::at(&served.url).await;
+    idle.send(&format!("{FULL}{FULL}")).await;
+    for _ in 0..2 {
+        assert_eq!(idle.answer().await.0, 200);
+    }
+    assert_eq!(together.end().await, "");
+    assert_eq!(between.end().await, "");
+    sleep(SHORT).await;
+    idle.send(FULL).await;
+    assert_eq!(idle.answer().await.0, 200, "without such a half it is idle");
+    served.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_clients_heads_alone_and_careful_senders_are_answered() {
+    let portolan = Portolan::start().await;
+    let mut old = Caller::to(&portolan).await;
+    old.send("GET /v1/health HTTP/1.0\r\n\r\n").await;
+    let end = old.end().await;
+    assert!(end.starts_with("HTTP/1.0 200") && end.ends_with('}'), "{end}");
+    let mut head = Caller::to(&portolan).await;
+    head.send(&HEALTH.replace("GET", "HEAD")).await;
+    let end = head.until(b"\r\n\r\n").await;
+    assert!(head.rest.starts_with(b"HTTP/1.1 200"));
+    head.rest.drain(..end);
+    head.is_answered().await;
+    let mut careful = Caller::to(&portolan).await;
+    careful.send(CAREFUL).await;
+    let end = careful.until(b"\r\n\r\n").await;
+    assert_eq!(String::from_utf8(careful.rest.drain(..end).collect()).unwrap(), "HTTP/1.1 100 Continue\r\n\r\n");
+    careful.send("{}").await;
+    assert_eq!(careful.answer().await.0, 422);
+    careful.is_answered().await;
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_bodies_share_a_room_and_small_ones_need_none() {
+    const PART: usize = 600_000;
+    let portolan = Portolan::start_with(|settings| {
+        settings.entry.max_body_bytes_in_flight = 1_000_000;
+        settings.entry.body_timeout = NEVER;
+    })
+    .await;
+    let upload = async || {
+        let mut caller = Caller::to(&portolan).await;
+        let head = "POST /v1/mcp-servers/ HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length:";
+        caller.send(&format!("{head} {}\r\n\r\n", PART + 2)).await;
+        caller.send(&" ".repeat(PART)).await;
+        caller
+    };
+    let (mut one, mut other) = (upload().await, upload().await);
+    // Whoever is the second to be read.
+    let ((status, head, body), mut first) = tokio::select! {
+        refused = one.answer() => (refused, other),
+        refused = other.answer() => (refused, one),
+    };
+    assert_eq!(status, 503);
+    assert!(head.contains("retry-after: 1"), "{head}");
+    assert!(String::from_utf8_lossy(&body).contains("overloaded"));
+    portolan.post("/v1/mcp-servers/", &json!({})).await.expect(422);
+    first.send("{}").await;
+    assert_eq!(first.answer().await.0, 422, "it was read to its end");
+    first.is_answered().await;
+    for _ in 0..5 {
+        let mut next = upload().await;
+        next.send("{}").await;
+        assert_eq!(next.answer().await.0, 422, "its room is free again");
+    }
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_shows_the_beginning_of_a_long_path() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    let log = folder.path().join("log");
+    let mut start = command(folder.path(), database.url().as_deref());
+    start.args(["--log", "debug"]).stderr(std::fs::File::create(&log).unwrap());
+    let mut program = Program::start(start);
+    let mut caller = Caller::at(&program.url).await;
+    for path in ["short/path".to_owned(), "x".repeat(20_000)] {
+        caller.send(&format!("GET /{path} HTTP/1.1\r\nhost: h\r\n\r\n")).await;
+        assert_eq!(caller.answer().await.0, 404);
+    }
+    program.signal("-TERM");
+    assert_eq!(program.exit_code(), Some(0));
+    let text = std::fs::read_to_string(&log).unwrap();
+    assert!(text.contains("/short/path") && text.contains(&"x".repeat(255)) && !text.contains(&"x".repeat(256)));
+    database.remove().await;
+}
+
 /// Runs of one tool, from the moment when the server has all of them.
 async fn runs(portolan: &Portolan, tool: &str, args: Value, count: usize) -> JoinSet<Value> {
     let (server, script) = portolan.create_stdio("upstream", &json!({})).await;
@@ -340,6 +459,8 @@ async fn one_request_too_many_is_refused_and_health_answers() {
         settings.entry.write_timeout = NEVER;
     })
     .await;
+    let mut begun = Caller::to(&portolan).await;
+    begun.send("POST /v1/mcp-servers/ HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{").await;
     let mut runs = runs(&portolan, "never", json!({}), 4).await;
     for path in ["/v1/mcp-servers", "/v1/mcp-servers/x/tools/", "/openapi.yaml", "/docs"] {
         let answer = portolan.get(path).await;
@@ -352,9 +473,23 @@ async fn one_request_too_many_is_refused_and_health_answers() {
     // The answer arrives, although nobody reads this body.
     let refused = portolan.post("/v1/mcp-servers/", &json!({"x": "v".repeat(8 * 1024 * 1024)})).await;
     assert_eq!(refused.expect(503)["code"], "overloaded");
+    let mut careful = Caller::to(&portolan).await;
+    careful.send(CAREFUL).await;
+    assert_eq!(careful.answer().await.0, 503, "it is not told to go on");
+    assert_eq!(careful.end().await, "");
+    // While its body was waited for others took all places.
+    begun.send("}").await;
+    let (status, head, body) = begun.answer().await;
+    assert_eq!((status, head.contains("retry-after: 1")), (503, true));
+    assert!(String::from_utf8_lossy(&body).contains("overloaded"));
     // Their callers leave.
     runs.shutdown().await;
     has_room(&portolan).await;
+    begun.send(CAREFUL).await;
+    begun.until(b"100 Continue\r\n\r\n").await;
+    begun.rest.clear();
+    begun.send("{}").await;
+    assert_eq!(begun.answer().await.0, 422, "the same connection is served again");
     // Those who keep Portolan waiting are not counted.
     let mut waiting = Vec::new();
     for _ in 0..6 {
@@ -533,7 +668,10 @@ async fn a_stop_cuts_what_is_not_finished_in_time() {
 
 /// A server of the fake with the tool `slow`, registered at a running program: the URL of its run.
 async fn register(client: &reqwest::Client, url: &str, name: &str, script: &std::path::Path) -> String {
-    let config = json!({"command": fake_mcp(), "args": ["stdio", script]});
+    register_as(client, url, name, json!({"command": fake_mcp(), "args": ["stdio", script]})).await
+}
+
+async fn register_as(client: &reqwest::Client, url: &str, name: &str, config: Value) -> String {
     let body = json!({"server_name": name, "config": config});
     let server: Value =
         client.post(format!("{url}/v1/mcp-servers")).json(&body).send().await.unwrap().json().await.unwrap();
@@ -547,8 +685,25 @@ async fn register(client: &reqwest::Client, url: &str, name: &str, script: &std:
 async fn a_hundred_calls_outlive_a_stop() {
     let folder = tempfile::tempdir().unwrap();
     let database = Database::new().await;
-    let mut program = Program::start(command(folder.path(), database.url().as_deref()));
+    let mut start = command(folder.path(), database.url().as_deref());
+    start.env("PORTOLAN_EARLY_HEAD_AFTER", "1s");
+    let mut program = Program::start(start);
     let client = client();
+    // Servers elsewhere: a stream of news and one of answers are open all the time.
+    let elsewhere = tempfile::tempdir().unwrap();
+    let news = Script::new(elsewhere.path(), &json!({"list_changed": true, "get_stream": true}));
+    let events = Script::new(elsewhere.path(), &json!({}));
+    let remotes = [FakeProgram::start("http", &news, None), FakeProgram::start("sse", &events, None)];
+    let mut dripping = Vec::new();
+    for (remote, kind) in remotes.iter().zip(["streamable_http", "sse"]) {
+        let config = json!({"mcp_server_type": kind, "server_url": remote.url});
+        let run = register_as(&client, &program.url, kind, config).await;
+        for _ in 0..5 {
+            // Its head is there when it drips.
+            let run = client.post(&run).json(&json!({"args": {"ms": 8000}})).send();
+            dripping.push(tokio::spawn(run));
+        }
+    }
     let mut runs = JoinSet::new();
     let mut scripts = Vec::new();
     for number in 0..10 {
@@ -571,8 +726,17 @@ async fn a_hundred_calls_outlive_a_stop() {
         scripts.iter().all(|script| calls(script).unwrap_or_default().matches("tools/call").count() == 10)
     })
     .await;
+    let mut heads = Vec::new();
+    for run in dripping {
+        heads.push(run.await.unwrap().expect("its head comes early"));
+    }
     program.signal("-TERM");
     let signalled = Instant::now();
+    for head in heads {
+        assert_eq!(head.status(), 200);
+        let text = head.text().await.expect("completely");
+        assert!(text.starts_with(' ') && text.contains("done"), "{text}");
+    }
     let mut done = 0;
     while let Some(answer) = runs.join_next().await {
         let answer = answer.unwrap().expect("it is answered");

@@ -1,26 +1,32 @@
 //! Who and what may come in: path ids, and bodies of bounded size, of the right type, that are strict JSON.
 
 use std::fmt;
+use std::sync::Arc;
 
 use axum::body::HttpBody;
 use axum::extract::{FromRequest, FromRequestParts, Path, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use http_body_util::BodyExt;
 use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value, json};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Duration, Instant, timeout_at};
 
 use crate::app::App;
 use crate::error::{Error, Issue};
+use crate::serve::Full;
 
 /// The largest body of a request that changes a server, and of a run, in bytes.
 const MAX_BODY: usize = 1024 * 1024;
 const MAX_RUN_BODY: usize = 4 * MAX_BODY;
 /// How much of a body that is too large is read all the same, so that its sender gets to reading the answer.
 const MAX_REFUSED: usize = 16 * 1024 * 1024;
+/// The first bytes of every body are free, so that a few large bodies refuse no small one: there are no more of them than
+/// connections.
+const FREE: usize = 16 * 1024;
 /// How many bytes of a body buy another second for the rest of it, so that 4 MiB may take nine minutes on a slow line;
 /// but at no time may more than `--body-timeout` pass without any.
 const BYTES_PER_SECOND: f64 = 8192.0;
@@ -69,11 +75,11 @@ impl FromRequest<App> for JsonBody {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
         let is_json = is_json(&request);
-        let body = read(request, MAX_BODY, app.settings.entry.body_timeout).await?;
+        let body = read(request, MAX_BODY, app).await?;
         if !is_json {
             return Err(Error::UnsupportedMediaType);
         }
-        let object = object(&body)?;
+        let object = object(&body.bytes)?;
         refuse_nul_in(&object, &mut vec![json!("body")])?;
         Ok(Self(object))
     }
@@ -87,10 +93,10 @@ impl FromRequest<App> for RunBody {
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
         let is_json = is_json(&request);
-        let body = read(request, MAX_RUN_BODY, app.settings.entry.body_timeout).await?;
-        match (body.is_empty(), is_json) {
+        let body = read(request, MAX_RUN_BODY, app).await?;
+        match (body.bytes.is_empty(), is_json) {
             (true, _) => Ok(Self(Map::new())),
-            (false, true) => object(&body).map(Self),
+            (false, true) => object(&body.bytes).map(Self),
             (false, false) => Err(Error::UnsupportedMediaType),
         }
     }
@@ -101,10 +107,50 @@ fn is_json(request: &Request) -> bool {
     kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json")
 }
 
-/// Reads a body of at most `limit` bytes. `patience` is how long it may be silent, see [`BYTES_PER_SECOND`].
-async fn read(request: Request, limit: usize, patience: Duration) -> Result<Bytes, Error> {
+/// Room for the bodies that are being read, in bytes. Nobody waits for it: a body that finds none is refused.
+#[derive(Clone)]
+pub struct Bodies(Arc<Semaphore>);
+
+impl Bodies {
+    pub fn new(bytes: usize) -> Self {
+        Self(Arc::new(Semaphore::new(bytes.min(Semaphore::MAX_PERMITS))))
+    }
+
+    /// `None` when there is not so much room.
+    fn take(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        self.0.clone().try_acquire_many_owned(bytes.try_into().ok()?).ok()
+    }
+}
+
+/// A whole body; dropping it gives its room back.
+struct Held {
+    bytes: BytesMut,
+    room: Option<OwnedSemaphorePermit>,
+}
+
+impl Held {
+    /// Takes `data` too, if there is room for it.
+    fn hold(&mut self, data: &[u8], bodies: &Bodies) -> Result<(), Error> {
+        let before = self.bytes.len().max(FREE);
+        let more = (self.bytes.len() + data.len()).saturating_sub(before);
+        if more > 0 {
+            let room = bodies.take(more).ok_or(Error::Full)?;
+            match &mut self.room {
+                Some(held) => held.merge(room),
+                None => self.room = Some(room),
+            }
+        }
+        self.bytes.extend_from_slice(data);
+        Ok(())
+    }
+}
+
+/// Reads a body of at most `limit` bytes. It may be silent for `--body-timeout`, see [`BYTES_PER_SECOND`].
+async fn read(request: Request, limit: usize, app: &App) -> Result<Held, Error> {
+    let patience = app.settings.entry.body_timeout;
     let mut body = request.into_body();
-    let mut bytes = BytesMut::with_capacity(body.size_hint().lower().min(limit as u64) as usize);
+    let expected = body.size_hint().lower().min(limit as u64) as usize;
+    let mut held = Held { bytes: BytesMut::with_capacity(expected), room: None };
     let mut refused = 0;
     let mut deadline = Instant::now() + patience;
     // What is too large anyway buys no time.
@@ -113,18 +159,23 @@ async fn read(request: Request, limit: usize, patience: Duration) -> Result<Byte
             Ok(Some(Ok(frame))) => frame,
             Ok(None) => break,
             _ if refused > 0 => break,
-            Ok(Some(Err(_))) | Err(_) => return Err(Error::BodyIncomplete),
+            Ok(Some(Err(error))) => {
+                return Err(if error.into_inner().is::<Full>() { Error::Full } else { Error::BodyIncomplete });
+            }
+            Err(_) => return Err(Error::BodyIncomplete),
         };
         let Ok(data) = frame.into_data() else { continue };
-        if refused > 0 || bytes.len() + data.len() > limit {
+        if refused > 0 || held.bytes.len() + data.len() > limit {
             refused += data.len();
+            // None of it is wanted any more.
+            held = Held { bytes: BytesMut::new(), room: None };
         } else {
+            held.hold(&data, &app.bodies)?;
             let bought = Duration::from_secs_f64(data.len() as f64 / BYTES_PER_SECOND);
             deadline = (deadline + bought).min(Instant::now() + patience);
-            bytes.extend_from_slice(&data);
         }
     }
-    if refused > 0 { Err(Error::BodyTooLarge { limit }) } else { Ok(bytes.freeze()) }
+    if refused > 0 { Err(Error::BodyTooLarge { limit }) } else { Ok(held) }
 }
 
 fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {

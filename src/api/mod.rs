@@ -24,6 +24,7 @@ use crate::app::App;
 use crate::error::Error;
 use crate::serve::Full;
 
+pub use guard::Bodies;
 pub use runs::Runs;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -88,14 +89,21 @@ fn has_no_room(request: &Request) -> bool {
     }
 }
 
+/// The longest text of a request that a line of the log shows, in bytes: it stands in every line of that request.
+const MAX_SHOWN: usize = 256;
+
+fn start_of(text: &str) -> &str {
+    &text[..text.floor_char_boundary(MAX_SHOWN)]
+}
+
 /// Gives each request an id, logs its end, and turns a handler's [`Error`] into its answer.
 async fn identify(request: Request, next: Next) -> Response {
     let id = Uuid::new_v4().to_string();
     let span = tracing::info_span!(
         "request",
         request.id = %id,
-        http.method = %request.method(),
-        http.path = request.uri().path(),
+        http.method = start_of(request.method().as_str()),
+        http.path = start_of(request.uri().path()),
     );
     let started = std::time::Instant::now();
     async {

@@ -17,12 +17,15 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Entry;
 
-/// How often the limits are looked at. They are counted in sweeps: a client has its whole time and up to two sweeps
-/// more, and none less when it was Portolan that was held up.
+/// How often the limits are looked at. They are counted in sweeps: a client has all of its time and up to two sweeps
+/// more; it loses none when Portolan itself was held up.
 pub const TICK: Duration = Duration::from_millis(250);
 /// How long a client that was answered before all of its request was read has to notice. Closed at once, the kernel
 /// would reset the connection, and the answer would be lost with it (RFC 9112, 9.6).
 const LINGER: Duration = Duration::from_secs(2);
+/// How many bytes of an answer pay for a sweep that its client let Portolan wait: 8 KiB for a second, as bodies do. A
+/// client that takes a byte now and then would otherwise keep its answer for ever.
+const BYTES_PER_SWEEP: u64 = 2048;
 /// How long an event stream has, after shutdown began, to end in order.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
 /// What part of all connections makes room when one place is needed: to find out who waits longest costs a look at all.
@@ -138,10 +141,12 @@ impl Connections {
             task: OnceLock::new(),
             turn: AtomicU64::new(Turn { phase: Phase::Head, since: self.now() }.word()),
             stalled: AtomicU32::new(0),
+            debt: AtomicU64::new(0),
             counted: AtomicBool::new(false),
             answered: AtomicBool::new(false),
             unread: AtomicBool::new(false),
             heard: AtomicBool::new(false),
+            half: AtomicBool::new(false),
             hung_up: AtomicBool::new(false),
             streams_events: AtomicBool::new(false),
         });
@@ -152,11 +157,11 @@ impl Connections {
     }
 
     /// Whether one more connection may be open. If there is no place, those that wait longest for their clients go.
-    pub fn have_room(&self) -> bool {
+    pub fn ensure_room(&self) -> bool {
         // Before the look: who leaves after it must see this.
         self.wanted.store(true, Ordering::SeqCst);
         let full = self.open().len() >= self.max_connections;
-        let room = !full || self.make_room();
+        let room = !full || self.cut_longest_waiting();
         if room {
             self.wanted.store(false, Ordering::Relaxed);
         }
@@ -164,23 +169,25 @@ impl Connections {
     }
 
     /// Done when there may be room again.
-    pub async fn room(&self) {
+    pub async fn room_told(&self) {
         self.left.notified().await;
     }
 
-    /// Cuts the connections that wait longest for their clients; `false` if none waits long enough.
-    pub fn make_room(&self) -> bool {
+    /// Cuts the connections that wait longest for their clients, the idle last: they kept nobody waiting. `false` if none
+    /// waits long enough.
+    pub fn cut_longest_waiting(&self) -> bool {
         let mut open = self.open();
         let now = self.now();
         let waits = |(id, connection): (&u64, &Arc<Connection>)| {
             let turn = connection.turn();
             let age = now.wrapping_sub(connection.waits_since(turn)?);
-            (age > FAIR_CHANCE).then_some((age, *id, turn))
+            let is_idle = turn.phase == Phase::Idle && !connection.is_stalled();
+            (age > FAIR_CHANCE).then_some((is_idle, Reverse(age), *id, turn))
         };
         let mut waiting: Vec<_> = open.iter().filter_map(waits).collect();
-        waiting.sort_unstable_by_key(|(age, id, _)| (Reverse(*age), *id));
+        waiting.sort_unstable_by_key(|(is_idle, age, id, _)| (*is_idle, *age, *id));
         let (most, mut cut) = (1 + open.len() / ROOM, 0);
-        for (_, id, turn) in waiting {
+        for (_, _, id, turn) in waiting {
             if open.get(&id).is_some_and(|connection| connection.cut(turn, "another needs its place")) {
                 open.remove(&id);
                 cut += 1;
@@ -229,9 +236,9 @@ impl Guest {
 
 impl Drop for Guest {
     fn drop(&mut self) {
-        self.connection.uncount();
+        self.connection.release();
         self.connection.all.open().remove(&self.id);
-        self.connection.makes_room();
+        self.connection.tell_of_room();
     }
 }
 
@@ -242,6 +249,8 @@ pub struct Connection {
     turn: AtomicU64,
     /// The sweep since which a write makes no progress.
     stalled: AtomicU32,
+    /// What the client owes for the waits before this one, in bytes that it must take; see [`BYTES_PER_SWEEP`].
+    debt: AtomicU64,
     /// Its request is one of those in flight.
     counted: AtomicBool,
     /// Its answer is complete, but not yet sent.
@@ -250,6 +259,8 @@ pub struct Connection {
     unread: AtomicBool,
     /// Any byte came from the client.
     heard: AtomicBool,
+    /// What came last is the beginning of a head, as far as one can know.
+    half: AtomicBool,
     /// The client sends no more.
     hung_up: AtomicBool,
     streams_events: AtomicBool,
@@ -274,7 +285,7 @@ impl Connection {
             && self.turn.compare_exchange(seen.word(), cut, Ordering::AcqRel, Ordering::Acquire).is_ok();
         if is_cut {
             tracing::debug!(reason, phase = ?seen.phase, "cutting a connection");
-            self.uncount();
+            self.release();
             self.abort();
         }
         is_cut
@@ -298,7 +309,8 @@ impl Connection {
     fn is_late(&self, turn: Turn, now: u32) -> Option<&'static str> {
         let longer = |since: u32, limit: u32| now.wrapping_sub(since) > limit;
         let stalled = self.stalled.load(Ordering::Relaxed);
-        if stalled != 0 && longer(stalled, self.all.write) {
+        let owed = u32::try_from(self.debt.load(Ordering::Relaxed) / BYTES_PER_SWEEP).unwrap_or(u32::MAX);
+        if stalled != 0 && longer(stalled, self.all.write.saturating_sub(owed)) {
             return Some("its client does not read the answer");
         }
         let draining = self.all.draining.load(Ordering::Relaxed);
@@ -322,12 +334,16 @@ impl Connection {
     pub fn begin(&self, whole: bool) -> bool {
         self.answered.store(false, Ordering::Relaxed);
         self.unread.store(!whole, Ordering::Relaxed);
+        if !whole {
+            // What came with its head is taken for its body.
+            self.half.store(false, Ordering::Relaxed);
+        }
         self.streams_events.store(false, Ordering::Relaxed);
         self.enter(Phase::Work)
     }
 
     /// Counts its request as one in flight, if one more may be.
-    pub fn counts(&self) -> bool {
+    pub fn try_admit(&self) -> bool {
         // The answer before this one may not be sent yet.
         if self.counted.load(Ordering::Relaxed) {
             return true;
@@ -341,29 +357,32 @@ impl Connection {
         room
     }
 
-    /// Requests that wait for their clients are not in flight: slow clients could be all of them. Those that cease to
-    /// wait are, even if that is one too many.
-    fn count(&self) {
+    /// Counts it again, even if that is one too many: its answer is there, and may as well be sent.
+    fn readmit(&self) {
         if !self.counted.swap(true, Ordering::AcqRel) {
             self.all.requests.fetch_add(1, Ordering::AcqRel);
         }
     }
 
-    fn uncount(&self) {
+    /// Counts it no more. Requests that wait for their clients are not in flight: slow clients could be all of them.
+    fn release(&self) {
         if self.counted.swap(false, Ordering::AcqRel) {
             self.all.requests.fetch_sub(1, Ordering::AcqRel);
         }
     }
 
-    fn makes_room(&self) {
+    fn tell_of_room(&self) {
         if self.all.wanted.load(Ordering::SeqCst) {
             self.all.left.notify_one();
         }
     }
 
-    /// Bytes came.
-    pub fn hear(&self) {
+    /// Bytes came, and what came so far ends as a head does (`ends_head`), or not.
+    pub fn hear(&self, ends_head: bool) {
         self.heard.store(true, Ordering::Relaxed);
+        if !self.unread.load(Ordering::Relaxed) {
+            self.half.store(!ends_head, Ordering::Relaxed);
+        }
         if self.turn().phase == Phase::Idle {
             self.enter(Phase::Head);
         }
@@ -374,23 +393,35 @@ impl Connection {
         self.hung_up.store(true, Ordering::Relaxed);
     }
 
-    /// A part of the request's body is waited for. What came before does not shorten the wait.
+    /// A part of the request's body is waited for.
     pub fn await_body(&self) {
         if self.turn().phase == Phase::Work {
             self.enter(Phase::Body);
-            self.uncount();
+            self.release();
         }
     }
 
-    /// Nobody waits for the request's body any more; it is all there if it was read to the `end`.
-    pub fn leave_body(&self, end: bool) {
-        if end {
-            self.unread.store(false, Ordering::Relaxed);
-        }
+    /// A part of the request's body came: what was waited for it does not count any more.
+    pub fn body_flows(&self) {
         if self.turn().phase == Phase::Body {
-            self.enter(Phase::Work);
-            self.count();
+            self.enter(Phase::Body);
         }
+    }
+
+    /// The request's body is all there. `false` when it was waited for, and there is no place for the request now.
+    #[must_use]
+    pub fn body_ended(&self) -> bool {
+        self.unread.store(false, Ordering::Relaxed);
+        self.resume()
+    }
+
+    /// Nobody waits for the request's body any more. What is left to do is to send an error, with a place or without.
+    pub fn body_left(&self) {
+        self.resume();
+    }
+
+    fn resume(&self) -> bool {
+        self.turn().phase != Phase::Body || !self.enter(Phase::Work) || self.try_admit()
     }
 
     /// Whether an answer leaves a part of its request unread.
@@ -413,16 +444,24 @@ impl Connection {
     pub fn stall(&self) {
         if self.stalled.load(Ordering::Relaxed) == 0 {
             self.stalled.store(self.all.now(), Ordering::Relaxed);
-            self.uncount();
+            self.release();
         }
     }
 
-    /// A write wrote.
-    pub fn progress(&self) {
-        if self.stalled.load(Ordering::Relaxed) != 0 {
+    /// A write wrote so many bytes.
+    pub fn progress(&self, bytes: usize) {
+        let stalled = self.stalled.load(Ordering::Relaxed);
+        let mut debt = self.debt.load(Ordering::Relaxed);
+        if stalled != 0 {
+            debt += u64::from(self.all.now().wrapping_sub(stalled)) * BYTES_PER_SWEEP;
+        }
+        if debt != 0 {
+            self.debt.store(debt.saturating_sub(bytes as u64), Ordering::Relaxed);
+        }
+        if stalled != 0 {
             self.stalled.store(0, Ordering::Relaxed);
             if self.turn().phase == Phase::Work {
-                self.count();
+                self.readmit();
             }
         }
     }
@@ -435,9 +474,10 @@ impl Connection {
     pub fn flushed(&self) {
         if self.answered.load(Ordering::Relaxed) {
             self.answered.store(false, Ordering::Relaxed);
-            self.enter(Phase::Idle);
-            self.uncount();
-            self.makes_room();
+            self.debt.store(0, Ordering::Relaxed);
+            self.enter(if self.half.load(Ordering::Relaxed) { Phase::Head } else { Phase::Idle });
+            self.release();
+            self.tell_of_room();
         }
     }
 
@@ -446,5 +486,115 @@ impl Connection {
         let refused_head = self.turn().phase == Phase::Head && self.heard.load(Ordering::Relaxed);
         let lingers = !self.hung_up.load(Ordering::Relaxed) && (self.leaves_unread() || refused_head);
         lingers && self.enter(Phase::Linger)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use crate::config::Cli;
+
+    use super::*;
+
+    /// Connections whose sweeps a test makes itself.
+    struct Hall {
+        all: Arc<Connections>,
+        tasks: TaskTracker,
+    }
+
+    impl Hall {
+        fn open(change: impl FnOnce(&mut Entry)) -> Self {
+            let mut entry = Cli::parse_from(["portolan"]).settings.entry;
+            change(&mut entry);
+            Self { all: Connections::new(&entry, CancellationToken::new()), tasks: TaskTracker::new() }
+        }
+
+        fn enter(&self, phase: Phase) -> Arc<Connection> {
+            let mut entered = None;
+            self.all.add(&self.tasks, |guest| {
+                entered = Some(guest.connection());
+                async move {
+                    std::future::pending::<()>().await;
+                    drop(guest);
+                }
+            });
+            let connection = entered.expect("it is made at once");
+            connection.enter(phase);
+            connection
+        }
+
+        fn pass(&self, seconds: u64) {
+            (0..sweeps(Duration::from_secs(seconds))).for_each(|_| self.all.sweep());
+        }
+    }
+
+    fn is_cut(connection: &Connection) -> bool {
+        connection.turn().phase == Phase::Cut
+    }
+
+    #[tokio::test]
+    async fn an_answer_has_to_be_read_at_a_rate() {
+        let hall = Hall::open(|entry| entry.write_timeout = Duration::from_secs(30));
+        let [miser, fair, idle, once_quick] = [(); 4].map(|()| hall.enter(Phase::Work));
+        once_quick.progress(100 * 1024 * 1024);
+        once_quick.stall();
+        for _ in 0..10 {
+            miser.stall();
+            fair.stall();
+            hall.pass(29);
+            miser.progress(1);
+            fair.progress(29 * 8192);
+        }
+        assert!(is_cut(&miser), "a byte now and then is not enough");
+        assert!(is_cut(&once_quick), "what was quick buys no rest");
+        assert!(!is_cut(&fair), "8 KiB a second are");
+        assert!(!is_cut(&idle), "nobody is cut for what is not sent");
+        // The next answer starts without what the last one owed.
+        fair.stall();
+        hall.pass(29);
+        fair.progress(1);
+        fair.complete();
+        fair.flushed();
+        assert!(fair.begin(true));
+        fair.stall();
+        hall.pass(29);
+        assert!(!is_cut(&fair));
+        hall.pass(3);
+        assert!(is_cut(&fair));
+    }
+
+    #[tokio::test]
+    async fn a_body_that_flows_does_not_make_room_and_one_that_stalls_does() {
+        let hall = Hall::open(|_| {});
+        let [flowing, stalled] = [(); 2].map(|()| hall.enter(Phase::Work));
+        flowing.await_body();
+        hall.pass(1);
+        stalled.await_body();
+        hall.pass(1);
+        flowing.body_flows();
+        assert!(hall.all.cut_longest_waiting());
+        assert!(is_cut(&stalled) && !is_cut(&flowing));
+        assert!(!hall.all.cut_longest_waiting(), "nobody else waits");
+    }
+
+    #[tokio::test]
+    async fn the_idle_make_room_last() {
+        let hall = Hall::open(|_| {});
+        let idle = hall.enter(Phase::Idle);
+        hall.pass(1);
+        let unread = hall.enter(Phase::Work);
+        unread.stall();
+        hall.pass(1);
+        let others = [Phase::Body, Phase::Head, Phase::Linger].map(|phase| {
+            let connection = hall.enter(phase);
+            hall.pass(1);
+            connection
+        });
+        for waits in [&unread].into_iter().chain(&others).chain([&idle]) {
+            assert!(!is_cut(waits));
+            assert!(hall.all.cut_longest_waiting());
+            assert!(is_cut(waits));
+        }
     }
 }

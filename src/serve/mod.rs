@@ -2,7 +2,8 @@
 //!
 //! Nobody holds it up for ever. Each wait for a client has its limit (`connections`), no buffer of a connection grows
 //! beyond [`MAX_BUFFER`], and when `--max-connections` are open, those that wait longest for their clients make room
-//! for the next. A request that is above `--max-requests` reaches the router marked as [`Full`], its body unread.
+//! for the next. A request that is above `--max-requests` reaches the router marked as [`Full`], its body unread; one
+//! that is so when its body has come meets the mark at the body's end.
 
 mod connections;
 mod stream;
@@ -46,9 +47,10 @@ const ACCEPT_PAUSES: (Duration, Duration) = (Duration::from_millis(10), Duration
 /// How often at most to say that nobody can be accepted.
 const ACCEPT_COMPLAINTS: Duration = Duration::from_secs(1);
 
-/// Marks a request, among its extensions, that is one more than may be in flight: nothing may be done for it but to say
-/// so, or what costs nothing. Its body is not read.
-#[derive(Clone, Copy, Debug)]
+/// Marks a request, among its extensions or as the end of its body, that is one more than may be in flight: nothing may
+/// be done for it but to say so, or what costs nothing. If it is marked at once, its body is not read.
+#[derive(Clone, Copy, Debug, thiserror::Error)]
+#[error("as many requests as may be are in flight")]
 pub struct Full;
 
 /// Answers requests on `listener` with `router` until `shutdown`. Then it takes no new connection, closes the idle ones,
@@ -72,18 +74,18 @@ pub async fn serve(listener: TcpListener, router: Router, entry: &Entry, shutdow
                 Err(error) => {
                     shortage.meet(&error);
                     // Sockets of ours are part of what there is too little of.
-                    connections.make_room();
+                    connections.cut_longest_waiting();
                 }
             },
             () = sleep_until(shortage.until.unwrap_or_else(Instant::now)), if shortage.until.is_some() => {
                 shortage.until = None;
             }
-            () = connections.room(), if door.is_some() => {}
+            () = connections.room_told(), if door.is_some() => {}
             _ = ticks.tick(), if !connections.are_none() => connections.sweep(),
             () = shutdown.cancelled() => break,
         }
         if door.is_some()
-            && connections.have_room()
+            && connections.ensure_room()
             && let Some(stream) = door.take()
         {
             connections.add(&tasks, |guest| connection(stream, guest, router.clone(), shutdown.clone()));
@@ -184,7 +186,7 @@ async fn answer(
     }
     let mut request =
         request.map(|body| if whole { Body::empty() } else { Body::new(Arriving::new(body, connection.clone())) });
-    if !connection.counts() {
+    if !connection.try_admit() {
         request.extensions_mut().insert(Full);
     }
     let mut response = router.oneshot(request).await.unwrap_or_else(|never| match never {});

@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
+use axum::BoxError;
 use axum::body::Body;
 use bytes::Bytes;
 use hyper::body::{Body as HttpBody, Frame, Incoming, SizeHint};
@@ -14,6 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
+use super::Full;
 use super::connections::Connection;
 
 /// How much of what nobody wants is read at once.
@@ -23,17 +25,19 @@ const WASTE: usize = 16 * 1024;
 pub struct Stream {
     socket: TcpStream,
     connection: Arc<Connection>,
+    /// The last bytes that came.
+    tail: u32,
     lingers: bool,
 }
 
 impl Stream {
     pub fn new(socket: TcpStream, connection: Arc<Connection>) -> Self {
-        Self { socket, connection, lingers: false }
+        Self { socket, connection, tail: 0, lingers: false }
     }
 
     fn wrote(&self, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
-        match written {
-            Poll::Ready(_) => self.connection.progress(),
+        match &written {
+            Poll::Ready(written) => self.connection.progress(*written.as_ref().unwrap_or(&0)),
             Poll::Pending => self.connection.stall(),
         }
         written
@@ -44,10 +48,15 @@ impl AsyncRead for Stream {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         ready!(Pin::new(&mut self.socket).poll_read(cx, buf))?;
-        if buf.filled().len() > before {
-            self.connection.hear()
+        let came = &buf.filled()[before..];
+        if came.is_empty() {
+            self.connection.hang_up();
         } else {
-            self.connection.hang_up()
+            let last = &came[came.len().saturating_sub(4)..];
+            let tail = last.iter().fold(self.tail, |tail, byte| tail << 8 | u32::from(*byte));
+            // A line may end without a carriage return (RFC 9112, 2.2).
+            self.connection.hear(tail.to_be_bytes().ends_with(b"\n\r\n") || tail.to_be_bytes().ends_with(b"\n\n"));
+            self.tail = tail;
         }
         Poll::Ready(Ok(()))
     }
@@ -103,7 +112,7 @@ impl Drop for Stream {
     }
 }
 
-/// The body of a request.
+/// The body of a request. Its end is the error [`Full`] if its client was waited for, and others took all places.
 pub struct Arriving {
     body: Incoming,
     connection: Arc<Connection>,
@@ -117,18 +126,18 @@ impl Arriving {
 
 impl HttpBody for Arriving {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BoxError;
 
-    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let frame = Pin::new(&mut self.body).poll_frame(cx);
         match &frame {
             Poll::Pending => self.connection.await_body(),
-            Poll::Ready(Some(Err(_))) => self.connection.leave_body(false),
-            Poll::Ready(None) => self.connection.leave_body(true),
-            Poll::Ready(Some(Ok(_))) if self.body.is_end_stream() => self.connection.leave_body(true),
-            Poll::Ready(Some(Ok(_))) => {}
+            Poll::Ready(Some(Err(_))) => self.connection.body_left(),
+            Poll::Ready(Some(Ok(_))) if !self.body.is_end_stream() => self.connection.body_flows(),
+            Poll::Ready(_) if !self.connection.body_ended() => return Poll::Ready(Some(Err(Full.into()))),
+            Poll::Ready(_) => {}
         }
-        frame
+        frame.map_err(BoxError::from)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -142,7 +151,7 @@ impl HttpBody for Arriving {
 
 impl Drop for Arriving {
     fn drop(&mut self) {
-        self.connection.leave_body(false);
+        self.connection.body_left();
     }
 }
 
