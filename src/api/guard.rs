@@ -1,5 +1,6 @@
 //! Who and what may come in: path ids, and bodies of bounded size, of the right type, that are strict JSON.
 
+use std::cell::Cell;
 use std::fmt;
 use std::sync::Arc;
 
@@ -27,6 +28,9 @@ const MAX_REFUSED: usize = 16 * 1024 * 1024;
 /// The first bytes of every body are free, so that a few large bodies refuse no small one: there are no more of them than
 /// connections.
 const FREE: usize = 16 * 1024;
+/// The most values in a body, those within others too: each takes a hundred bytes and more, fifty times what the
+/// shortest takes in the body, and many runs may wait with their arguments.
+const MAX_VALUES: usize = 100_000;
 /// How many bytes of a body buy another second for the rest of it, so that 4 MiB may take nine minutes on a slow line;
 /// but at no time may more than `--body-timeout` pass without any.
 const BYTES_PER_SECOND: f64 = 8192.0;
@@ -129,25 +133,26 @@ struct Held {
 }
 
 impl Held {
-    /// Takes `data` too, if there is room for it.
-    fn hold(&mut self, data: &[u8], bodies: &Bodies) -> Result<(), Error> {
+    /// Takes `data` too; `None` when there is no room for it.
+    fn hold(&mut self, data: &[u8], bodies: &Bodies) -> Option<()> {
         let before = self.bytes.len().max(FREE);
         let more = (self.bytes.len() + data.len()).saturating_sub(before);
         if more > 0 {
-            let room = bodies.take(more).ok_or(Error::Full)?;
+            let room = bodies.take(more)?;
             match &mut self.room {
                 Some(held) => held.merge(room),
                 None => self.room = Some(room),
             }
         }
         self.bytes.extend_from_slice(data);
-        Ok(())
+        Some(())
     }
 }
 
 /// Reads a body of at most `limit` bytes. It may be silent for `--body-timeout`, see [`BYTES_PER_SECOND`].
 async fn read(request: Request, limit: usize, app: &App) -> Result<Held, Error> {
     let patience = app.settings.entry.body_timeout;
+    let full = super::full(&request);
     let mut body = request.into_body();
     let expected = body.size_hint().lower().min(limit as u64) as usize;
     let mut held = Held { bytes: BytesMut::with_capacity(expected), room: None };
@@ -160,7 +165,7 @@ async fn read(request: Request, limit: usize, app: &App) -> Result<Held, Error> 
             Ok(None) => break,
             _ if refused > 0 => break,
             Ok(Some(Err(error))) => {
-                return Err(if error.into_inner().is::<Full>() { Error::Full } else { Error::BodyIncomplete });
+                return Err(if error.into_inner().is::<Full>() { full } else { Error::BodyIncomplete });
             }
             Err(_) => return Err(Error::BodyIncomplete),
         };
@@ -170,7 +175,9 @@ async fn read(request: Request, limit: usize, app: &App) -> Result<Held, Error> 
             // None of it is wanted any more.
             held = Held { bytes: BytesMut::new(), room: None };
         } else {
-            held.hold(&data, &app.bodies)?;
+            if held.hold(&data, &app.bodies).is_none() {
+                return Err(full);
+            }
             let bought = Duration::from_secs_f64(data.len() as f64 / BYTES_PER_SECOND);
             deadline = (deadline + bought).min(Instant::now() + patience);
         }
@@ -191,6 +198,9 @@ fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {
                 Some(rest) => {
                     let key = rest.rsplit_once(" at line ").map_or(rest, |(key, _)| key);
                     format!("The key {key} appears twice in one object ({place}).")
+                }
+                None if reason.starts_with(TOO_MANY) => {
+                    format!("The request body has more than {MAX_VALUES} values, counting those within others.")
                 }
                 None => format!("The request body is not valid JSON ({place})."),
             }))
@@ -237,27 +247,32 @@ pub fn shown(key: &str) -> String {
 }
 
 const DUPLICATE: &str = "duplicate key ";
+const TOO_MANY: &str = "too many values";
 
-/// A JSON value in which no object has a key twice: with two, client and server could each mean another one.
+/// A JSON value of at most [`MAX_VALUES`] in which no object has a key twice: with two, client and server could each mean
+/// another one.
 struct Strict(Value);
 
 impl<'de> Deserialize<'de> for Strict {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        StrictSeed.deserialize(deserializer).map(Self)
+        StrictSeed(&Cell::new(MAX_VALUES)).deserialize(deserializer).map(Self)
     }
 }
 
-struct StrictSeed;
+/// How many values may still come.
+#[derive(Clone, Copy)]
+struct StrictSeed<'a>(&'a Cell<usize>);
 
-impl<'de> DeserializeSeed<'de> for StrictSeed {
+impl<'de> DeserializeSeed<'de> for StrictSeed<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        self.0.set(self.0.get().checked_sub(1).ok_or_else(|| D::Error::custom(TOO_MANY))?);
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for StrictSeed {
+impl<'de> Visitor<'de> for StrictSeed<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -294,16 +309,18 @@ impl<'de> Visitor<'de> for StrictSeed {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
         let mut array = Vec::new();
-        while let Some(item) = items.next_element_seed(StrictSeed)? {
+        while let Some(item) = items.next_element_seed(self)? {
             array.push(item);
         }
+        // Even one item is given the room of four.
+        array.shrink_to_fit();
         Ok(array.into())
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
         while let Some(key) = entries.next_key::<String>()? {
-            let value = entries.next_value_seed(StrictSeed)?;
+            let value = entries.next_value_seed(self)?;
             if map.contains_key(&key) {
                 return Err(A::Error::custom(format!("{DUPLICATE}{}", shown(&key))));
             }

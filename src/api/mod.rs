@@ -82,11 +82,18 @@ pub fn router(app: App) -> Router {
 /// Answers, also when there is no room for requests: who asks must tell a busy Portolan from a dead one.
 const ALWAYS: [&str; 2] = ["/v1/health", "/v1/ready"];
 
-fn has_no_room(request: &Request) -> bool {
-    request.extensions().get::<Full>().is_some() && {
-        let path = request.uri().path();
-        !ALWAYS.contains(&path.strip_suffix('/').unwrap_or(path))
-    }
+/// What there is to say when there is no room for a request. Its body is not read, so nobody knows which run it asks for.
+fn refusal(request: &Request) -> Option<Error> {
+    request.extensions().get::<Full>()?;
+    let path = request.uri().path();
+    let path = path.strip_suffix('/').unwrap_or(path);
+    (!ALWAYS.contains(&path)).then(|| full(request))
+}
+
+/// There is no room for this request, of which nothing was done.
+fn full(request: &Request) -> Error {
+    let is_run = request.uri().path().trim_end_matches('/').ends_with("/run");
+    Error::Full { repeatable: !(is_run && repeats::must_be_noted(request.headers())) }
 }
 
 /// The longest text of a request that a line of the log shows, in bytes: it stands in every line of that request.
@@ -107,7 +114,10 @@ async fn identify(request: Request, next: Next) -> Response {
     );
     let started = std::time::Instant::now();
     async {
-        let response = if has_no_room(&request) { Error::Full.into_response() } else { next.run(request).await };
+        let response = match refusal(&request) {
+            Some(error) => error.into_response(),
+            None => next.run(request).await,
+        };
         let mut response = Error::finish(response, &id);
         let value = HeaderValue::from_str(&id).expect("a UUID is a legal header value");
         response.headers_mut().insert(X_REQUEST_ID, value);
