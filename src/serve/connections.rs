@@ -25,7 +25,7 @@ pub const TICK: Duration = Duration::from_millis(250);
 const LINGER: Duration = Duration::from_secs(2);
 /// How many bytes of an answer pay for a sweep that its client let Portolan wait: 8 KiB for a second, as bodies do. A
 /// client that takes a byte now and then would otherwise keep its answer for ever.
-const BYTES_PER_SWEEP: u64 = 2048;
+const BYTES_PER_SWEEP: u64 = 8192 * TICK.as_millis() as u64 / 1000;
 /// How long an event stream has, after shutdown began, to end in order.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
 /// What part of all connections makes room when one place is needed: to find out who waits longest costs a look at all.
