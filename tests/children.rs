@@ -156,22 +156,9 @@ async fn a_server_deleted_while_others_wait_for_it_keeps_no_child() {
 async fn a_server_that_asks_without_end_is_ended() {
     let portolan = Portolan::start().await;
     // It greets, then asks and asks, and reads nothing more.
-    let script = r#"
-import json, sys
-for line in sys.stdin:
-    message = json.loads(line)
-    if message.get("method") == "initialize":
-        result = {"protocolVersion": "2025-11-25", "capabilities": {"tools": {}}, "serverInfo": {"name": "n", "version": "1"}}
-        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "result": result}), flush=True)
-    elif "id" in message and message.get("method") == "server/discover":
-        print(json.dumps({"jsonrpc": "2.0", "id": message["id"], "error": {"code": -32601, "message": "no"}}), flush=True)
-    elif message.get("method") == "tools/list":
-        while True:
-            print(json.dumps({"jsonrpc": "2.0", "id": 7, "method": "ping"}), flush=True)
-"#;
-    let file = portolan.script(&json!({}));
-    std::fs::write(&file.0, script).unwrap();
-    let server = portolan.create("asks", json!({"command": "python3", "args": [file.0]})).await;
+    let ping = r#"{"jsonrpc":"2.0","id":{n},"method":"ping"}"#;
+    let asking = json!({"deaf": true, "steps": [{"repeat": [1_000_000_000, {"say": ping}]}]});
+    let (server, _script) = portolan.create_stdio("asks", &json!({"acts": {"list": asking}})).await;
     assert_eq!(server["status"]["state"], "unreachable", "{server}");
     eventually("its child is ended", || portolan.children().is_empty()).await;
     let fine = json!({"command": fake_mcp(), "args": ["stdio"]});

@@ -670,6 +670,14 @@ async fn a_server_that_was_away_at_a_call_is_found_again_without_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_whose_session_ended_by_itself_is_found_again_without_a_call() {
+    let portolan = Portolan::start_with(|settings| settings.upstream.idle_timeout = OFTEN).await;
+    let (plain, tells) = (json!({}), json!({"list_changed": true, "get_stream": true}));
+    tokio::join!(away_and_back(&portolan, "sse", &plain, false), away_and_back(&portolan, "http", &tells, false));
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_was_never_there_is_listed_once_it_comes() {
     let portolan = Portolan::start_with(|settings| settings.upstream.idle_timeout = OFTEN).await;
     for kind in ["http", "sse"] {
@@ -800,6 +808,26 @@ async fn pauses(at_the_handshake: bool) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_asks_for_a_pause_at_a_call_is_left_alone_for_so_long() {
     pauses(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_asks_for_a_pause_at_the_handshake_is_left_alone_for_so_long() {
+    pauses(true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_asks_for_a_pause_at_the_first_question_is_asked_no_other() {
+    let portolan = Portolan::start().await;
+    for status in [429, 503] {
+        let script = json!({"revisions": [MODERN], "acts": {"initialize": refusal(status, 4)}});
+        let http = fake::http::serve(Fake::new(typed(&script)));
+        let server = portolan.create(&status.to_string(), json!({ "server_url": http.url })).await;
+        assert_eq!(server["status"]["state"], "unreachable", "{server}");
+        assert!(server["status"]["error"].as_str().unwrap().contains(&status.to_string()), "{server}");
+        let asked: Vec<_> = http.requests().iter().map(|seen| seen.rpc().to_owned()).collect();
+        assert_eq!(asked, ["server/discover"], "{status}");
+    }
+    portolan.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -31,6 +31,7 @@ const MAX_MESSAGE: usize = 256 * 1024;
 const AT_ONCE: usize = 8;
 /// How a fault begins that may be the machine's: such a row is played again when nothing else of the table is.
 const LATE: &str = "it took";
+const REPLAYS: usize = 3;
 /// A prime.
 const STRIDE: usize = 37;
 /// Stands in texts of servers that no error may repeat.
@@ -195,7 +196,12 @@ fn noise(rows: &mut Vec<Row>) {
     );
     rows.push(open("no noise", Stdio, json!({}), Well));
     rows.push(open("garbage lines before the first message", Stdio, json!({"banner": garbage.repeat(100)}), Well));
-    rows.push(open("a banner without a newline", Stdio, json!({"banner": format!("{MARK} Welcome! ")}), Settled));
+    rows.push(open(
+        "a banner without a newline",
+        Stdio,
+        json!({"banner": format!("{MARK} Welcome! ")}),
+        Down("in time"),
+    ));
     rows.push(call(
         "garbage lines before the answer",
         Stdio,
@@ -363,7 +369,7 @@ fn shapes(rows: &mut Vec<Row>) {
     };
     for over in ALL {
         let odd = [
-            ("a batch with the answer in it", format!("[{ODD}]"), Settled),
+            ("a batch with the answer in it", format!("[{ODD}]"), Says("odd")),
             ("an empty batch, then the answer", format!("[]@{ODD}"), Says("odd")),
             ("neither result nor error", r#"{"jsonrpc":"2.0","id":{id}}"#.to_owned(), Answered),
             (
@@ -386,8 +392,8 @@ fn shapes(rows: &mut Vec<Row>) {
                 Fails("five"),
             ),
             ("content: a number", ODD.replace(r#"[{"type":"text","text":"odd"}]"#, "5"), Answered),
-            ("no jsonrpc", ODD.replace(r#""jsonrpc":"2.0","#, ""), Settled),
-            ("jsonrpc 1.0", ODD.replace("2.0", "1.0"), Settled),
+            ("no jsonrpc", ODD.replace(r#""jsonrpc":"2.0","#, ""), Says("odd")),
+            ("jsonrpc 1.0", ODD.replace("2.0", "1.0"), Says("odd")),
             ("a number that JSON has not", ODD.replace("\"odd\"", "NaN"), Answered),
             ("JSON 200 deep", deep(200), Answered),
             ("JSON 100,000 deep", deep(100_000), Answered),
@@ -515,9 +521,10 @@ fn exits(rows: &mut Vec<Row>) {
         call("the answer, then an exit", Stdio, steps(json!(["answer", {"pause": 50}, {"exit": 1}])), Says("hello"))
             .then_after(500),
     );
-    rows.push(call("standard output closed, and life goes on", Shell("exec $FAKE 3>&1 1>&-"), json!({}), Settled));
-    rows.last_mut().expect("just pushed").created = Down("");
-    rows.last_mut().expect("just pushed").then.clear();
+    let closed = Shell("exec $FAKE 3>&1 1>&-");
+    rows.push(open("standard output closed, and life goes on", closed, json!({}), Down("")));
+    // What it has for a script does not open its output.
+    rows.last_mut().expect("just pushed").then.truncate(1);
 }
 
 /// What HTTP statuses say.
@@ -700,17 +707,27 @@ fn floods(rows: &mut Vec<Row>) {
         for (name, text) in [("requests", ping), ("notifications", note)] {
             let flood = |times: usize| json!({"deaf": true, "steps": [{"repeat": [times, {"say": text}]}, "answer"]});
             rows.push(call(&format!("10 {name} before the answer"), over, flood(10), Says("hello")));
+            if text == note {
+                rows.push(call(&format!("10,000 {name} before the answer"), over, flood(10_000), Says("hello")));
+            }
             // Over HTTP, what is not read is a POST that is not answered.
             let unread = json!({"acts": {"reply": {"hold": true}}});
             let name = format!("100,000 {name} before the answer, and nothing is read");
-            rows.push(call_with(&name, over, unread, flood(100_000), Settled).then_patiently());
+            let expect = match (text == ping, over) {
+                // How many are taken in 2 s is the machine's matter.
+                (false, _) => Settled,
+                // The end of what it may leave unread crosses the deadline.
+                (true, Stdio) => Fails(""),
+                (true, _) => Fails("did not answer"),
+            };
+            rows.push(call_with(&name, over, unread, flood(100_000), expect).then_patiently());
         }
         rows.push(
             call(
                 "1,000 requests before the answer",
                 over,
                 steps(json!([{"repeat": [1_000, {"say": ping}]}, "answer"])),
-                Settled,
+                Says("hello"),
             )
             .then_patiently(),
         );
@@ -1119,6 +1136,17 @@ impl<'a> Bench<'a> {
                 harness::kill(pid);
             }
         }
+        if let Some(running) = &self.running {
+            let left = || running.streams() + running.fake().running();
+            let deadline = Instant::now() + harness::PATIENCE;
+            while left() > 0 {
+                if Instant::now() > deadline {
+                    let (streams, calls) = (running.streams(), running.fake().running());
+                    return Err(format!("left behind: {streams} streams, {calls} calls at the server"));
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        }
         drop((self.running, self.tcp));
         let deadline = Instant::now() + harness::PATIENCE;
         loop {
@@ -1149,6 +1177,7 @@ async fn play(portolan: &Remote, healthy: &Healthy, folder: &Path, row: &Row) ->
 }
 
 /// All rows of the table, or those whose name has a part of `PORTOLAN_TEST_ROW`.
+#[expect(clippy::print_stderr, reason = "a run with rows played again is to be told from one without")]
 async fn play_all(portolan: &Remote, healthy: &Healthy, folder: &Path) {
     let rows = table();
     assert!(rows.len() >= 60 && !rows.len().is_multiple_of(STRIDE), "every row has its turn");
@@ -1167,8 +1196,11 @@ async fn play_all(portolan: &Remote, healthy: &Healthy, folder: &Path) {
         (row, fault, started.elapsed())
     };
     let mut played: Vec<_> = stream::iter(rows).map(play).buffer_unordered(AT_ONCE).collect().await;
+    let mut again = 0;
     for one in &mut played {
-        if one.1.as_ref().is_some_and(|fault| fault.contains(LATE)) {
+        if let Some(fault) = one.1.as_ref().filter(|fault| fault.contains(LATE) && again < REPLAYS) {
+            eprintln!("played again: {} [{:?}]: {fault}", one.0.name, one.0.over);
+            again += 1;
             *one = play(one.0).await;
         }
     }

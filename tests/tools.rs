@@ -133,30 +133,18 @@ async fn nothing_is_dropped_silently() {
 #[tokio::test(flavor = "multi_thread")]
 async fn one_odd_tool_does_not_cost_the_list() {
     let portolan = Portolan::start().await;
-    // A server of a few lines: no JSON value of the fake could hold half a surrogate pair.
-    let program = r#"
-import json, sys
-deep = '{"not":' * 200 + '{}' + '}' * 200
-tools = [
-    '{"name":"deep","inputSchema":%s}' % deep,
-    '{"name":"huge","inputSchema":{"maximum":1e400}}',
-    '{"name":"cut","description":"half \\ud83d","inputSchema":{"type":"object"}}',
-    '{"name":"icons","inputSchema":{"type":"object"},"icons":"none","annotations":{"readOnlyHint":"yes"}}',
-    '{"name":"fine","inputSchema":{"type":"object"}}',
-]
-server = '{"protocolVersion":"2025-11-25","capabilities":{"tools":{}},"serverInfo":{"name":"n","version":"1"}}'
-answers = {"initialize": server, "tools/list": '{"tools":[%s]}' % ",".join(tools)}
-for line in sys.stdin:
-    message = json.loads(line)
-    if "id" not in message:
-        continue
-    result = answers.get(message["method"])
-    answer = '"result":' + result if result else '"error":{"code":-32601,"message":"no"}'
-    print('{"jsonrpc":"2.0","id":%d,%s}' % (message["id"], answer), flush=True)
-"#;
-    let file = portolan.script(&json!({}));
-    std::fs::write(&file.0, program).unwrap();
-    let server = portolan.create("odd", json!({"command": "python3", "args": [file.0]})).await;
+    let deep = format!("{}{{}}{}", r#"{"not":"#.repeat(200), "}".repeat(200));
+    // Written out: no JSON value could hold half a surrogate pair.
+    let tools = [
+        &format!(r#"{{"name":"deep","inputSchema":{deep}}}"#),
+        r#"{"name":"huge","inputSchema":{"maximum":1e400}}"#,
+        r#"{"name":"cut","description":"half \ud83d","inputSchema":{"type":"object"}}"#,
+        r#"{"name":"icons","inputSchema":{"type":"object"},"icons":"none","annotations":{"readOnlyHint":"yes"}}"#,
+        r#"{"name":"fine","inputSchema":{"type":"object"}}"#,
+    ];
+    let list = format!(r#"{{"jsonrpc":"2.0","id":{{id}},"result":{{"tools":[{}]}}}}"#, tools.join(","));
+    let script = json!({"acts": {"list": {"steps": [{ "say": list }]}}});
+    let (server, _script) = portolan.create_stdio("odd", &script).await;
     assert_eq!(server["status"]["state"], "ready", "{server}");
     assert_eq!(server["status"]["error"], "The tool \"deep\" and 1 more could not be kept; a refresh says why.");
     let id = server["id"].as_str().unwrap();
