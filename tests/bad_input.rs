@@ -157,6 +157,29 @@ async fn bad_creates_are_refused_by_place_and_store_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_body_has_a_number_of_values() {
+    const MOST: usize = 100_000;
+    let portolan = Portolan::start().await;
+    let (server, script) = portolan.create_stdio("s", &json!({})).await;
+    let id = server["id"].as_str().unwrap();
+    let run = format!("/v1/mcp-servers/{id}/tools/{}/run", portolan.tool_id(id, "count").await);
+    // The body, `args` and the array are values, too; and so is what an array or an object holds.
+    let flat = |count| json!({"args": {"x": vec![0; count - 3]}});
+    let deep =
+        |count| json!({"args": {"x": vec![json!([0]); (count - 4) / 3], "y": vec![json!({"": 0}); (count - 4) / 6]}});
+    for body in [flat(MOST), deep(MOST)] {
+        portolan.post(&run, &body).await.expect(200);
+    }
+    for (path, body) in [(&run[..], flat(MOST + 1)), (&run, deep(MOST + 6)), ("/v1/mcp-servers/", flat(MOST + 1))] {
+        let body = portolan.post(path, &body).await.expect(422);
+        assert_eq!(body["detail"], "The request body has more than 100000 values, counting those within others.");
+    }
+    let calls = script.methods().iter().filter(|method| *method == "tools/call").count();
+    assert_eq!(calls, 2);
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bad_changes_are_refused_by_place_and_change_nothing() {
     let portolan = Portolan::start().await;
     let remote = portolan.create("n", json!({"server_url": "http://127.0.0.1:1/"})).await;

@@ -1,5 +1,6 @@
 //! Who and what may come in: path ids, and bodies of bounded size, of the right type, that are strict JSON.
 
+use std::cell::Cell;
 use std::fmt;
 
 use axum::body::HttpBody;
@@ -21,6 +22,9 @@ const MAX_BODY: usize = 1024 * 1024;
 const MAX_RUN_BODY: usize = 4 * MAX_BODY;
 /// How much of a body that is too large is read all the same, so that its sender gets to reading the answer.
 const MAX_REFUSED: usize = 16 * 1024 * 1024;
+/// The most values in a body, those within others too: each takes a hundred bytes and more, fifty times what the
+/// shortest takes in the body, and many runs may wait with their arguments.
+const MAX_VALUES: usize = 100_000;
 /// How many bytes of a body buy another second for the rest of it, so that 4 MiB may take nine minutes on a slow line;
 /// but at no time may more than `--body-timeout` pass without any.
 const BYTES_PER_SECOND: f64 = 8192.0;
@@ -141,6 +145,9 @@ fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {
                     let key = rest.rsplit_once(" at line ").map_or(rest, |(key, _)| key);
                     format!("The key {key} appears twice in one object ({place}).")
                 }
+                None if reason.starts_with(TOO_MANY) => {
+                    format!("The request body has more than {MAX_VALUES} values, counting those within others.")
+                }
                 None => format!("The request body is not valid JSON ({place})."),
             }))
         }
@@ -186,27 +193,32 @@ pub fn shown(key: &str) -> String {
 }
 
 const DUPLICATE: &str = "duplicate key ";
+const TOO_MANY: &str = "too many values";
 
-/// A JSON value in which no object has a key twice: with two, client and server could each mean another one.
+/// A JSON value of at most [`MAX_VALUES`] in which no object has a key twice: with two, client and server could each mean
+/// another one.
 struct Strict(Value);
 
 impl<'de> Deserialize<'de> for Strict {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        StrictSeed.deserialize(deserializer).map(Self)
+        StrictSeed(&Cell::new(MAX_VALUES)).deserialize(deserializer).map(Self)
     }
 }
 
-struct StrictSeed;
+/// How many values may still come.
+#[derive(Clone, Copy)]
+struct StrictSeed<'a>(&'a Cell<usize>);
 
-impl<'de> DeserializeSeed<'de> for StrictSeed {
+impl<'de> DeserializeSeed<'de> for StrictSeed<'_> {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        self.0.set(self.0.get().checked_sub(1).ok_or_else(|| D::Error::custom(TOO_MANY))?);
         deserializer.deserialize_any(self)
     }
 }
 
-impl<'de> Visitor<'de> for StrictSeed {
+impl<'de> Visitor<'de> for StrictSeed<'_> {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -243,16 +255,18 @@ impl<'de> Visitor<'de> for StrictSeed {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
         let mut array = Vec::new();
-        while let Some(item) = items.next_element_seed(StrictSeed)? {
+        while let Some(item) = items.next_element_seed(self)? {
             array.push(item);
         }
+        // Even one item is given the room of four.
+        array.shrink_to_fit();
         Ok(array.into())
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
         while let Some(key) = entries.next_key::<String>()? {
-            let value = entries.next_value_seed(StrictSeed)?;
+            let value = entries.next_value_seed(self)?;
             if map.contains_key(&key) {
                 return Err(A::Error::custom(format!("{DUPLICATE}{}", shown(&key))));
             }
