@@ -62,6 +62,14 @@ impl App {
     /// # Errors
     /// One sentence for the person who starts Portolan.
     pub async fn open_kept(settings: Settings, keeper: Option<Keeper>) -> Result<Self, StartError> {
+        if settings.entry.keep_alive_timeout < settings.runs.retry_window {
+            // The request that met the end of its connection was never seen, and its repetition looks like that of another.
+            tracing::warn!(
+                "with --keep-alive-timeout below {:?}, an SDK whose connection is closed under a run may be given the outcome \
+                 of an equal run just before",
+                settings.runs.retry_window
+            );
+        }
         let folder = &settings.storage.data_dir;
         make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
         let url = settings.storage.database_url.as_ref().map(|url| url.expose());

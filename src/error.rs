@@ -51,9 +51,13 @@ pub enum Error {
     /// Nothing was sent, and nothing is known to be wrong with another attempt in a while (CONTRACT row 14).
     #[error("{source}")]
     Overload { source: mcp::Error, retry_after: Duration },
-    /// One request more than may be in flight; nothing was done for it.
+    /// One request more than may be in flight; nothing was done for it. Not `repeatable` when the next try would be taken
+    /// for that of an equal run from before (CONTRACT row 23).
     #[error("Portolan is busy with as many requests as it may take; try again in a moment.")]
-    Full,
+    Full { repeatable: bool },
+    /// Nothing was done, and the run goes on.
+    #[error("As many requests as may wait for this run already; try again in a moment.")]
+    Crowded,
     #[error("The database is not available; try again in a moment.")]
     Unavailable(#[source] store::Error),
     #[error("Something went wrong inside Portolan; its log names this request id.")]
@@ -68,9 +72,12 @@ fn summary(issues: &[Issue]) -> String {
     }
 }
 
+/// The longest `Retry-After`, in seconds, whatever a server asks for: an SDK may sleep all of it with its caller.
+const LONGEST_RETRY_AFTER: u64 = 30;
+
 /// `Retry-After` in seconds (RFC 9110, 10.2.3), never 0.
 fn whole_seconds(time: Duration) -> u64 {
-    (time.as_secs_f64().ceil() as u64).max(1)
+    (time.as_secs_f64().ceil() as u64).clamp(1, LONGEST_RETRY_AFTER)
 }
 
 impl From<mcp::Error> for Error {
@@ -113,7 +120,9 @@ impl Error {
             Self::Refresh { .. } => (StatusCode::NOT_FOUND, "mcp_server_unavailable"),
             Self::Connect(_) => (StatusCode::BAD_GATEWAY, "mcp_connection_error"),
             Self::Overload { source: mcp::Error::Store, .. } => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
-            Self::Overload { .. } | Self::Full => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
+            Self::Overload { .. } | Self::Full { .. } | Self::Crowded => {
+                (StatusCode::SERVICE_UNAVAILABLE, "overloaded")
+            }
             Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         }
@@ -122,7 +131,7 @@ impl Error {
     fn log(&self) {
         let (status, code) = self.status();
         match self {
-            Self::Full => tracing::debug!(code, "no room for a request"),
+            Self::Full { .. } | Self::Crowded => tracing::debug!(code, "no room for a request"),
             Self::Overload { .. } => tracing::debug!(cause = %causes(self), code, "no room for a run"),
             // The server of a user is away; Portolan is well.
             Self::Connect(_) => tracing::warn!(cause = %causes(self), code, "no session for a run"),
@@ -169,12 +178,20 @@ impl Error {
             Self::Overload { retry_after, .. } => {
                 headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(*retry_after)));
             }
-            Self::Full | Self::Unavailable(_) => {
+            Self::Full { .. } | Self::Crowded | Self::Unavailable(_) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
             _ => {}
         }
+        if let Self::Full { repeatable: false } = self {
+            headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
+        }
         response
+    }
+
+    /// SDKs are told to repeat what is answered so.
+    pub fn asks_for_repetition(&self) -> bool {
+        matches!(self, Self::Overload { .. } | Self::Full { repeatable: true } | Self::Crowded | Self::Unavailable(_))
     }
 
     /// A bare response that carries the error; [`Error::finish`] turns it into the answer. Several requests may share one
@@ -239,14 +256,17 @@ mod tests {
             Error::Refresh { server_name: "s".to_owned(), source: failure() },
             Error::Connect(failure()),
             Error::Overload { source: mcp::Error::QueueFull, retry_after: Duration::from_millis(1) },
-            Error::Full,
+            Error::Full { repeatable: true },
+            Error::Full { repeatable: false },
+            Error::Crowded,
             Error::Unavailable(store::Error::NameTaken),
             Error::Internal("reason".into()),
         ];
         for error in every {
             // Whoever adds an error decides here whether it may be repeated.
             let nothing_was_done = match error {
-                Error::Overload { .. } | Error::Full | Error::Unavailable(_) => true,
+                Error::Overload { .. } | Error::Crowded | Error::Unavailable(_) => true,
+                Error::Full { repeatable } => repeatable,
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
                 Error::Invalid(_) | Error::Refresh { .. } | Error::Connect(_) | Error::Internal(_) => false,
@@ -255,10 +275,20 @@ mod tests {
             let repeated = matches!(answer.status().as_u16(), 408 | 409 | 429 | 500..)
                 && answer.headers().get(X_SHOULD_RETRY).is_none_or(|value| value != "false");
             assert_eq!(repeated, nothing_was_done, "{error:?}");
+            assert_eq!(repeated, error.asks_for_repetition(), "{error:?}");
             if repeated {
                 let seconds: u64 = answer.headers()[RETRY_AFTER].to_str().unwrap().parse().unwrap();
                 assert!(seconds > 0, "{error:?}");
             }
+        }
+    }
+
+    #[test]
+    fn nobody_is_asked_to_sleep_for_minutes() {
+        for (asked, told) in [(0, "1"), (29_001, "30"), (300_000, "30")] {
+            let retry_after = Duration::from_millis(asked);
+            let answer = Error::Overload { source: mcp::Error::QueueFull, retry_after }.render("id");
+            assert_eq!(answer.headers()[RETRY_AFTER], told);
         }
     }
 }

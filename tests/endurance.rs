@@ -171,7 +171,10 @@ async fn jumbled_answers(callers: usize) {
             tokio::spawn(async move {
                 let message = format!("caller {caller} {}", uuid::Uuid::new_v4());
                 let arguments = Map::from_iter([("message".to_owned(), json!(message))]);
-                let outcome = mcp.run_tool(&server, &tool, arguments).await.map_err(|error| error.to_string())?;
+                let outcome = mcp
+                    .run_tool(&server, &tool, arguments, &AtomicBool::default())
+                    .await
+                    .map_err(|error| error.to_string())?;
                 if outcome.text == message { Ok(()) } else { Err(format!("not {message:?} but {:?}", outcome.text)) }
             })
         });

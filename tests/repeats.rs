@@ -7,7 +7,7 @@ use reqwest::RequestBuilder;
 use serde_json::{Value, json};
 
 use crate::fake::{self, Fake};
-use crate::harness::{Answer, PATIENCE, Portolan, Script, eventually, kill};
+use crate::harness::{Answer, PATIENCE, Portolan, Script, eventually, fake_mcp, kill};
 
 const KEY: &str = "idempotency-key";
 const TRIES: &str = "x-stainless-retry-count";
@@ -192,6 +192,52 @@ async fn an_sdk_that_tries_again_gets_the_outcome_of_its_first_try() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_first_try_without_room_is_not_to_be_repeated_and_everything_else_is() {
+    let portolan = Portolan::start_with(|settings| settings.entry.max_requests = 2).await;
+    let (server, script) = portolan.create_stdio("full", &json!({})).await;
+    let count = Tool::of(&portolan, &server, &script, "count").await;
+    let never = Tool::of(&portolan, &server, &script, "never").await;
+    assert_eq!(count.run(&[(TRIES, "0")], json!({})).await.expect(200)["func_return"], "1");
+    let full: Vec<_> = (0..2).map(|_| tokio::spawn(never.request(&[], json!({})).send())).collect();
+    eventually("there is no room", || never.calls() == 2).await;
+    // Its repetition would be given the outcome of the run before, and the tool never be called.
+    for (headers, should_retry) in [
+        (&[(TRIES, "0")][..], Some("false")),
+        (&[(TRIES, "1")], None),
+        (&[(TRIES, "0"), (KEY, "k")], None),
+        (&[], None),
+    ] {
+        let answer = count.run(headers, json!({})).await;
+        assert_eq!(answer.header("x-should-retry"), should_retry, "{headers:?}");
+        assert_eq!(answer.header("retry-after"), Some("1"));
+        assert_eq!(answer.expect(503)["code"], "overloaded");
+    }
+    assert_eq!(count.calls(), 1);
+    full.iter().for_each(|run| run.abort());
+    eventually("they are cancelled", || never.cancelled()).await;
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn so_many_wait_for_one_run_and_others_have_room() {
+    const MOST: usize = 64;
+    let portolan = Portolan::start().await;
+    let (server, script) = portolan.create_stdio("crowd", &json!({})).await;
+    let tool = Tool::of(&portolan, &server, &script, "slow").await;
+    let key = [(KEY, "k")];
+    let many = futures_util::future::join_all((0..MOST + 6).map(|_| tool.run(&key, slow(WHILE * 3)))).await;
+    let (answered, refused): (Vec<_>, Vec<_>) = many.into_iter().partition(|answer| answer.status == 200);
+    assert_eq!((answered.len(), refused.len()), (MOST, 6));
+    for answer in refused {
+        assert_eq!((answer.header("retry-after"), answer.header("x-should-retry")), (Some("1"), None));
+        assert_eq!(answer.expect(503)["code"], "overloaded");
+    }
+    assert!(repeated(&tool.run(&key, slow(WHILE * 3)).await), "after its end it is for all");
+    assert_eq!(tool.calls(), 1);
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn of_equal_runs_a_try_again_means_the_one_that_lost_its_client() {
     let portolan = Portolan::start().await;
     let (server, script) = portolan.create_stdio("equal", &json!({})).await;
@@ -249,6 +295,28 @@ async fn a_run_that_nobody_waits_for_is_cancelled_after_its_grace_and_not_made_a
     assert_eq!(late["status"], "error");
     assert!(late["func_return"].as_str().unwrap().contains("cancelled; the tool may have run"), "{late}");
     assert_eq!(never.calls(), 1);
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_is_cancelled_in_the_queue_was_not_made() {
+    let portolan = Portolan::start_with(|settings| {
+        settings.runs.orphan_grace = Duration::from_millis(100);
+        settings.upstream.max_calls_per_server = 1;
+    })
+    .await;
+    let (server, script) = portolan.create_stdio("left in the queue", &json!({})).await;
+    let tool = Tool::of(&portolan, &server, &script, "slow").await;
+    let count = Tool::of(&portolan, &server, &script, "count").await;
+    let (first, ()) = tokio::join!(tool.run(&[], slow(WHILE * 2)), async {
+        eventually("it is called", || tool.calls() == 1).await;
+        let queued = count.request(&[(TRIES, "0")], json!({})).timeout(Duration::from_millis(300)).send();
+        assert!(queued.await.unwrap_err().is_timeout());
+    });
+    first.expect(200);
+    let again = count.run(&[(TRIES, "1")], json!({})).await;
+    assert!(!repeated(&again), "{}", again.text);
+    assert_eq!(again.expect(200)["func_return"], "1");
     portolan.stop().await;
 }
 
@@ -507,6 +575,35 @@ async fn a_stop_answers_the_runs_it_cannot_wait_for() {
             assert!(body["func_return"].as_str().unwrap().contains("stopped before the tool answered"), "{body}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_says_of_runs_in_the_queue_that_they_were_not_made() {
+    let portolan = Portolan::start_with(|settings| {
+        settings.entry.drain_timeout = Duration::from_secs(2);
+        settings.runs.early_head_after = Duration::from_millis(200);
+        settings.upstream.max_calls_per_server = 1;
+    })
+    .await;
+    // What it was sent is looked at when Portolan and its folder are gone.
+    let folder = tempfile::tempdir().unwrap();
+    let script = Script::new(folder.path(), &json!({}));
+    let server = portolan.create("queue", json!({ "command": fake_mcp(), "args": ["stdio", script.0] })).await;
+    let never = Tool::of(&portolan, &server, &script, "never").await;
+    let count = Tool::of(&portolan, &server, &script, "count").await;
+    let sent = tokio::spawn(never.request(&[(TRIES, "0")], json!({})).send());
+    eventually("it is called", || never.calls() == 1).await;
+    let every = [&[][..], &[(TRIES, "0")], &[(KEY, "k")]];
+    // Their heads tell that they are under way.
+    let queued = futures_util::future::join_all(every.map(|headers| count.request(headers, json!({})).send())).await;
+    portolan.stop().await;
+    let body: Value = sent.await.unwrap().expect("it is answered").json().await.expect("and not cut");
+    assert!(body["func_return"].as_str().unwrap().contains("the tool may have run"), "{body}");
+    for run in queued {
+        let body: Value = run.expect("it is answered").json().await.expect("and not cut");
+        assert_eq!(body["func_return"], "The tool was not called. Portolan is stopping.");
+    }
+    assert_eq!(script.methods().iter().filter(|method| *method == "tools/call").count(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -81,11 +81,14 @@ pub fn router(app: App) -> Router {
 /// Answers, also when there is no room for requests: who asks must tell a busy Portolan from a dead one.
 const ALWAYS: [&str; 2] = ["/v1/health", "/v1/ready"];
 
-fn has_no_room(request: &Request) -> bool {
-    request.extensions().get::<Full>().is_some() && {
-        let path = request.uri().path();
-        !ALWAYS.contains(&path.strip_suffix('/').unwrap_or(path))
-    }
+/// What there is to say when there is no room for a request. Its body is not read, so nobody knows which run it asks for.
+fn refusal(request: &Request) -> Option<Error> {
+    request.extensions().get::<Full>()?;
+    let path = request.uri().path();
+    let path = path.strip_suffix('/').unwrap_or(path);
+    let is_run = path.ends_with("/run");
+    (!ALWAYS.contains(&path))
+        .then(|| Error::Full { repeatable: !(is_run && repeats::must_be_noted(request.headers())) })
 }
 
 /// Gives each request an id, logs its end, and turns a handler's [`Error`] into its answer.
@@ -99,7 +102,10 @@ async fn identify(request: Request, next: Next) -> Response {
     );
     let started = std::time::Instant::now();
     async {
-        let response = if has_no_room(&request) { Error::Full.into_response() } else { next.run(request).await };
+        let response = match refusal(&request) {
+            Some(error) => error.into_response(),
+            None => next.run(request).await,
+        };
         let mut response = Error::finish(response, &id);
         let value = HeaderValue::from_str(&id).expect("a UUID is a legal header value");
         response.headers_mut().insert(X_REQUEST_ID, value);

@@ -62,11 +62,21 @@ impl<S: Send + Sync> FromRequestParts<S> for Repeat {
         let headers = &parts.headers;
         let way = match key(headers)? {
             Some(key) => Some(Way::Key(key)),
-            // Anything but a number is no SDK's.
-            None => headers.get(RETRY_COUNT).and_then(|count| count.to_str().ok()?.parse().ok()).map(Way::Tries),
+            None => tries(headers).map(Way::Tries),
         };
         Ok(Self { caller: caller(headers), way })
     }
+}
+
+/// Anything but a number is no SDK's.
+fn tries(headers: &HeaderMap) -> Option<u64> {
+    headers.get(RETRY_COUNT)?.to_str().ok()?.parse().ok()
+}
+
+/// The first try of a run that is known by its content only: were it not taken note of, its repetition would mean an equal
+/// run from before.
+pub fn must_be_noted(headers: &HeaderMap) -> bool {
+    !headers.contains_key(IDEMPOTENCY_KEY) && tries(headers) == Some(0)
 }
 
 fn key(headers: &HeaderMap) -> Result<Option<String>, Error> {

@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -21,6 +22,7 @@ use tracing::Instrument;
 
 use crate::config::Runs as Settings;
 use crate::error::Error;
+use crate::mcp;
 
 use super::drip::Ended;
 use super::repeats::{Call, Digest, Naming, key_taken};
@@ -29,6 +31,15 @@ use super::wire::ToolExecutionResult;
 /// How many ended runs are remembered of each kind, with their outcomes or without; an entry takes about 300 bytes.
 const MAX_ENDED: usize = 100_000;
 const ENTRY_BYTES: usize = 300;
+/// How many equal runs without a key are remembered after their ends: to look through them takes the time of all.
+const MAX_EQUAL: usize = 64;
+/// How many first tries that were refused are remembered.
+const MAX_REFUSED: usize = 1_000;
+/// How many requests may wait for one run: those for a hung tool must leave room for others.
+const MAX_WAITING: usize = 64;
+
+/// Whether a run may have reached its tool: set before the call is sent, and never taken back.
+pub type Sent = Arc<AtomicBool>;
 
 /// Runs under way and ended ones. Clones share everything.
 #[derive(Clone)]
@@ -66,17 +77,18 @@ impl Runs {
         loop {
             sleep(self.settings.retry_window).await;
             let mut book = self.book();
-            book.keyed.expire();
-            book.unkeyed.expire();
+            book.keyed.sweep();
+            book.unkeyed.sweep();
         }
     }
 
     /// A run that nobody else can ask for: dropped before its end, it is cancelled.
-    pub fn alone(
-        &self,
-        work: impl Future<Output = Result<Bytes, Error>> + Send + 'static,
-    ) -> BoxFuture<'static, Ended> {
-        self.guarded(work).in_current_span().boxed()
+    pub fn alone<W>(&self, work: impl FnOnce(Sent) -> W) -> BoxFuture<'static, Ended>
+    where
+        W: Future<Output = Result<Bytes, Error>> + Send + 'static,
+    {
+        let sent = Sent::default();
+        self.guarded(sent.clone(), work(sent)).in_current_span().boxed()
     }
 
     /// The one run that `call` means, and whether another request started it. Starts it with `work` if there is none.
@@ -84,12 +96,11 @@ impl Runs {
     /// `work` fails only when nothing was sent to the tool; such a run is forgotten, so that the next request makes it.
     ///
     /// # Errors
-    /// When its key belongs to a run with other arguments.
-    pub fn once(
-        &self,
-        call: &Call,
-        work: impl Future<Output = Result<Bytes, Error>> + Send + 'static,
-    ) -> Result<(BoxFuture<'static, Ended>, bool), Error> {
+    /// When its key belongs to a run with other arguments, and [`Error::Crowded`].
+    pub fn once<W>(&self, call: &Call, work: impl FnOnce(Sent) -> W) -> Result<(BoxFuture<'static, Ended>, bool), Error>
+    where
+        W: Future<Output = Result<Bytes, Error>> + Send + 'static,
+    {
         let mut book = self.book();
         let shelf = book.shelf(call.naming);
         shelf.expire();
@@ -100,7 +111,9 @@ impl Runs {
         let place = Place { identity: call.identity, number: shelf.begin(call, &run) };
         let waiting = run.wait();
         drop(book);
-        let driven = self.clone().drive(call.naming, place, run, self.guarded(work));
+        let sent = Sent::default();
+        let work = self.guarded(sent.clone(), work(sent.clone()));
+        let driven = self.clone().drive(call.naming, place, run, sent, work);
         self.tracker.spawn(driven.in_current_span());
         Ok((waiting, false))
     }
@@ -111,36 +124,51 @@ impl Runs {
     }
 
     /// `work` until its end or that of Portolan. What the tool did before that, or before a panic, nobody knows: that is an
-    /// outcome (CONTRACT row 13).
+    /// outcome (CONTRACT row 13). What was not sent by then never is, and may be repeated (row 14).
     fn guarded(
         &self,
+        sent: Sent,
         work: impl Future<Output = Result<Bytes, Error>> + Send + 'static,
     ) -> impl Future<Output = Ended> + Send + 'static {
-        let (ending, started) = (self.ending.clone(), Instant::now());
+        let (ending, started, work) = (self.ending.clone(), Instant::now(), AssertUnwindSafe(work).catch_unwind());
         let failed = move |reason: &str| Ok(ToolExecutionResult::failed(reason, started.elapsed()).json());
         async move {
-            match ending.run_until_cancelled_owned(AssertUnwindSafe(work).catch_unwind()).await {
-                Some(Ok(ended)) => ended.map_err(Arc::new),
-                Some(Err(_)) => {
-                    tracing::error!("a run panicked");
-                    failed("Something went wrong inside Portolan during the run; the tool may have run.")
-                }
-                None => failed("Portolan was stopped before the tool answered; the tool may have run."),
+            tokio::select! {
+                biased;
+                () = ending.cancelled() => match sent.load(Ordering::Relaxed) {
+                    true => failed("Portolan was stopped before the tool answered; the tool may have run."),
+                    false => Err(Arc::new(mcp::Error::Stopping.into())),
+                },
+                ended = work => match ended {
+                    Ok(ended) => ended.map_err(Arc::new),
+                    Err(_) => {
+                        tracing::error!("a run panicked");
+                        failed("Something went wrong inside Portolan during the run; the tool may have run.")
+                    }
+                },
             }
         }
     }
 
-    async fn drive(self, naming: Naming, place: Place, run: Arc<Run>, work: impl Future<Output = Ended>) {
+    async fn drive(self, naming: Naming, place: Place, run: Arc<Run>, sent: Sent, work: impl Future<Output = Ended>) {
         let started = Instant::now();
         tokio::select! {
-            ended = work => self.book().shelf(naming).end(&place, &run, ended),
+            ended = work => {
+                // Behind an early head an error is a result, which no SDK repeats; a key tells repetitions by itself.
+                let leads_to_more = naming != Naming::Key && started.elapsed() < self.settings.early_head_after;
+                let mut book = self.book();
+                match ended {
+                    Ok(json) => book.shelf(naming).end(&place, &run, json, run.waiting() > 0),
+                    Err(error) => book.shelf(naming).refuse(&place, &run, error, leads_to_more),
+                }
+            }
             // Whoever names a run by a key will ask for it again: it goes on to its end, which its deadline bounds.
-            () = self.orphaned(&place, &run, started), if naming != Naming::Key => {}
+            () = self.orphaned(&place, &run, &sent, started), if naming != Naming::Key => {}
         }
     }
 
     /// Done when nobody has waited for the run during the grace; then it has ended, for all who still ask.
-    async fn orphaned(&self, place: &Place, run: &Run, started: Instant) {
+    async fn orphaned(&self, place: &Place, run: &Run, sent: &AtomicBool, started: Instant) {
         loop {
             run.until(|waiting| waiting == 0).await;
             if timeout(self.settings.orphan_grace, run.until(|waiting| waiting > 0)).await.is_ok() {
@@ -150,9 +178,13 @@ impl Runs {
             // Under the lock nobody joins between the look and the end.
             if run.waiting() == 0 {
                 tracing::info!("a run is cancelled: its client did not come back");
+                if !sent.load(Ordering::Relaxed) {
+                    return book.unkeyed.remove(place);
+                }
                 let reason = "Nobody waited for this run any more, so it was cancelled; the tool may have run.";
                 let outcome = ToolExecutionResult::failed(reason, started.elapsed()).json();
-                return book.unkeyed.end(place, run, Ok(outcome));
+                // Its client would have come by now: who comes later rather means another run.
+                return book.unkeyed.end(place, run, outcome, true);
             }
         }
     }
@@ -180,6 +212,10 @@ impl Default for Run {
 impl Run {
     fn waiting(&self) -> usize {
         self.0.borrow().waiting
+    }
+
+    fn tell(&self, ended: Ended) {
+        self.0.send_modify(|progress| progress.ended = Some(ended));
     }
 
     async fn until(&self, test: impl Fn(usize) -> bool) {
@@ -213,16 +249,18 @@ struct Place {
     number: u64,
 }
 
-/// The runs of one kind, each known for `window` after its end.
+/// The runs of one kind, each known for `window` after its outcome was last handed out.
 struct Shelf {
     window: Duration,
     max_outcome: usize,
     max_bytes: usize,
     /// By identity, oldest first. With a key there is one of each.
     entries: HashMap<Digest, Vec<Entry>>,
-    /// Counts beginnings and ends.
+    /// By identity, the last run that was not sent, and whose client was told to try again: the number of it, and when.
+    refused: HashMap<Digest, (u64, Instant)>,
+    /// Counts beginnings and hand-outs.
     clock: u64,
-    /// Ended runs in the order of their ends: when, and which.
+    /// Ended runs in the order in which their outcomes were last handed out: when, and which.
     ended: BTreeMap<u64, (Instant, Place)>,
     /// Those of them whose outcomes are kept, and the bytes of these.
     kept: BTreeSet<u64>,
@@ -238,7 +276,7 @@ struct Entry {
 enum State {
     Running(Arc<Run>),
     Ended {
-        /// In the order of ends.
+        /// In the order of hand-outs.
         end: u64,
         outcome: Outcome,
         /// Somebody waited for it or came for it later.
@@ -250,8 +288,6 @@ enum Outcome {
     Kept(Bytes),
     /// There was no room for it.
     Dropped,
-    /// Nothing was sent to the tool.
-    NotSent,
 }
 
 impl Entry {
@@ -262,6 +298,10 @@ impl Entry {
             State::Ended { taken, .. } => !taken,
         }
     }
+
+    fn is_ended(&self) -> bool {
+        matches!(self.state, State::Ended { .. })
+    }
 }
 
 impl Shelf {
@@ -271,6 +311,7 @@ impl Shelf {
             max_outcome,
             max_bytes,
             entries: HashMap::new(),
+            refused: HashMap::new(),
             clock: 0,
             ended: BTreeMap::new(),
             kept: BTreeSet::new(),
@@ -278,72 +319,109 @@ impl Shelf {
         }
     }
 
-    /// The run that a repetition means, to be waited for; `None` when there is none, or only one that was not sent.
+    /// The run that a repetition means, to be waited for; `None` when there is none.
     fn find(&mut self, call: &Call) -> Result<Option<BoxFuture<'static, Ended>>, Error> {
         if call.naming == Naming::First {
             return Ok(None);
         }
         let Some(entries) = self.entries.get_mut(&call.identity) else { return Ok(None) };
-        // Of several identical calls the one whose client has gone is the likeliest to be asked for again.
-        let chosen = entries.iter().rposition(Entry::is_orphan).unwrap_or(entries.len() - 1);
-        let entry = &mut entries[chosen];
-        let outcome = match &mut entry.state {
-            State::Ended { outcome: Outcome::NotSent, .. } => {
-                let place = Place { identity: call.identity, number: entry.number };
-                self.remove(&place);
-                return Ok(None);
-            }
-            _ if entry.arguments != call.arguments => return Err(key_taken()),
-            State::Running(run) => return Ok(Some(run.wait())),
-            State::Ended { outcome: Outcome::Kept(outcome), taken, .. } => {
-                *taken = true;
-                outcome.clone()
-            }
-            State::Ended { outcome: Outcome::Dropped, taken, .. } => {
-                *taken = true;
-                let reason = "This run was made already; its result is no longer kept.";
-                ToolExecutionResult::failed(reason, Duration::ZERO).json()
-            }
+        let newest = entries.len() - 1;
+        // Of several identical calls the one whose client has gone is the likeliest to be asked for again. Then it is the
+        // newest, be it one that was refused.
+        let chosen = match entries.iter().rposition(Entry::is_orphan) {
+            Some(orphan) => orphan,
+            None => match self.refused.remove(&call.identity) {
+                Some((number, at)) if number > entries[newest].number && at.elapsed() <= self.window => {
+                    return Ok(None);
+                }
+                _ => newest,
+            },
         };
-        Ok(Some(ready(Ok(outcome)).boxed()))
+        let entry = &mut entries[chosen];
+        if entry.arguments != call.arguments {
+            return Err(key_taken());
+        }
+        match &mut entry.state {
+            State::Running(run) if run.waiting() >= MAX_WAITING => Err(Error::Crowded),
+            State::Running(run) => Ok(Some(run.wait())),
+            State::Ended { end, outcome, taken } => {
+                self.clock += 1;
+                let before = std::mem::replace(end, self.clock);
+                let (_, place) = self.ended.remove(&before).expect("what has ended is in the order of ends");
+                self.ended.insert(*end, (Instant::now(), place));
+                if self.kept.remove(&before) {
+                    self.kept.insert(*end);
+                }
+                *taken = true;
+                let json = match outcome {
+                    Outcome::Kept(json) => json.clone(),
+                    Outcome::Dropped => {
+                        let reason = "This run was made already; its result is no longer kept.";
+                        ToolExecutionResult::failed(reason, Duration::ZERO).json()
+                    }
+                };
+                Ok(Some(ready(Ok(json)).boxed()))
+            }
+        }
     }
 
     /// The number of a new run.
     fn begin(&mut self, call: &Call, run: &Arc<Run>) -> u64 {
-        // What has ended and was taken is never chosen before this run, and is not known for longer.
-        let known = self.entries.get(&call.identity).into_iter().flatten();
-        let passed: Vec<_> = known
-            .filter(|entry| matches!(entry.state, State::Ended { taken: true, .. }))
-            .map(|entry| Place { identity: call.identity, number: entry.number })
-            .collect();
-        for place in &passed {
-            self.remove(place);
-        }
         self.clock += 1;
         let entry = Entry { number: self.clock, arguments: call.arguments, state: State::Running(run.clone()) };
         self.entries.entry(call.identity).or_insert_with(|| Vec::with_capacity(1)).push(entry);
         self.clock
     }
 
-    /// Tells those who wait, and keeps what came of it for those who come.
-    fn end(&mut self, place: &Place, run: &Run, ended: Ended) {
-        let taken = run.waiting() > 0;
-        run.0.send_modify(|progress| progress.ended = Some(ended.clone()));
-        let outcome = match ended {
-            Ok(json) if json.len() <= self.max_outcome => Outcome::Kept(json),
-            Ok(_) => Outcome::Dropped,
-            Err(_) => Outcome::NotSent,
-        };
+    /// Tells those who wait, and keeps what came of a run for those who come. `taken`: somebody has got it.
+    fn end(&mut self, place: &Place, run: &Run, json: Bytes, taken: bool) {
+        run.tell(Ok(json.clone()));
         self.clock += 1;
         let end = self.clock;
-        if let Outcome::Kept(json) = &outcome {
+        let outcome = if json.len() <= self.max_outcome {
             self.bytes += json.len() + ENTRY_BYTES;
             self.kept.insert(end);
-        }
+            Outcome::Kept(json)
+        } else {
+            Outcome::Dropped
+        };
         let entry = self.entry(place).expect("what is under way is in the book");
         entry.state = State::Ended { end, outcome, taken };
         self.ended.insert(end, (Instant::now(), *place));
+        self.pass(&place.identity);
         self.make_room();
+    }
+
+    /// Tells those who wait why nothing was sent, and forgets the run. When it `leads_to_more`, those who were told to try
+    /// again are not to be given the outcome of an equal run from before.
+    fn refuse(&mut self, place: &Place, run: &Run, error: Arc<Error>, leads_to_more: bool) {
+        let is_awaited = leads_to_more && run.waiting() > 0 && error.asks_for_repetition();
+        run.tell(Err(error));
+        self.remove(place);
+        if !is_awaited {
+            return;
+        }
+        if self.refused.len() >= MAX_REFUSED
+            && let Some((&oldest, _)) = self.refused.iter().min_by_key(|(_, (number, _))| *number)
+        {
+            self.refused.remove(&oldest);
+        }
+        self.refused.insert(place.identity, (place.number, Instant::now()));
+    }
+
+    /// Forgets what is never chosen any more: what was taken and is older than a run that was sent. Of what may be, no
+    /// more is known than [`MAX_EQUAL`].
+    fn pass(&mut self, identity: &Digest) {
+        let entries = self.entries.get(identity).into_iter().flatten();
+        let mut ended: Vec<_> = entries.filter(|entry| entry.is_ended()).collect();
+        // The newest stays.
+        ended.pop();
+        let (lost, passed): (Vec<_>, Vec<_>) = ended.into_iter().partition(|entry| entry.is_orphan());
+        let oldest = lost.iter().take((lost.len() + 1).saturating_sub(MAX_EQUAL));
+        let forgotten: Vec<_> = passed.iter().chain(oldest).map(|entry| entry.number).collect();
+        for number in forgotten {
+            self.remove(&Place { identity: *identity, number });
+        }
     }
 
     fn make_room(&mut self) {
@@ -370,6 +448,11 @@ impl Shelf {
         {
             self.forget_oldest();
         }
+    }
+
+    fn sweep(&mut self) {
+        self.expire();
+        self.refused.retain(|_, (_, at)| at.elapsed() <= self.window);
     }
 
     fn forget_oldest(&mut self) {
@@ -402,10 +485,158 @@ impl Shelf {
 #[cfg(test)]
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
+    use clap::Parser;
+
+    use crate::config::Cli;
+
     use super::*;
 
     fn call(identity: u8, naming: Naming) -> Call {
         Call { identity: [identity; 32], arguments: [0; 32], naming }
+    }
+
+    /// What an SDK is told to repeat.
+    fn busy() -> Error {
+        mcp::Error::QueueFull.into()
+    }
+
+    fn shelf() -> Shelf {
+        Shelf::new(Duration::from_secs(60), 1_000, 1_000_000)
+    }
+
+    fn begin(shelf: &mut Shelf, identity: u8) -> (Place, Arc<Run>) {
+        let (first, run) = (call(identity, Naming::First), Arc::new(Run::default()));
+        (Place { identity: first.identity, number: shelf.begin(&first, &run) }, run)
+    }
+
+    /// A first try that was answered with `text`; `taken` when its client was there.
+    fn made(shelf: &mut Shelf, text: &'static str, taken: bool) {
+        let (place, run) = begin(shelf, 0);
+        shelf.end(&place, &run, Bytes::from_static(text.as_bytes()), taken);
+    }
+
+    fn refused(shelf: &mut Shelf, identity: u8, error: Error, awaited: bool, leads_to_more: bool) {
+        let (place, run) = begin(shelf, identity);
+        let _waiting = awaited.then(|| run.wait());
+        shelf.refuse(&place, &run, Arc::new(error), leads_to_more);
+    }
+
+    /// What a second try gets; `None` when it is a run.
+    fn again(shelf: &mut Shelf) -> Option<Bytes> {
+        let found = shelf.find(&call(0, Naming::Again)).unwrap()?;
+        Some(found.now_or_never().expect("it has ended").unwrap())
+    }
+
+    #[test]
+    fn who_was_refused_and_told_to_try_again_gets_a_run() {
+        let mut shelf = shelf();
+        made(&mut shelf, "before", true);
+        refused(&mut shelf, 0, busy(), true, true);
+        assert_eq!(again(&mut shelf), None);
+        assert_eq!(again(&mut shelf).unwrap(), "before", "one try again for one refusal");
+    }
+
+    #[test]
+    fn a_refusal_that_no_sdk_repeats_makes_no_second_run() {
+        let mut shelf = shelf();
+        made(&mut shelf, "before", true);
+        refused(&mut shelf, 0, Error::NoTool, true, true);
+        refused(&mut shelf, 0, mcp::Error::Closed.into(), true, true);
+        refused(&mut shelf, 0, busy(), false, true);
+        refused(&mut shelf, 0, busy(), true, false);
+        assert_eq!(again(&mut shelf).unwrap(), "before");
+    }
+
+    #[test]
+    fn what_was_sent_and_lost_is_meant_before_what_was_refused() {
+        let mut shelf = shelf();
+        made(&mut shelf, "lost", false);
+        refused(&mut shelf, 0, busy(), true, true);
+        assert_eq!(again(&mut shelf).unwrap(), "lost");
+        assert_eq!(again(&mut shelf), None, "then the one that was refused");
+        refused(&mut shelf, 0, busy(), true, true);
+        made(&mut shelf, "newer", true);
+        assert_eq!(again(&mut shelf).unwrap(), "newer");
+    }
+
+    #[test]
+    fn what_was_not_sent_pushes_out_nothing_that_was() {
+        let mut shelf = shelf();
+        made(&mut shelf, "sent", true);
+        for number in 0..=MAX_REFUSED as u32 {
+            let mut one = call(1, Naming::First);
+            one.identity[..4].copy_from_slice(&number.to_be_bytes());
+            let run = Arc::new(Run::default());
+            let place = Place { identity: one.identity, number: shelf.begin(&one, &run) };
+            let _waiting = run.wait();
+            shelf.refuse(&place, &run, Arc::new(busy()), true);
+        }
+        assert_eq!((shelf.refused.len(), shelf.entries.len(), shelf.ended.len()), (MAX_REFUSED, 1, 1));
+        assert_eq!(again(&mut shelf).unwrap(), "sent");
+    }
+
+    #[test]
+    fn of_equal_runs_only_the_last_are_known() {
+        let mut shelf = shelf();
+        for _ in 0..MAX_EQUAL * 3 {
+            made(&mut shelf, "lost", false);
+        }
+        assert_eq!((shelf.entries[&[0; 32]].len(), shelf.ended.len()), (MAX_EQUAL, MAX_EQUAL));
+        made(&mut shelf, "last", false);
+        assert_eq!(again(&mut shelf).unwrap(), "last");
+        for _ in 0..MAX_EQUAL * 3 {
+            made(&mut shelf, "taken", true);
+        }
+        assert_eq!(shelf.entries[&[0; 32]].len(), MAX_EQUAL, "the lost ones but the oldest, and the last");
+    }
+
+    #[test]
+    fn an_outcome_is_known_until_a_while_after_it_was_last_handed_out() {
+        let mut shelf = shelf();
+        shelf.window = Duration::from_secs(6);
+        let pass = |shelf: &mut Shelf, seconds| {
+            shelf.ended.values_mut().for_each(|(at, _)| *at -= Duration::from_secs(seconds));
+            shelf.expire();
+        };
+        made(&mut shelf, "here", true);
+        for _ in 0..3 {
+            pass(&mut shelf, 5);
+            assert_eq!(again(&mut shelf).unwrap(), "here");
+        }
+        pass(&mut shelf, 7);
+        assert_eq!(again(&mut shelf), None);
+    }
+
+    #[tokio::test]
+    async fn what_begins_after_the_end_is_not_made() {
+        let settings = Cli::parse_from(["portolan"]).settings.runs;
+        let runs = Runs::new(settings, TaskTracker::new());
+        let made = |_| async { Ok(Bytes::from_static(b"{}")) };
+        assert_eq!(runs.alone(made).await.unwrap(), "{}");
+        runs.end();
+        for naming in [Naming::Key, Naming::First, Naming::Again] {
+            let (late, _) = runs.once(&call(naming as u8, naming), made).unwrap();
+            assert!(late.await.unwrap_err().asks_for_repetition(), "{naming:?}");
+        }
+        assert!(runs.alone(made).await.unwrap_err().asks_for_repetition());
+        let halfway = |sent: Sent| async move {
+            sent.store(true, Ordering::Relaxed);
+            std::future::pending().await
+        };
+        assert!(runs.alone(halfway).await.is_err(), "it was not even begun");
+    }
+
+    #[test]
+    fn only_so_many_wait_for_one_run() {
+        let mut shelf = shelf();
+        let (place, run) = begin(&mut shelf, 0);
+        let mut find = || shelf.find(&call(0, Naming::Again));
+        let mut waiting: Vec<_> = (0..MAX_WAITING).map(|_| find().unwrap().unwrap()).collect();
+        assert!(matches!(find(), Err(Error::Crowded)));
+        waiting.pop();
+        assert!(find().unwrap().is_some(), "one has left");
+        shelf.end(&place, &run, Bytes::from_static(b"{}"), true);
+        assert_eq!(again(&mut shelf).unwrap(), "{}", "nobody waits for what has ended");
     }
 
     /// What is counted must be what is there, in whatever order runs begin, end, are found and forgotten.
@@ -429,12 +660,15 @@ mod tests {
                 }
                 2 | 3 if !under_way.is_empty() => {
                     let (place, run, _waiting) = under_way.swap_remove(roll(under_way.len() as u32) as usize);
-                    let ended = match roll(6) {
-                        0 => Err(Arc::new(Error::NoTool)),
-                        1 => Ok(Bytes::from(vec![b' '; 1_001])),
-                        _ => Ok(Bytes::from(vec![b' '; roll(1_000) as usize])),
+                    let length = match roll(6) {
+                        0 => {
+                            shelf.refuse(&place, &run, Arc::new(busy()), roll(2) == 0);
+                            continue;
+                        }
+                        1 => 1_001,
+                        _ => roll(1_000) as usize,
                     };
-                    shelf.end(&place, &run, ended);
+                    shelf.end(&place, &run, Bytes::from(vec![b' '; length]), run.waiting() > 0);
                 }
                 4 => drop(shelf.find(&call(roll(20) as u8, Naming::Again)).unwrap()),
                 _ => {}
@@ -455,11 +689,17 @@ mod tests {
         }
         assert!(!shelf.ended.is_empty());
         for (place, run, _waiting) in under_way {
-            shelf.end(&place, &run, Ok(Bytes::new()));
+            shelf.end(&place, &run, Bytes::new(), true);
         }
         shelf.window = Duration::ZERO;
-        shelf.expire();
-        assert!(shelf.entries.is_empty() && shelf.ended.is_empty() && shelf.kept.is_empty() && shelf.bytes == 0);
+        shelf.sweep();
+        assert!(
+            shelf.refused.is_empty()
+                && shelf.entries.is_empty()
+                && shelf.ended.is_empty()
+                && shelf.kept.is_empty()
+                && shelf.bytes == 0
+        );
     }
 
     #[test]
@@ -470,7 +710,7 @@ mod tests {
             one.identity[..4].copy_from_slice(&number.to_be_bytes());
             let run = Arc::new(Run::default());
             let place = Place { identity: one.identity, number: shelf.begin(&one, &run) };
-            shelf.end(&place, &run, Ok(Bytes::from_static(b"{}")));
+            shelf.end(&place, &run, Bytes::from_static(b"{}"), true);
         }
         assert_eq!(shelf.entries.len(), MAX_ENDED);
         assert!(shelf.find(&call(0, Naming::Key)).unwrap().is_none(), "the oldest is forgotten first");

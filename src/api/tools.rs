@@ -17,6 +17,7 @@ use crate::model::ServerTool;
 use super::drip;
 use super::guard::{RunBody, ServerId, ToolId};
 use super::repeats::Repeat;
+use super::runs::Sent;
 use super::wire::{ToolExecutionResult, ToolObject, run_arguments, tools_array};
 
 /// The answer is that of a run which another request asked for (CONTRACT row 16).
@@ -45,9 +46,9 @@ pub async fn run(
     let arguments = run_arguments(body)?;
     let call = repeat.call(&ids, &arguments);
     let running = app.clone();
-    let work = async move {
+    let work = |sent: Sent| async move {
         let found = find(&running, &ids).await?;
-        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments).await?;
+        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &sent).await?;
         Ok(ToolExecutionResult::from(outcome).json())
     };
     let (outcome, repeated) = match call {

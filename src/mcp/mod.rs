@@ -25,6 +25,7 @@ mod watch;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -180,7 +181,9 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Resting { rest, .. } => Some(*rest),
-            Self::QueueFull | Self::QueueTimeout | Self::NoChildFree | Self::Store => Some(Duration::from_secs(1)),
+            Self::QueueFull | Self::QueueTimeout | Self::NoChildFree | Self::Store | Self::Stopping => {
+                Some(Duration::from_secs(1))
+            }
             _ => None,
         }
     }
@@ -435,7 +438,8 @@ impl Mcp {
     }
 
     /// Runs a tool of a server with `arguments`, on the live session, within the run timeout. `request_heartbeat`, which
-    /// Letta adds to every schema, is taken out unless the tool itself declares it (CONTRACT row 13).
+    /// Letta adds to every schema, is taken out unless the tool itself declares it (CONTRACT row 13). `sent` is set before
+    /// the call may reach the server: whoever drops this future knows by it whether the tool may have run.
     ///
     /// # Errors
     /// When no session can be had, or the server did not take the call, and so nothing was run. All that can happen
@@ -445,6 +449,7 @@ impl Mcp {
         server: &Server,
         tool: &Tool,
         mut arguments: Map<String, Value>,
+        sent: &AtomicBool,
     ) -> Result<Outcome, Error> {
         let started = Instant::now();
         let deadline = started + self.settings.run_timeout;
@@ -453,13 +458,13 @@ impl Mcp {
         }
         let _place = self.pool.enter(&server.id, deadline).await?;
         let mut server = Cow::Borrowed(server);
-        let mut called = self.call(&server, tool, &arguments, deadline).await;
+        let mut called = self.call(&server, tool, &arguments, deadline, sent).await;
         // A kept session was found dead, or of an old configuration, before anything was sent: a new one is as good.
         if let Err(Failed { again: true, .. }) = called {
             if let Ok(Ok(current)) = timeout_at(deadline, self.store.server(&server.id)).await {
                 server = Cow::Owned(current.ok_or(Error::Deleted)?);
             }
-            called = self.call(&server, tool, &arguments, deadline).await;
+            called = self.call(&server, tool, &arguments, deadline, sent).await;
         }
         let (is_error, text, answer) = match called.map_err(|failed| failed.error) {
             Ok(answer) => match ToolResult::read(&answer.result) {
@@ -491,12 +496,14 @@ impl Mcp {
         tool: &Tool,
         arguments: &Map<String, Value>,
         deadline: Instant,
+        sent: &AtomicBool,
     ) -> Result<Answer, Failed> {
         let session = timeout_at(deadline, self.session(server, false)).await.unwrap_or(Err(Error::NotReady));
         let (session, new) = session.map_err(|error| {
             let again = matches!(error, Error::Reconfigured);
             Failed { error: CallError::NotSent(error), again }
         })?;
+        sent.store(true, Ordering::Relaxed);
         let called = session.call_tool(tool, arguments, deadline).await;
         match called {
             Ok(answer) => Ok(answer),

@@ -738,7 +738,7 @@ mod tests {
                 "invalid_request" => (invalid(example), &example["detail"]),
                 "internal" => (Error::Internal(internal()), &example["detail"]),
                 "unavailable" => (Error::Unavailable(sqlx::Error::PoolTimedOut.into()), &example["detail"]),
-                "overloaded" => (Error::Full, &example["detail"]),
+                "overloaded" => (Error::Full { repeatable: true }, &example["detail"]),
                 "mcp_server_unavailable" => {
                     let server_name = "search".to_owned();
                     (Error::Refresh { server_name, source: named() }, &example["detail"]["message"])
