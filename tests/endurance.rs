@@ -669,6 +669,14 @@ async fn a_server_that_was_away_at_a_call_is_found_again_without_another() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_whose_session_ended_by_itself_is_found_again_without_a_call() {
+    let portolan = Portolan::start_with(|settings| settings.upstream.idle_timeout = OFTEN).await;
+    let (plain, tells) = (json!({}), json!({"list_changed": true, "get_stream": true}));
+    tokio::join!(away_and_back(&portolan, "sse", &plain, false), away_and_back(&portolan, "http", &tells, false));
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_was_never_there_is_listed_once_it_comes() {
     let portolan = Portolan::start_with(|settings| settings.upstream.idle_timeout = OFTEN).await;
     for kind in ["http", "sse"] {
