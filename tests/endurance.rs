@@ -810,6 +810,26 @@ async fn a_server_that_asks_for_a_pause_at_a_call_is_left_alone_for_so_long() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_asks_for_a_pause_at_the_handshake_is_left_alone_for_so_long() {
+    pauses(true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_asks_for_a_pause_at_the_first_question_is_asked_no_other() {
+    let portolan = Portolan::start().await;
+    for status in [429, 503] {
+        let script = json!({"revisions": [MODERN], "acts": {"initialize": refusal(status, 4)}});
+        let http = fake::http::serve(Fake::new(typed(&script)));
+        let server = portolan.create(&status.to_string(), json!({ "server_url": http.url })).await;
+        assert_eq!(server["status"]["state"], "unreachable", "{server}");
+        assert!(server["status"]["error"].as_str().unwrap().contains(&status.to_string()), "{server}");
+        let asked: Vec<_> = http.requests().iter().map(|seen| seen.rpc().to_owned()).collect();
+        assert_eq!(asked, ["server/discover"], "{status}");
+    }
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_pause_beyond_all_measure_is_not_believed() {
     let portolan = Portolan::start().await;
     let (id, running) = listening(&portolan, "http", &json!({})).await;
