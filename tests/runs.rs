@@ -368,6 +368,12 @@ async fn connections_are_kept_from_call_to_call() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn connections_of_http_and_sse_are_kept_from_call_to_call() {
+    let connections = connections_of_100_calls("sse", &json!({})).await;
+    assert!(connections <= 5, "{connections} connections");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn answers_that_nobody_reads_leave_room_for_those_of_other_servers() {
     const LARGE: usize = 3_000_000;
     let portolan = Portolan::start_with(|settings| settings.upstream.max_bytes_in_flight = 16_000_000).await;
