@@ -722,15 +722,13 @@ fn floods(rows: &mut Vec<Row>) {
             };
             rows.push(call_with(&name, over, unread, flood(100_000), expect).then_patiently());
         }
-        rows.push(
-            call(
-                "1,000 requests before the answer",
-                over,
-                steps(json!([{"repeat": [1_000, {"say": ping}]}, "answer"])),
-                Says("hello"),
-            )
-            .then_patiently(),
-        );
+        // Over HTTP each answer is a POST, and how many can be made in 2 s is the machine's matter.
+        for (times, expect) in [(100, Says("hello")), (1_000, if over == Stdio { Says("hello") } else { Settled })] {
+            let act = steps(json!([{"repeat": [times, {"say": ping}]}, "answer"]));
+            rows.push(
+                call(&format!("{times} requests that are read before the answer"), over, act, expect).then_patiently(),
+            );
+        }
     }
     let changed = r#"{"jsonrpc":"2.0","method":"notifications/tools/list_changed"}"#;
     let storm = steps(json!([{"repeat": [1000, {"say": changed}]}, "answer"]));
