@@ -839,8 +839,10 @@ async fn a_pause_beyond_all_measure_is_not_believed() {
     let path = format!("/v1/mcp-servers/{id}/tools/{}/run", portolan.tool_id(&id, "echo").await);
     running.set_script(typed(&json!({"acts": {"call": refusal(503, 100_000)}})));
     portolan.post(&path, &echo("x")).await.expect(200);
-    let long = seconds(&portolan.post(&path, &echo("x")).await);
-    assert!((290..=300).contains(&long), "{long}");
+    let resting = portolan.post(&path, &echo("x")).await;
+    assert_eq!(seconds(&resting), 30, "no client is asked to sleep for longer");
+    let detail = resting.expect(503)["detail"].take();
+    assert!(detail.as_str().unwrap().contains(" again in 300 s"), "{detail}");
     portolan.refresh(&id).await.expect(200);
     assert_eq!(portolan.post(&path, &echo("asked for")).await.expect(200)["func_return"], "asked for");
     portolan.stop().await;

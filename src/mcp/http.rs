@@ -21,7 +21,9 @@ use super::events::{Event, Events};
 use super::exchange::Answer;
 use super::message::{self, Inbound, RpcError};
 use super::mirror::encode;
-use super::remote::{EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, header_fields, is_media_type};
+use super::remote::{
+    EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, header_fields, is_media_type, read_over,
+};
 use super::session::{Ask, CallError, Context, Greeted};
 use super::watch::Bell;
 use super::{AgentId, Error};
@@ -115,7 +117,11 @@ impl HttpWire {
     pub async fn notify(&self, body: Bytes, deadline: Instant) -> Result<(), HttpError> {
         let request = self.post(body);
         let response = timeout_at(deadline, request.send()).await.map_err(|_| HttpError::TimedOut)??;
-        if response.status().is_success() { Ok(()) } else { Err(HttpError::of(&response)) }
+        if !response.status().is_success() {
+            return Err(HttpError::of(&response));
+        }
+        read_over(response).await;
+        Ok(())
     }
 
     async fn exchange(&self, ask: &Ask<'_>, pending: &mut Pending<'_>) -> Result<Answer, CallError> {

@@ -29,7 +29,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ::http::HeaderValue;
+use ::http::{HeaderValue, StatusCode};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -140,7 +140,14 @@ impl Error {
         matches!(
             self,
             Self::HandshakeRefused { .. } | Self::Handshake | Self::Revision | Self::Closed | Self::Exited { .. }
-        ) || matches!(self, Self::Http(HttpError::Status { .. } | HttpError::ContentType | HttpError::NoAnswer))
+        ) || match self {
+            // One that asks for a pause gets it.
+            Self::Http(HttpError::Status { status, retry_after }) => {
+                retry_after.is_none() && *status != StatusCode::TOO_MANY_REQUESTS
+            }
+            Self::Http(HttpError::ContentType | HttpError::NoAnswer) => true,
+            _ => false,
+        }
     }
 
     /// It is about Portolan, and says nothing about the server.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
 use crate::model::Remote;
@@ -19,6 +20,8 @@ pub const X_AGENT_ID: HeaderName = HeaderName::from_static("x-agent-id");
 
 /// How long a goodbye, a notice of cancellation or our answer to a server's request may take.
 pub const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
+/// The longest body that is read over, in bytes.
+const SAYS_NOTHING: usize = 64 * 1024;
 /// How many of a server's requests are being answered at a time.
 const REPLIES: usize = 8;
 /// The longest `Retry-After` that is believed.
@@ -129,6 +132,20 @@ impl Replies {
             drop(turn);
         });
     }
+}
+
+/// Reads a body that says nothing, so that its connection can be used again; a long one costs its connection.
+pub async fn read_over(mut response: reqwest::Response) {
+    let mut left = SAYS_NOTHING;
+    let reading = async {
+        while let Ok(Some(chunk)) = response.chunk().await
+            && chunk.len() <= left
+        {
+            left -= chunk.len();
+        }
+    };
+    // Its end may take its time, and nobody waits for that.
+    let _ = timeout(NOTICE_TIMEOUT, reading).await;
 }
 
 /// Whether an answer is of this media type, whatever its parameters and case (RFC 9110 §8.3.1).

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use http::{HeaderName, HeaderValue};
+use http::{HeaderName, HeaderValue, StatusCode};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
@@ -467,8 +467,10 @@ impl Wire {
             }
             // A server of an older revision refuses it in its own way, or says nothing (MCP 2026-07-28, versioning).
             Err(CallError::Rpc(_)) => Ok(None),
-            Err(CallError::Refused(Error::Http(HttpError::Status { status, .. })))
-                if or_not && status.is_client_error() && status != http::StatusCode::FORBIDDEN =>
+            Err(CallError::Refused(Error::Http(HttpError::Status { status, retry_after: None })))
+                if or_not
+                    && status.is_client_error()
+                    && !matches!(status, StatusCode::FORBIDDEN | StatusCode::TOO_MANY_REQUESTS) =>
             {
                 Ok(None)
             }

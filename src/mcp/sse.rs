@@ -18,7 +18,9 @@ use super::budget::{Held, Share};
 use super::events::Events;
 use super::exchange::{Answer, Exchange};
 use super::message;
-use super::remote::{EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, header_fields, is_media_type};
+use super::remote::{
+    EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, header_fields, is_media_type, read_over,
+};
 use super::session::{Ask, CallError, Context};
 use super::watch::Bell;
 use super::{AgentId, Error};
@@ -99,22 +101,28 @@ impl SseWire {
             post = post.header(X_AGENT_ID, agent);
         }
         let mut pending = Pending { wire: self, id, over: false };
+        let mut posting = Box::pin(send(post));
         let exchanging = async {
             tokio::select! {
-                // The answer may be there before the server is done with accepting the question.
-                reply = waiting.reply() => Ok(reply),
-                refused = send(post) => match refused {
-                    Ok(()) => Ok(waiting.reply().await),
-                    Err(error @ HttpError::Connect(_)) => Err(CallError::NotSent(error.into())),
+                reply = waiting.reply() => {
+                    // The answer was there before the server was done with accepting the question: the connection is of
+                    // use again only when that has been read.
+                    self.0.tracker.spawn(timeout_at(Instant::now() + NOTICE_TIMEOUT, posting));
+                    return Ok(reply);
+                }
+                posted = &mut posting => match posted {
+                    Ok(()) => {}
+                    Err(error @ HttpError::Connect(_)) => return Err(CallError::NotSent(error.into())),
                     Err(HttpError::Status { status, retry_after }) if status.is_server_error() => {
-                        Err(CallError::Lost(HttpError::Status { status, retry_after }.into()))
+                        return Err(CallError::Lost(HttpError::Status { status, retry_after }.into()));
                     }
                     Err(error @ (HttpError::Status { .. } | HttpError::SignIn)) => {
-                        Err(CallError::Refused(error.into()))
+                        return Err(CallError::Refused(error.into()));
                     }
-                    Err(error) => Err(CallError::Lost(error.into())),
+                    Err(error) => return Err(CallError::Lost(error.into())),
                 },
             }
+            Ok(waiting.reply().await)
         };
         let Ok(reply) = timeout_at(deadline, exchanging).await else { return Err(CallError::TimedOut) };
         pending.over = true;
@@ -177,7 +185,11 @@ impl SseWire {
 
 async fn send(request: reqwest::RequestBuilder) -> Result<(), HttpError> {
     let response = request.send().await?;
-    if response.status().is_success() { Ok(()) } else { Err(HttpError::of(&response)) }
+    if !response.status().is_success() {
+        return Err(HttpError::of(&response));
+    }
+    read_over(response).await;
+    Ok(())
 }
 
 /// A request that is under way; dropped before it is over, it tells the server so.
