@@ -2,8 +2,8 @@
 //!
 //! A child runs in a process group of its own and has one owner, a task that outlives every caller: it reaps the child,
 //! and ends the whole group when the session ends or the child's leader is gone. It also ends with Portolan, however
-//! that ends: by the kernel's death signal, and its group by the [`Keeper`]. Standard error is drained always (a full
-//! pipe would stop the child); its last bytes are kept to explain an early exit.
+//! that ends: by the kernel's death signal, and its group by the keeper. Standard error is drained always (a full pipe
+//! would stop the child); its last bytes are kept to explain an early exit.
 
 use std::collections::VecDeque;
 use std::io;
