@@ -24,7 +24,8 @@
 //! | `message`, `exchange` | JSON-RPC, and who waits for which answer |
 //! | `lines`, `events`, `budget` | what is read, bounded, and how much of it at a time |
 //! | `egress`, `mirror` | what goes out, and arguments as header fields |
-//! | `keeper` | no child outlives us |
+//! | `child`, `keeper` | a process of ours, and that none outlives us |
+//! | `error` | why a server cannot be used |
 //! | `listing`, `schema` | tools |
 //! | `result`, `json` | answers |
 //! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory) |

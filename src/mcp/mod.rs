@@ -1,10 +1,12 @@
 //! Speaks MCP, itself, and knows no handler: the front door to sessions and tool lists.
 //!
-//! [`Mcp::first_sync`] and [`Mcp::sync_tools`] make the stored tools of a server equal to what it offers, [`Mcp::run_tool`] runs one,
-//! [`Mcp::forget`] and [`Mcp::reconfigured`] end a server's session, [`Mcp::close`] all of them.
+//! [`Mcp::first_sync`] and [`Mcp::sync_tools`] make the stored tools of a server equal to what it offers,
+//! [`Mcp::run_tool`] runs one, [`Mcp::forget`] and [`Mcp::reconfigured`] end a server's session, [`Mcp::close`] all.
 
 mod budget;
+mod child;
 mod egress;
+mod error;
 mod events;
 mod exchange;
 mod http;
@@ -29,7 +31,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use ::http::{HeaderValue, StatusCode};
+use ::http::HeaderValue;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -37,27 +39,28 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{Era, Server, Skipped, State, Tool, ToolChanges, Unreadable};
-use crate::store::{self, Store};
+use crate::model::{Era, Server, Skipped, State, Tool, ToolChanges};
+use crate::store::Store;
 
 pub use budget::Held;
+pub use error::{Error, SyncError};
 pub use listing::definition;
 pub use schema::{Room, json_schema};
 
-use budget::{Budget, Oversize};
+use budget::Budget;
+use child::Spawner;
 use exchange::Answer;
 use keeper::Keeper;
 use listing::accept;
 use message::RpcError;
 use pool::Pool;
-use remote::HttpError;
 use result::ToolResult;
 use schema::{HEARTBEAT, declares};
 use session::{CallError, Context, Listed, Session};
-use stdio::Spawner;
 use watch::{News, watch};
 
-/// How long the end of all sessions may take at a stop: a child has two periods of grace, a remote server a moment for the goodbye.
+/// How long the end of all sessions may take at a stop: a child has two periods of grace, a remote server a moment for
+/// the goodbye.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
@@ -69,170 +72,6 @@ impl AgentId {
     pub fn new(text: &str) -> Option<Self> {
         let value = HeaderValue::from_str(text).ok()?;
         (text.is_ascii() && text.len() <= 255).then_some(Self(value))
-    }
-}
-
-/// Why a server cannot be used now; each message is one sentence for the person who registered it.
-#[derive(Clone, Debug, thiserror::Error)]
-pub enum Error {
-    #[error("{}", spawn_reason(*.0))]
-    Spawn(std::io::ErrorKind),
-    #[error("The command ended ({status}){}.", last_words(.stderr.as_deref()))]
-    Exited { status: std::process::ExitStatus, stderr: Option<String> },
-    #[error("The server cannot be used: {0}.")]
-    Http(#[from] HttpError),
-    #[error(
-        "The server did not finish the MCP handshake in time{}; --handshake-timeout and --start-timeout set it.",
-        last_words(.stderr.as_deref())
-    )]
-    HandshakeTimeout { stderr: Option<String> },
-    #[error("The server refused the MCP handshake with JSON-RPC error {code}.")]
-    HandshakeRefused { code: i64 },
-    #[error("The server's answer to the MCP handshake cannot be understood.")]
-    Handshake,
-    #[error("The server speaks no MCP revision that Portolan knows.")]
-    Revision,
-    #[error("The server's endpoint event names no address on the server's own origin.")]
-    Endpoint,
-    #[error("The server ended the connection.")]
-    Closed,
-    #[error("The server does not know its session any more.")]
-    SessionExpired,
-    #[error("The server does not read what it is sent.")]
-    NotReading,
-    #[error("The server was not ready within the time that a run may take; --run-timeout sets it.")]
-    NotReady,
-    #[error("The server's answer cannot be taken: {0}.")]
-    Oversize(#[from] Oversize),
-    #[error("The database is not available; try again in a moment.")]
-    Store,
-    #[error("The server's answer is not a list of tools.")]
-    List,
-    #[error("The server refused to list its tools with JSON-RPC error {code}.")]
-    ListRefused { code: i64 },
-    #[error("The server did not list its tools in time; --list-timeout sets it.")]
-    ListTimeout,
-    #[error("The server's list of tools does not come to an end: a cursor came twice, or the list is too large.")]
-    Paging,
-    #[error("The server's configuration was changed meanwhile; refresh it again.")]
-    Reconfigured,
-    #[error("The server was deleted meanwhile.")]
-    Deleted,
-    #[error("A configured header is not valid HTTP; set custom_headers and auth_token again.")]
-    Header,
-    #[error(transparent)]
-    Config(Unreadable),
-    #[error("Portolan is stopping.")]
-    Stopping,
-    #[error("The server has as many calls as it may have, and as many waiting; try again in a moment.")]
-    QueueFull,
-    #[error("The server had no time for this call, which was not sent; try again in a moment.")]
-    QueueTimeout,
-    #[error("As many stdio servers as may run are busy; try again in a moment, or raise --max-children.")]
-    NoChildFree,
-    #[error("{reason} Portolan tries it again in {} s.", .rest.as_secs_f64().ceil())]
-    Resting { reason: Box<Error>, rest: Duration },
-}
-
-impl Error {
-    /// The server was there and did not like how it was greeted; another handshake may do.
-    fn is_about_the_handshake(&self) -> bool {
-        matches!(
-            self,
-            Self::HandshakeRefused { .. } | Self::Handshake | Self::Revision | Self::Closed | Self::Exited { .. }
-        ) || match self {
-            // One that asks for a pause gets it.
-            Self::Http(HttpError::Status { status, retry_after }) => {
-                retry_after.is_none() && *status != StatusCode::TOO_MANY_REQUESTS
-            }
-            Self::Http(HttpError::ContentType | HttpError::NoAnswer) => true,
-            _ => false,
-        }
-    }
-
-    /// It is about Portolan, and says nothing about the server.
-    fn is_ours(&self) -> bool {
-        matches!(
-            self,
-            Self::Reconfigured
-                | Self::Deleted
-                | Self::Stopping
-                | Self::Store
-                | Self::QueueFull
-                | Self::QueueTimeout
-                | Self::NoChildFree
-                | Self::NotReady
-                | Self::Resting { .. }
-        )
-    }
-
-    /// It is about one call: the server may be well.
-    fn is_about_one_call(&self) -> bool {
-        match self {
-            Self::SessionExpired | Self::Oversize(_) => true,
-            Self::Http(HttpError::Status { .. }) => self.pause().is_none(),
-            Self::Http(HttpError::ContentType | HttpError::NoAnswer | HttpError::Oversize(_)) => true,
-            _ => false,
-        }
-    }
-
-    /// How long the server asks not to be called.
-    fn pause(&self) -> Option<Duration> {
-        match self {
-            Self::Http(HttpError::Status { retry_after, .. }) => *retry_after,
-            _ => None,
-        }
-    }
-
-    /// In what time another attempt may do, when the attempt at hand was not even made.
-    pub fn retry_after(&self) -> Option<Duration> {
-        match self {
-            Self::Resting { rest, .. } => Some(*rest),
-            Self::QueueFull | Self::QueueTimeout | Self::NoChildFree | Self::Store | Self::Stopping => {
-                Some(Duration::from_secs(1))
-            }
-            _ => None,
-        }
-    }
-
-    fn state(&self) -> State {
-        match self {
-            Self::Http(HttpError::SignIn) => State::AuthRequired,
-            _ => State::Unreachable,
-        }
-    }
-}
-
-fn spawn_reason(kind: std::io::ErrorKind) -> &'static str {
-    match kind {
-        std::io::ErrorKind::NotFound => "The command was not found; check its name and the PATH of Portolan.",
-        std::io::ErrorKind::PermissionDenied => "The command may not be executed; check its permissions.",
-        std::io::ErrorKind::TimedOut => "The command could not be started in time.",
-        _ => "The command could not be started.",
-    }
-}
-
-fn last_words(stderr: Option<&str>) -> String {
-    stderr.map(|text| format!("; its standard error ends with \"{text}\"")).unwrap_or_default()
-}
-
-/// Why a sync did not happen.
-#[derive(Debug, thiserror::Error)]
-pub enum SyncError {
-    #[error("the server was deleted meanwhile")]
-    Gone,
-    #[error(transparent)]
-    Server(Error),
-    #[error(transparent)]
-    Store(#[from] store::Error),
-}
-
-impl From<Error> for SyncError {
-    fn from(error: Error) -> Self {
-        match error {
-            Error::Deleted => Self::Gone,
-            error => Self::Server(error),
-        }
     }
 }
 

@@ -21,6 +21,7 @@ use crate::config::Upstream;
 use crate::model::{Connector, Era, Tool};
 
 use super::budget::{Budget, Held, Oversize};
+use super::child::Spawner;
 use super::exchange::Answer;
 use super::http::HttpWire;
 use super::keeper::Keeper;
@@ -28,7 +29,7 @@ use super::listing::{MAX_TOOLS, definition};
 use super::message::{self, METHOD_NOT_FOUND, RpcError};
 use super::remote::HttpError;
 use super::sse::SseWire;
-use super::stdio::{Spawner, StdioWire};
+use super::stdio::StdioWire;
 use super::watch::Bell;
 use super::{AgentId, Error, mirror};
 

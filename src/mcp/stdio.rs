@@ -1,22 +1,19 @@
 //! stdio servers: a child process of ours, one JSON-RPC message per line on its pipes (MCP 2025-11-25, transports).
 //!
-//! A child runs in a process group of its own and has one owner, a task that outlives every caller: it reaps the child,
-//! and ends the whole group when the session ends or the child's leader is gone. It also ends with Portolan, however
-//! that ends: by the kernel's death signal, and its group by the keeper. Standard error is drained always (a full pipe
-//! would stop the child); its last bytes are kept to explain an early exit.
+//! The child has one owner, a task that outlives every caller and ends it with the session. Standard error is drained
+//! always (a full pipe would stop the child); its last bytes are kept to explain an early exit.
 
 use std::collections::VecDeque;
 use std::io;
-use std::process::{ExitStatus, Stdio};
+use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
-use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use tokio::process::{Child, ChildStderr, ChildStdout, Command};
-use tokio::sync::{Notify, OwnedSemaphorePermit, mpsc, oneshot};
+use tokio::process::{Child, ChildStderr, ChildStdout};
+use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
@@ -24,28 +21,16 @@ use crate::model::{Secret, Stdio as Config};
 
 use super::Error;
 use super::budget::{Held, Share};
+use super::child::{Stderr, command, supervise};
 use super::exchange::{Answer, Exchange, Reply};
 use super::lines::{Line, Lines};
 use super::message;
 use super::session::{Ask, CallError, Context};
 use super::watch::Bell;
 
-/// What a child gets of Portolan's own environment; the rest comes from its configuration.
-const INHERITED: [&str; 6] = ["PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR"];
-/// How long a child has to leave after its standard input closed, and again after SIGTERM (MCP 2025-11-25, lifecycle,
-/// shutdown); then its group is killed.
-const GRACE: Duration = Duration::from_secs(2);
-/// How much of standard error is kept, in bytes, and how much of its last line an error shows, in characters.
-const STDERR_KEPT: usize = 64 * 1024;
-const STDERR_SHOWN: usize = 300;
-/// Values of the environment shorter than this say nothing, and may be part of any word.
-const SHORTEST_SECRET: usize = 4;
 /// How long the end of standard error may take after the end of the child, and the rest of its output.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 const REST_OF_OUTPUT: Duration = Duration::from_millis(500);
-/// How many files a child may open at first; it may raise that itself.
-#[cfg(target_os = "linux")]
-const USUAL_FILES: u64 = 1024;
 /// How long a child may leave its standard input unread while something waits to be written.
 const STALL: Duration = Duration::from_secs(30);
 /// How long a child may go on asking without reading our answers.
@@ -54,67 +39,6 @@ const ASKING: Duration = Duration::from_secs(5);
 /// dropped. Our requests are bounded by --max-calls-per-server.
 const QUEUE: usize = 64;
 const MAX_NOTICES: usize = 2 * QUEUE;
-
-/// Starts children, all from one thread: the kernel sends a death signal at the end of the thread that started the
-/// child, not of the process. A thread that is stuck with a command (on a file system that is away, say) is followed by
-/// another one, and kept: its death would be that of the children it started before.
-pub struct Spawner(Mutex<Vec<mpsc::UnboundedSender<Order>>>);
-
-type Order = (Command, oneshot::Sender<io::Result<Child>>);
-
-/// How many threads may be stuck.
-const STUCK: usize = 16;
-
-impl Spawner {
-    /// To be called in the runtime that is to wait for the children. The threads end when the spawner is dropped.
-    pub fn new() -> Self {
-        Self(Mutex::new(vec![Self::thread()]))
-    }
-
-    fn thread() -> mpsc::UnboundedSender<Order> {
-        // As many orders wait as sessions are being opened.
-        let (orders, mut next) = mpsc::unbounded_channel::<Order>();
-        let runtime = tokio::runtime::Handle::current();
-        let thread = move || {
-            let _runtime = runtime.enter();
-            while let Some((mut command, started)) = next.blocking_recv() {
-                if started.is_closed() {
-                    continue;
-                }
-                // Whoever asked may have left; the group then ends before it is known to anybody.
-                if let Err(Ok(child)) = started.send(command.spawn())
-                    && let Some(group) = group(&child)
-                {
-                    let _ = kill_process_group(group, Signal::KILL);
-                }
-            }
-        };
-        std::thread::Builder::new().name("children".to_owned()).spawn(thread).expect("a thread can be started");
-        orders
-    }
-
-    async fn spawn(&self, command: Command, deadline: Instant) -> io::Result<Child> {
-        let (started, child) = oneshot::channel();
-        let gone = || io::Error::other("the thread that starts children is gone");
-        let threads = || self.0.lock().expect("no code panics while it holds the threads");
-        let (number, thread) = {
-            let threads = threads();
-            (threads.len(), threads.last().cloned().ok_or_else(gone)?)
-        };
-        thread.send((command, started)).map_err(|_| gone())?;
-        match timeout_at(deadline, child).await {
-            Ok(child) => child.map_err(|_| gone())?,
-            Err(_) => {
-                let mut threads = threads();
-                if threads.len() == number && number <= STUCK {
-                    tracing::error!("a command cannot be started in time, and holds up the thread that starts it");
-                    threads.push(Self::thread());
-                }
-                Err(io::ErrorKind::TimedOut.into())
-            }
-        }
-    }
-}
 
 /// One session with one child.
 pub struct StdioWire(Arc<Shared>);
@@ -153,7 +77,7 @@ struct Outgoing {
 #[derive(Default)]
 struct Facts {
     exit: Option<ExitStatus>,
-    stderr: VecDeque<u8>,
+    stderr: Stderr,
 }
 
 impl StdioWire {
@@ -244,52 +168,12 @@ impl StdioWire {
 
     /// The last line that the child wrote to standard error.
     pub fn last_line(&self) -> Option<String> {
-        last_line(&self.0.facts().stderr, &self.0.secrets)
+        self.0.facts().stderr.last_line(&self.0.secrets)
     }
 
     /// Why the session has ended, once it has.
     pub fn ended(&self) -> Option<Error> {
         self.0.exchange.ended()
-    }
-}
-
-fn command(config: &Config, split_args: bool) -> Command {
-    let mut command = Command::new(&config.command);
-    if split_args {
-        command.args(config.args.iter().flat_map(|arg| arg.split_whitespace()));
-    } else {
-        command.args(&config.args);
-    }
-    command.env_clear();
-    command.envs(INHERITED.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
-    command.envs(config.env.iter().flatten().map(|(name, value)| (name, value.expose())));
-    // Its group is ended by the owner; this is for the end of the runtime, which ends no task in order.
-    command.process_group(0).kill_on_drop(true);
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    #[cfg(target_os = "linux")]
-    die_with_us(&mut command);
-    command
-}
-
-/// Asks the kernel to kill the child at the end of the thread that starts it, which is that of Portolan; and gives the
-/// child back the number of open files that is usual, of which Portolan may have raised its own: some programs take
-/// time or memory for each that they may open.
-#[cfg(target_os = "linux")]
-#[expect(unsafe_code, reason = "code between fork and exec")]
-fn die_with_us(command: &mut Command) {
-    use rustix::process::{Resource, Rlimit, getpid, getppid, getrlimit, set_parent_process_death_signal, setrlimit};
-    let portolan = getpid();
-    let before_exec = move || {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
-        let files = getrlimit(Resource::Nofile);
-        let usual = files.current.map(|current| current.min(USUAL_FILES));
-        setrlimit(Resource::Nofile, Rlimit { current: usual, ..files })?;
-        // Portolan may have died before it was asked for.
-        if getppid() == Some(portolan) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
-    };
-    // SAFETY: the closure makes four system calls; it takes no lock and no memory.
-    unsafe {
-        command.pre_exec(before_exec);
     }
 }
 
@@ -461,7 +345,7 @@ impl Shared {
     /// How the child ended, in words, if it has.
     fn last_words(&self) -> Option<Error> {
         let facts = self.facts();
-        facts.exit.map(|status| Error::Exited { status, stderr: last_line(&facts.stderr, &self.secrets) })
+        facts.exit.map(|status| Error::Exited { status, stderr: facts.stderr.last_line(&self.secrets) })
     }
 
     /// Reaps the child, after its own end or the session's; `held` is what ends with it.
@@ -479,10 +363,7 @@ impl Shared {
     async fn drain(self: Arc<Self>, mut stderr: ChildStderr) {
         let mut buffer = vec![0; 8 * 1024];
         while let Ok(count @ 1..) = stderr.read(&mut buffer).await {
-            let kept = &mut self.facts().stderr;
-            kept.extend(&buffer[..count]);
-            let excess = kept.len().saturating_sub(STDERR_KEPT);
-            kept.drain(..excess);
+            self.facts().stderr.push(&buffer[..count]);
         }
     }
 }
@@ -516,56 +397,4 @@ impl Input {
     fn left(&self) -> usize {
         self.queue.iter().map(|line| line.rest.len()).sum()
     }
-}
-
-/// The process group that a child leads.
-fn group(child: &Child) -> Option<Pid> {
-    child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?))
-}
-
-/// Waits for the end of the child, or brings it about; returns how it ended.
-async fn supervise(mut child: Child, end: &CancellationToken) -> Option<ExitStatus> {
-    let group = group(&child);
-    let signal = |signal| {
-        if let Some(group) = group {
-            // Fails only when nobody of the group is left.
-            let _ = kill_process_group(group, signal);
-        }
-    };
-    let left_by_itself = tokio::select! {
-        status = child.wait() => Some(status.ok()),
-        () = end.cancelled() => None,
-    };
-    let status = match left_by_itself {
-        Some(status) => status,
-        // The transport has closed standard input by now, which asks a server to leave.
-        None => match timeout(GRACE, child.wait()).await {
-            Ok(status) => status.ok(),
-            Err(_) => {
-                signal(Signal::TERM);
-                timeout(GRACE, child.wait()).await.ok().and_then(Result::ok)
-            }
-        },
-    };
-    // Whatever the leader left behind in its group goes with it.
-    signal(Signal::KILL);
-    match status {
-        Some(status) => Some(status),
-        None => child.wait().await.ok(),
-    }
-}
-
-/// The last line of standard error, escaped, without the values that the server's own environment holds.
-fn last_line(stderr: &VecDeque<u8>, secrets: &[Secret]) -> Option<String> {
-    let bytes: Vec<u8> = stderr.iter().copied().collect();
-    let text = String::from_utf8_lossy(&bytes);
-    let mut line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?.to_owned();
-    // Each line of each value, the longest first: a shorter one may be a part of it.
-    let mut values: Vec<&str> = secrets.iter().flat_map(|secret| secret.expose().lines()).map(str::trim).collect();
-    values.retain(|value| value.len() >= SHORTEST_SECRET);
-    values.sort_by_key(|value| std::cmp::Reverse(value.len()));
-    for value in values {
-        line = line.replace(value, "********");
-    }
-    Some(line.chars().take(STDERR_SHOWN).flat_map(char::escape_debug).collect())
 }

@@ -1,0 +1,175 @@
+//! Why a server cannot be used, and what follows from that.
+
+use std::time::Duration;
+
+use http::StatusCode;
+
+use crate::model::{State, Unreadable};
+use crate::store;
+
+use super::budget::Oversize;
+use super::remote::HttpError;
+
+/// Why a server cannot be used now; each message is one sentence for the person who registered it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{}", spawn_reason(*.0))]
+    Spawn(std::io::ErrorKind),
+    #[error("The command ended ({status}){}.", last_words(.stderr.as_deref()))]
+    Exited { status: std::process::ExitStatus, stderr: Option<String> },
+    #[error("The server cannot be used: {0}.")]
+    Http(#[from] HttpError),
+    #[error(
+        "The server did not finish the MCP handshake in time{}; --handshake-timeout and --start-timeout set it.",
+        last_words(.stderr.as_deref())
+    )]
+    HandshakeTimeout { stderr: Option<String> },
+    #[error("The server refused the MCP handshake with JSON-RPC error {code}.")]
+    HandshakeRefused { code: i64 },
+    #[error("The server's answer to the MCP handshake cannot be understood.")]
+    Handshake,
+    #[error("The server speaks no MCP revision that Portolan knows.")]
+    Revision,
+    #[error("The server's endpoint event names no address on the server's own origin.")]
+    Endpoint,
+    #[error("The server ended the connection.")]
+    Closed,
+    #[error("The server does not know its session any more.")]
+    SessionExpired,
+    #[error("The server does not read what it is sent.")]
+    NotReading,
+    #[error("The server was not ready within the time that a run may take; --run-timeout sets it.")]
+    NotReady,
+    #[error("The server's answer cannot be taken: {0}.")]
+    Oversize(#[from] Oversize),
+    #[error("The database is not available; try again in a moment.")]
+    Store,
+    #[error("The server's answer is not a list of tools.")]
+    List,
+    #[error("The server refused to list its tools with JSON-RPC error {code}.")]
+    ListRefused { code: i64 },
+    #[error("The server did not list its tools in time; --list-timeout sets it.")]
+    ListTimeout,
+    #[error("The server's list of tools does not come to an end: a cursor came twice, or the list is too large.")]
+    Paging,
+    #[error("The server's configuration was changed meanwhile; refresh it again.")]
+    Reconfigured,
+    #[error("The server was deleted meanwhile.")]
+    Deleted,
+    #[error("A configured header is not valid HTTP; set custom_headers and auth_token again.")]
+    Header,
+    #[error(transparent)]
+    Config(Unreadable),
+    #[error("Portolan is stopping.")]
+    Stopping,
+    #[error("The server has as many calls as it may have, and as many waiting; try again in a moment.")]
+    QueueFull,
+    #[error("The server had no time for this call, which was not sent; try again in a moment.")]
+    QueueTimeout,
+    #[error("As many stdio servers as may run are busy; try again in a moment, or raise --max-children.")]
+    NoChildFree,
+    #[error("{reason} Portolan tries it again in {} s.", .rest.as_secs_f64().ceil())]
+    Resting { reason: Box<Error>, rest: Duration },
+}
+
+impl Error {
+    /// The server was there and did not like how it was greeted; another handshake may do.
+    pub(super) fn is_about_the_handshake(&self) -> bool {
+        matches!(
+            self,
+            Self::HandshakeRefused { .. } | Self::Handshake | Self::Revision | Self::Closed | Self::Exited { .. }
+        ) || match self {
+            // One that asks for a pause gets it.
+            Self::Http(HttpError::Status { status, retry_after }) => {
+                retry_after.is_none() && *status != StatusCode::TOO_MANY_REQUESTS
+            }
+            Self::Http(HttpError::ContentType | HttpError::NoAnswer) => true,
+            _ => false,
+        }
+    }
+
+    /// It is about Portolan, and says nothing about the server.
+    pub(super) fn is_ours(&self) -> bool {
+        matches!(
+            self,
+            Self::Reconfigured
+                | Self::Deleted
+                | Self::Stopping
+                | Self::Store
+                | Self::QueueFull
+                | Self::QueueTimeout
+                | Self::NoChildFree
+                | Self::NotReady
+                | Self::Resting { .. }
+        )
+    }
+
+    /// It is about one call: the server may be well.
+    pub(super) fn is_about_one_call(&self) -> bool {
+        match self {
+            Self::SessionExpired | Self::Oversize(_) => true,
+            Self::Http(HttpError::Status { .. }) => self.pause().is_none(),
+            Self::Http(HttpError::ContentType | HttpError::NoAnswer | HttpError::Oversize(_)) => true,
+            _ => false,
+        }
+    }
+
+    /// How long the server asks not to be called.
+    pub(super) fn pause(&self) -> Option<Duration> {
+        match self {
+            Self::Http(HttpError::Status { retry_after, .. }) => *retry_after,
+            _ => None,
+        }
+    }
+
+    /// In what time another attempt may do, when the attempt at hand was not even made.
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Resting { rest, .. } => Some(*rest),
+            Self::QueueFull | Self::QueueTimeout | Self::NoChildFree | Self::Store | Self::Stopping => {
+                Some(Duration::from_secs(1))
+            }
+            _ => None,
+        }
+    }
+
+    pub(super) fn state(&self) -> State {
+        match self {
+            Self::Http(HttpError::SignIn) => State::AuthRequired,
+            _ => State::Unreachable,
+        }
+    }
+}
+
+fn spawn_reason(kind: std::io::ErrorKind) -> &'static str {
+    match kind {
+        std::io::ErrorKind::NotFound => "The command was not found; check its name and the PATH of Portolan.",
+        std::io::ErrorKind::PermissionDenied => "The command may not be executed; check its permissions.",
+        std::io::ErrorKind::TimedOut => "The command could not be started in time.",
+        _ => "The command could not be started.",
+    }
+}
+
+fn last_words(stderr: Option<&str>) -> String {
+    stderr.map(|text| format!("; its standard error ends with \"{text}\"")).unwrap_or_default()
+}
+
+/// Why a sync did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum SyncError {
+    #[error("the server was deleted meanwhile")]
+    Gone,
+    #[error(transparent)]
+    Server(Error),
+    #[error(transparent)]
+    Store(#[from] store::Error),
+}
+
+impl From<Error> for SyncError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Deleted => Self::Gone,
+            error => Self::Server(error),
+        }
+    }
+}
