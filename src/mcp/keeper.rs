@@ -83,7 +83,7 @@ fn start() -> std::io::Result<Child> {
     use std::os::unix::process::CommandExt;
     // Not by its path: the file may have been replaced since. In a group of its own, signals to ours pass it by.
     let mut command = Command::new("/proc/self/exe");
-    command.arg(COMMAND).env_clear().process_group(0);
+    command.arg0("portolan").arg(COMMAND).env_clear().process_group(0);
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
 }
 
