@@ -293,7 +293,10 @@ impl Shared {
         tokio::select! {
             () = reading => {}
             () = over => {}
-            () = self.end.cancelled() => self.exchange.end(&Error::Closed),
+            // A child that has left by itself says more of its end than that.
+            () = self.end.cancelled() => if !self.exited.is_cancelled() {
+                self.exchange.end(&Error::Closed);
+            },
         }
         // The pipe closes a moment before the child can be reaped.
         let _ = timeout(REST_OF_OUTPUT, self.exited.cancelled()).await;
