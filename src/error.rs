@@ -30,6 +30,8 @@ pub enum Error {
     NoRoute,
     #[error("This path does not support this method.")]
     MethodNotAllowed,
+    #[error("This token may not do that; it needs a wider scope.")]
+    Forbidden,
     #[error("There is no MCP server with this id.")]
     NoServer,
     #[error("This MCP server has no tool with this id.")]
@@ -110,6 +112,7 @@ impl Error {
     fn status(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NoRoute | Self::NoServer | Self::NoTool => (StatusCode::NOT_FOUND, "not_found"),
+            Self::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::NameTaken => (StatusCode::CONFLICT, "name_taken"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
@@ -246,6 +249,7 @@ mod tests {
         let every = [
             Error::NoRoute,
             Error::MethodNotAllowed,
+            Error::Forbidden,
             Error::NoServer,
             Error::NoTool,
             Error::NameTaken,
@@ -269,7 +273,11 @@ mod tests {
                 Error::Full { repeatable } => repeatable,
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
-                Error::Invalid(_) | Error::Refresh { .. } | Error::Connect(_) | Error::Internal(_) => false,
+                Error::Forbidden
+                | Error::Invalid(_)
+                | Error::Refresh { .. }
+                | Error::Connect(_)
+                | Error::Internal(_) => false,
             };
             let answer = error.render("id");
             let repeated = matches!(answer.status().as_u16(), 408 | 409 | 429 | 500..)

@@ -1,5 +1,6 @@
 //! Speaks HTTP: the route table, in the order of `openapi.yaml`, and the layers around it.
 
+mod access;
 mod drip;
 mod guard;
 mod repeats;
@@ -24,6 +25,8 @@ use crate::app::App;
 use crate::error::Error;
 use crate::serve::Full;
 
+use access::authorize;
+pub use access::{Access, Scope};
 pub use guard::Bodies;
 pub use runs::Runs;
 
@@ -34,33 +37,39 @@ pub struct Route {
     pub method: Method,
     /// The path as `openapi.yaml` has it; with and without a slash at its end it is the same (CONTRACT row 1).
     pub path: &'static str,
+    pub access: Access,
     handler: MethodRouter<App>,
 }
 
-fn route<H: Handler<T, App>, T: 'static>(method: Method, path: &'static str, handler: H) -> Route {
+fn route<H: Handler<T, App>, T: 'static>(method: Method, path: &'static str, access: Access, handler: H) -> Route {
     let filter = MethodFilter::try_from(method.clone()).expect("the table uses standard methods");
-    Route { method, path, handler: on(filter, handler) }
+    let guarded = on(filter, handler).layer(from_fn(move |request, next| authorize(access, request, next)));
+    Route { method, path, access, handler: guarded }
 }
 
 /// Every route there is.
 pub fn routes() -> Vec<Route> {
+    use Access::Open;
+    const READ: Access = Access::Needs(Scope::Read);
+    const RUN: Access = Access::Needs(Scope::Run);
+    const ADMIN: Access = Access::Needs(Scope::Admin);
     const ALL: &str = "/v1/mcp-servers/";
     const ONE: &str = "/v1/mcp-servers/{mcp_server_id}";
     vec![
-        route(Method::POST, ALL, servers::create),
-        route(Method::GET, ALL, servers::list),
-        route(Method::GET, ONE, servers::retrieve),
-        route(Method::PATCH, ONE, servers::update),
-        route(Method::DELETE, ONE, servers::delete),
-        route(Method::PATCH, "/v1/mcp-servers/{mcp_server_id}/refresh", servers::refresh),
-        route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools", tools::list),
-        route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}", tools::retrieve),
-        route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/run", tools::run),
-        route(Method::GET, "/v1/health/", status::health),
-        route(Method::GET, "/v1/ready", status::ready),
-        route(Method::GET, "/openapi.yaml", status::openapi),
-        route(Method::GET, "/docs", status::docs),
-        route(Method::GET, "/docs/{file}", status::docs_file),
+        route(Method::POST, ALL, ADMIN, servers::create),
+        route(Method::GET, ALL, READ, servers::list),
+        route(Method::GET, ONE, READ, servers::retrieve),
+        route(Method::PATCH, ONE, ADMIN, servers::update),
+        route(Method::DELETE, ONE, ADMIN, servers::delete),
+        route(Method::PATCH, "/v1/mcp-servers/{mcp_server_id}/refresh", ADMIN, servers::refresh),
+        route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools", READ, tools::list),
+        route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}", READ, tools::retrieve),
+        route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/run", RUN, tools::run),
+        route(Method::GET, "/v1/health/", Open, status::health),
+        route(Method::GET, "/v1/ready", Open, status::ready),
+        route(Method::GET, "/openapi.yaml", Open, status::openapi),
+        route(Method::GET, "/docs", Open, status::docs),
+        route(Method::GET, "/docs/{file}", Open, status::docs_file),
     ]
 }
 
