@@ -28,6 +28,7 @@
 //! | `error` | why a server cannot be used |
 //! | `listing`, `schema` | tools |
 //! | `result`, `json` | answers |
+//! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
 //! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory) |
 //!
 //! # Who may import whom
@@ -43,11 +44,12 @@
 //! | `serve` | `config`, `axum` |
 //! | `error` | `mcp`, `store`, `axum` |
 //! | `config` | `model` |
+//! | `corpus` | |
 //! | `model` | `sqlx` |
 //! | `telemetry` | |
-//! | `api` | `app`, `config`, `error`, `mcp`, `model`, `serve`, `store`, `axum` |
-//! | `mcp` | `config`, `model`, `store` |
-//! | `store` | `model`, `sqlx` |
+//! | `api` | `app`, `config`, `corpus`, `error`, `mcp`, `model`, `serve`, `store`, `axum` |
+//! | `mcp` | `config`, `corpus`, `model`, `store` |
+//! | `store` | `corpus`, `model`, `sqlx` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many.
 //!
@@ -62,6 +64,8 @@
 pub mod api;
 pub mod app;
 pub mod config;
+#[cfg(test)]
+mod corpus;
 pub mod error;
 pub mod mcp;
 pub mod model;

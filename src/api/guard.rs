@@ -83,10 +83,15 @@ impl FromRequest<App> for JsonBody {
         if !is_json {
             return Err(Error::UnsupportedMediaType);
         }
-        let object = object(&body.bytes)?;
-        refuse_nul_in(&object, &mut vec![json!("body")])?;
-        Ok(Self(object))
+        server_object(&body.bytes).map(Self)
     }
+}
+
+/// What the body of a create or an update says.
+pub fn server_object(body: &[u8]) -> Result<Map<String, Value>, Error> {
+    let object = object(body)?;
+    refuse_nul_in(&object, &mut vec![json!("body")])?;
+    Ok(object)
 }
 
 /// The JSON body of a run; none at all, of whatever type, is an empty object.

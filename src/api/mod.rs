@@ -2,6 +2,8 @@
 
 mod access;
 mod drip;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod guard;
 mod repeats;
 mod runs;

@@ -9,6 +9,8 @@ mod egress;
 mod error;
 mod events;
 mod exchange;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 mod http;
 mod json;
 pub mod keeper;

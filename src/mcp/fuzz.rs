@@ -1,0 +1,132 @@
+//! What holds for any bytes that a server may send, one function per fuzz target; each panics where it does not.
+//! `cargo test` runs them over `fuzz/corpus`, `cargo fuzz` over what it makes up (docs/FUZZING.md).
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use futures_util::{FutureExt, stream};
+use serde_json::Value;
+use serde_json::value::RawValue;
+use tokio::io::{AsyncRead, ReadBuf};
+
+use super::budget::{Budget, Held};
+use super::events::{Event, Events};
+use super::lines::{Line, Lines};
+use super::message::{self, Inbound};
+use super::{Room, json_schema, listing, message::id_of_a_part, result};
+
+/// The largest line and event of these targets, and all the room there is.
+const MAX: usize = 4096;
+const ROOM: usize = 64 * 1024;
+
+/// Server-sent events: the same ones, however the body is cut into chunks, each within the limit.
+pub fn events(data: &[u8]) {
+    let (chunk, text) = chunked(data);
+    let whole = read_events(text, text.len().max(1));
+    let cut = read_events(text, chunk);
+    // The end of a chunk is where an event that is too large is noticed: later with large chunks, never sooner.
+    assert!(whole.len() >= cut.len());
+    assert_eq!(whole[..cut.len()], cut);
+    // A byte that is not UTF-8 grows to three.
+    if String::from_utf8_lossy(text).len() <= MAX {
+        assert_eq!(whole.len(), cut.len());
+    }
+}
+
+fn read_events(text: &[u8], chunk: usize) -> Vec<Event> {
+    let chunks: Vec<_> = text.chunks(chunk).map(|chunk| Ok(Bytes::copy_from_slice(chunk))).collect();
+    let mut events = Events::new(stream::iter(chunks), MAX, Held::nothing(&Budget::new(ROOM).share()));
+    let mut read = Vec::new();
+    while let Some(Ok((event, _held))) = events.next().now_or_never().expect("the body is there") {
+        read.push(event);
+    }
+    read
+}
+
+/// The lines of a child: those that `split` finds, and nothing of one that is too large but its ends; then whatever a
+/// line says as JSON-RPC, as a tool and as a result.
+pub fn lines(data: &[u8]) {
+    let (chunk, text) = chunked(data);
+    let mut expected: Vec<_> = text.split(|byte| *byte == b'\n').collect();
+    // Half a line is none.
+    expected.pop();
+    let mut lines = Lines::new(Chunks { rest: text, chunk }, MAX, Held::nothing(&Budget::new(ROOM).share()));
+    let mut expected = expected.into_iter();
+    while let Some(line) = lines.next().now_or_never().expect("the output is there") {
+        let whole = expected.next().expect("no line is made up");
+        match line {
+            Line::Whole(line, _) => {
+                assert_eq!(line, whole.strip_suffix(b"\r").unwrap_or(whole));
+                messages(&line);
+            }
+            Line::Untaken { head, tail, .. } => {
+                assert!(whole.len() > MAX && whole.starts_with(&head) && whole.ends_with(&tail));
+                let _ = id_of_a_part(&head, &tail);
+            }
+        }
+    }
+    assert_eq!(expected.next(), None, "no line is lost");
+}
+
+fn messages(line: &[u8]) {
+    for inbound in message::read(line) {
+        match inbound {
+            Inbound::Answer { result: Ok(result), .. } => {
+                serde_json::from_str::<&RawValue>(result.get()).expect("a result is JSON");
+                let _ = result::ToolResult::read(&result);
+                list(&result);
+            }
+            Inbound::Request { id, method } => {
+                let reply = message::reply(&id, &method);
+                serde_json::from_slice::<&RawValue>(&reply).expect("a reply is JSON");
+                assert!(!reply.contains(&b'\n'), "a reply is one line");
+            }
+            Inbound::Answer { result: Err(_), .. } | Inbound::Notification { .. } => {}
+        }
+    }
+}
+
+fn list(result: &RawValue) {
+    #[derive(serde::Deserialize)]
+    struct Tools {
+        tools: Vec<Box<RawValue>>,
+    }
+    let Ok(Tools { tools }) = serde_json::from_str(result.get()) else { return };
+    for tool in listing::accept(&tools).0 {
+        let definition: Value = serde_json::from_str(&tool.definition).expect("a kept tool is JSON");
+        let schema = json_schema(&tool.name, None, &definition["inputSchema"], &mut Room::default());
+        assert!(schema["parameters"].is_object());
+    }
+}
+
+/// The first byte says how the others are cut.
+fn chunked(data: &[u8]) -> (usize, &[u8]) {
+    data.split_first().map_or((1, data), |(first, rest)| (usize::from(*first).max(1), rest))
+}
+
+/// Bytes that arrive `chunk` at a time.
+struct Chunks<'a> {
+    rest: &'a [u8],
+    chunk: usize,
+}
+
+impl AsyncRead for Chunks<'_> {
+    fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let length = self.rest.len().min(self.chunk).min(buffer.remaining());
+        let (now, later) = self.rest.split_at(length);
+        buffer.put_slice(now);
+        self.rest = later;
+        Poll::Ready(Ok(()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_corpus_holds() {
+        crate::corpus::replay("events", super::events);
+        crate::corpus::replay("lines", super::lines);
+    }
+}
