@@ -238,7 +238,7 @@ async fn a_stop_does_not_wait_for_ever_and_a_second_signal_does_not_wait_at_all(
         let mut stream = std::net::TcpStream::connect(program.url.trim_start_matches("http://")).unwrap();
         std::io::Write::write_all(
             &mut stream,
-            b"POST /v1/mcp-servers HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{",
+            b"POST /v1/mcp-servers HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{",
         )
         .unwrap();
         tokio::time::sleep(Duration::from_millis(300)).await;
