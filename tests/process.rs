@@ -163,6 +163,10 @@ fn what_it_cannot_use_is_one_clear_sentence_and_no_zero() {
     no_folder.args(["--data-dir", &format!("{}/x", file.display())]);
     let (code, text) = refusal(no_folder);
     assert!(code == Some(1) && text.contains("Cannot make the data folder"), "{text}");
+    let mut every_page = command(folder.path(), None);
+    every_page.args(["--cors-origins", "*"]);
+    let (code, text) = refusal(every_page);
+    assert!(code == Some(1) && text.contains("no token is set"), "{text}");
     let mut no_time = command(folder.path(), None);
     no_time.args(["--run-timeout", "soon"]);
     let (code, text) = refusal(no_time);
