@@ -10,7 +10,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::{Bodies, Runs};
+use crate::api::{Bodies, EveryPage, Origins, Runs};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::mcp::Mcp;
@@ -36,6 +36,8 @@ pub struct App {
     pub runs: Runs,
     /// Bodies of requests that are being read.
     pub bodies: Bodies,
+    /// Which web pages may come in.
+    pub origins: Origins,
     tracker: TaskTracker,
 }
 
@@ -46,6 +48,8 @@ pub enum StartError {
     DataDir { folder: std::path::PathBuf, cause: std::io::Error },
     #[error(transparent)]
     Store(#[from] OpenError),
+    #[error(transparent)]
+    Origins(#[from] EveryPage),
     #[error("Cannot use the system's certificates for TLS: {0}.")]
     Client(#[from] reqwest::Error),
 }
@@ -72,6 +76,8 @@ impl App {
                 settings.runs.retry_window
             );
         }
+        // Nobody needs a token.
+        let origins = Origins::new(&settings.browsers, true)?;
         let folder = &settings.storage.data_dir;
         make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
         let url = settings.storage.database_url.as_ref().map(|url| url.expose());
@@ -80,7 +86,7 @@ impl App {
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), tracker.clone(), keeper)?;
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
-        Ok(Self { settings: Arc::new(settings), store, mcp, runs, bodies, tracker })
+        Ok(Self { settings: Arc::new(settings), store, mcp, runs, bodies, origins, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain

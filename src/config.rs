@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
+use url::{Host, Url};
 
 use crate::model::Secret;
 
@@ -31,6 +32,8 @@ pub enum Command {
 pub struct Settings {
     #[command(flatten)]
     pub entry: Entry,
+    #[command(flatten)]
+    pub browsers: Browsers,
     #[command(flatten)]
     pub storage: Storage,
     #[command(flatten)]
@@ -74,6 +77,28 @@ pub struct Entry {
     /// How long a stop waits for requests that are being answered; after nine tenths of it, runs are answered with an error
     #[arg(long, env = "PORTOLAN_DRAIN_TIMEOUT", default_value = "25s", value_parser = duration, global = true, value_name = "TIME")]
     pub drain_timeout: Duration,
+}
+
+/// Web pages stay out, unless they are listed here.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Browsers")]
+pub struct Browsers {
+    /// Names under which Portolan is reached, beside localhost, 127.0.0.1 and [::1], separated by commas, without ports; with a
+    /// token and none listed, any name
+    #[arg(long, env = "PORTOLAN_ALLOWED_HOSTS", value_delimiter = ',', value_parser = host, global = true, value_name = "NAMES")]
+    pub allowed_hosts: Vec<Host>,
+    /// Web pages of other origins that may use Portolan, as https://app.example.com, separated by commas; * is all of them and
+    /// needs a token
+    #[arg(long, env = "PORTOLAN_CORS_ORIGINS", value_delimiter = ',', value_parser = origin, global = true, value_name = "ORIGINS")]
+    pub cors_origins: Vec<Origin>,
+}
+
+/// Where a web page comes from: scheme, host and port.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    Any,
+    /// As browsers write it in the header `Origin`.
+    One(String),
 }
 
 /// What Portolan keeps, and where.
@@ -181,6 +206,31 @@ fn duration(text: &str) -> Result<Duration, String> {
         Ok(time) => Ok(time),
         Err(_) => Err("write a number and a unit, for example 500ms, 20s or 5m".to_owned()),
     }
+}
+
+fn host(text: &str) -> Result<Host, String> {
+    let name = text.strip_suffix('.').unwrap_or(text);
+    // An IPv6 address needs its brackets only where a port may follow.
+    let bare = name.parse().map(Host::Ipv6).ok();
+    bare.or_else(|| Host::parse(name).ok().filter(|_| !name.contains('*'))).ok_or_else(|| {
+        "write a host name or an address, without scheme and port, for example portolan.example.com".to_owned()
+    })
+}
+
+fn origin(text: &str) -> Result<Origin, String> {
+    if text == "*" {
+        return Ok(Origin::Any);
+    }
+    let url = Url::parse(text).ok().filter(|url| {
+        let bare = matches!(url.path(), "" | "/") && url.query().is_none() && url.fragment().is_none();
+        bare && url.username().is_empty() && url.password().is_none()
+    });
+    let written = url.and_then(|url| {
+        let host = url.host_str().filter(|host| !host.is_empty())?;
+        let port = url.port().map(|port| format!(":{port}")).unwrap_or_default();
+        Some(Origin::One(format!("{}://{host}{port}", url.scheme())))
+    });
+    written.ok_or_else(|| "write scheme, host and port alone, for example https://app.example.com".to_owned())
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

@@ -32,6 +32,16 @@ pub enum Error {
     MethodNotAllowed,
     #[error("This token may not do that; it needs a wider scope.")]
     Forbidden,
+    #[error("The request must name its host, once, and the same in its target.")]
+    HostUnclear,
+    #[error(
+        "Portolan is not known by this host name; list it in --allowed-hosts (PORTOLAN_ALLOWED_HOSTS) if it should be."
+    )]
+    HostNotAllowed,
+    #[error(
+        "This web page may not use Portolan; list its origin in --cors-origins (PORTOLAN_CORS_ORIGINS) if it should."
+    )]
+    PageNotAllowed,
     #[error("There is no MCP server with this id.")]
     NoServer,
     #[error("This MCP server has no tool with this id.")]
@@ -113,6 +123,9 @@ impl Error {
         match self {
             Self::NoRoute | Self::NoServer | Self::NoTool => (StatusCode::NOT_FOUND, "not_found"),
             Self::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
+            Self::HostUnclear => (StatusCode::BAD_REQUEST, "host_unclear"),
+            Self::HostNotAllowed => (StatusCode::FORBIDDEN, "host_not_allowed"),
+            Self::PageNotAllowed => (StatusCode::FORBIDDEN, "origin_not_allowed"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::NameTaken => (StatusCode::CONFLICT, "name_taken"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
@@ -250,6 +263,9 @@ mod tests {
             Error::NoRoute,
             Error::MethodNotAllowed,
             Error::Forbidden,
+            Error::HostUnclear,
+            Error::HostNotAllowed,
+            Error::PageNotAllowed,
             Error::NoServer,
             Error::NoTool,
             Error::NameTaken,
@@ -273,6 +289,7 @@ mod tests {
                 Error::Full { repeatable } => repeatable,
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
+                Error::HostUnclear | Error::HostNotAllowed | Error::PageNotAllowed => false,
                 Error::Forbidden
                 | Error::Invalid(_)
                 | Error::Refresh { .. }

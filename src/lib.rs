@@ -16,7 +16,7 @@
 //! | [`model`] | plain data, also the table rows |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `guard` (what may come in), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `guard` (what may come in), `origin` (which web pages may), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
 //! | `session` | handshake, list, call |
@@ -55,11 +55,11 @@
 //!
 //! # One request
 //!
-//! `POST …/tools/{tool_id}/run`: route table → `guard` (ids, body) → `repeats` says whether other requests mean the same
-//! run → `runs` finds it, or starts it: `api::tools::run` gets server and tool, which the store has in memory after the
-//! first time → [`mcp::Mcp::run_tool`] → `pool` gives it a place among the server's calls and hands out the live session,
-//! or opens one → `session` sends the call with a deadline → the transport brings the result as the server wrote it →
-//! `wire::ToolExecutionResult` → `drip` sends it.
+//! `POST …/tools/{tool_id}/run`: `origin` (no web page) → route table → `guard` (ids, body) → `repeats` says whether
+//! other requests mean the same run → `runs` finds it, or starts it: `api::tools::run` gets server and tool, which the
+//! store has in memory after the first time → [`mcp::Mcp::run_tool`] → `pool` gives it a place among the server's calls
+//! and hands out the live session, or opens one → `session` sends the call with a deadline → the transport brings the
+//! result as the server wrote it → `wire::ToolExecutionResult` → `drip` sends it.
 
 pub mod api;
 pub mod app;

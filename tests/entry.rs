@@ -32,12 +32,12 @@ const NEVER: Duration = Duration::from_secs(3600);
 const SHORT: Duration = Duration::from_millis(500);
 const DRIP: Duration = Duration::from_millis(50);
 
-const HEALTH: &str = "GET /v1/health HTTP/1.1\r\nhost: h\r\n\r\n";
+const HEALTH: &str = "GET /v1/health HTTP/1.1\r\nhost: localhost\r\n\r\n";
 /// Sends its body, `{}`, when it is told to.
-const CAREFUL: &str = "POST /v1/mcp-servers/ HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\n\
+const CAREFUL: &str = "POST /v1/mcp-servers/ HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n\
     expect: 100-continue\r\ncontent-length: 2\r\n\r\n";
 /// More than a megabyte.
-const BIG: &str = "GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: h\r\n\r\n";
+const BIG: &str = "GET /docs/swagger-ui-bundle.js HTTP/1.1\r\nhost: localhost\r\n\r\n";
 
 /// A client that does on its connection what it is told.
 struct Caller {
@@ -177,7 +177,7 @@ async fn headers_come_in_time_on_a_new_connection_and_on_a_kept_one() {
     let mut slow = Caller::to(&portolan).await;
     let mut kept = Caller::to(&portolan).await;
     kept.is_answered().await;
-    let head = format!("GET /v1/health HTTP/1.1\r\nx: {}", "a".repeat(1000));
+    let head = format!("GET /v1/health HTTP/1.1\r\nhost: localhost\r\nx: {}", "a".repeat(1000));
     let (_, (), ()) = tokio::join!(
         async { assert_eq!(silent.end().await, "") },
         async {
@@ -224,7 +224,7 @@ async fn a_body_that_drips_is_given_up_and_one_that_flows_is_not() {
     let portolan = Portolan::start_with(|settings| settings.entry.body_timeout = SHORT).await;
     let head = |length: usize| {
         format!(
-            "POST /v1/mcp-servers/ HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+            "POST /v1/mcp-servers/ HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
         )
     };
     let mut dripping = Caller::to(&portolan).await;
@@ -288,10 +288,11 @@ async fn a_client_that_does_not_read_is_cut_and_a_slow_reader_is_not() {
 async fn headers_have_a_number_and_a_size() {
     let portolan = Portolan::start().await;
     let fields = |count: usize| {
-        let fields: String = (0..count).map(|number| format!("x-{number}: v\r\n")).collect();
-        format!("GET /v1/health HTTP/1.1\r\n{fields}\r\n")
+        let fields: String = (1..count).map(|number| format!("x-{number}: v\r\n")).collect();
+        format!("GET /v1/health HTTP/1.1\r\nhost: localhost\r\n{fields}\r\n")
     };
-    let sized = |bytes: usize| format!("GET /v1/health HTTP/1.1\r\nx: {}\r\n\r\n", "v".repeat(bytes));
+    let sized =
+        |bytes: usize| format!("GET /v1/health HTTP/1.1\r\nhost: localhost\r\nx: {}\r\n\r\n", "v".repeat(bytes));
     for (request, status) in [
         (fields(100), 200),
         (fields(101), 431),
@@ -380,7 +381,8 @@ async fn large_bodies_share_a_room_and_small_ones_need_none() {
     .await;
     let upload = async || {
         let mut caller = Caller::to(&portolan).await;
-        let head = "POST /v1/mcp-servers/ HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length:";
+        let head =
+            "POST /v1/mcp-servers/ HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length:";
         caller.send(&format!("{head} {}\r\n\r\n", PART + 2)).await;
         caller.send(&" ".repeat(PART)).await;
         caller
@@ -416,7 +418,7 @@ async fn the_log_shows_the_beginning_of_a_long_path() {
     let mut program = Program::start(start);
     let mut caller = Caller::at(&program.url).await;
     for path in ["short/path".to_owned(), "x".repeat(20_000)] {
-        caller.send(&format!("GET /{path} HTTP/1.1\r\nhost: h\r\n\r\n")).await;
+        caller.send(&format!("GET /{path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await;
         assert_eq!(caller.answer().await.0, 404);
     }
     program.signal("-TERM");
@@ -460,7 +462,8 @@ async fn one_request_too_many_is_refused_and_health_answers() {
     })
     .await;
     let mut begun = Caller::to(&portolan).await;
-    begun.send("POST /v1/mcp-servers/ HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{").await;
+    let head = "POST /v1/mcp-servers/ HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n";
+    begun.send(&format!("{head}{{")).await;
     let mut runs = runs(&portolan, "never", json!({}), 4).await;
     for path in ["/v1/mcp-servers", "/v1/mcp-servers/x/tools/", "/openapi.yaml", "/docs"] {
         let answer = portolan.get(path).await;
@@ -495,7 +498,7 @@ async fn one_request_too_many_is_refused_and_health_answers() {
     for _ in 0..6 {
         let mut caller = Caller::to(&portolan).await;
         caller
-            .send("POST /v1/mcp-servers/ HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{")
+            .send("POST /v1/mcp-servers/ HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{")
             .await;
         waiting.push(caller);
     }
@@ -861,8 +864,8 @@ async fn crowd(count: usize) {
         let mut caller = Caller::cramped(&program.url).await;
         slow.spawn(async move {
             let drip = match number % 3 {
-                0 => "GET /v1/mcp-servers HTTP/1.1\r\nx: ",
-                1 => "POST /v1/mcp-servers HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 99999\r\n\r\n",
+                0 => "GET /v1/mcp-servers HTTP/1.1\r\nhost: localhost\r\nx: ",
+                1 => "POST /v1/mcp-servers HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99999\r\n\r\n",
                 _ => {
                     let _ = caller.socket.write_all(BIG.repeat(20).as_bytes()).await;
                     // What has arrived can be read after the cut, too: only a write tells.

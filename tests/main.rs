@@ -5,6 +5,7 @@ mod fake;
 mod harness;
 
 mod bad_input;
+mod browsers;
 mod children;
 mod endurance;
 mod entry;

@@ -163,6 +163,10 @@ fn what_it_cannot_use_is_one_clear_sentence_and_no_zero() {
     no_folder.args(["--data-dir", &format!("{}/x", file.display())]);
     let (code, text) = refusal(no_folder);
     assert!(code == Some(1) && text.contains("Cannot make the data folder"), "{text}");
+    let mut every_page = command(folder.path(), None);
+    every_page.args(["--cors-origins", "*"]);
+    let (code, text) = refusal(every_page);
+    assert!(code == Some(1) && text.contains("no token is set"), "{text}");
     let mut no_time = command(folder.path(), None);
     no_time.args(["--run-timeout", "soon"]);
     let (code, text) = refusal(no_time);
@@ -238,7 +242,7 @@ async fn a_stop_does_not_wait_for_ever_and_a_second_signal_does_not_wait_at_all(
         let mut stream = std::net::TcpStream::connect(program.url.trim_start_matches("http://")).unwrap();
         std::io::Write::write_all(
             &mut stream,
-            b"POST /v1/mcp-servers HTTP/1.1\r\nhost: h\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{",
+            b"POST /v1/mcp-servers HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{",
         )
         .unwrap();
         tokio::time::sleep(Duration::from_millis(300)).await;

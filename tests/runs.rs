@@ -408,7 +408,7 @@ async fn answers_that_nobody_reads_leave_room_for_those_of_other_servers() {
             socket.set_recv_buffer_size(4096).unwrap();
             let mut stream = socket.connect(url.socket_addrs(|| None).unwrap()[0]).await.unwrap();
             let head = format!(
-                "POST {path} HTTP/1.1\r\nhost: portolan\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+                "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
                 body.len()
             );
             stream.write_all((head + &body).as_bytes()).await.unwrap();

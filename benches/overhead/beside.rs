@@ -121,9 +121,9 @@ async fn be_slow(address: SocketAddr, first: TcpStream, number: usize) {
 
 async fn drip(stream: &mut TcpStream, asks: bool) -> std::io::Result<()> {
     if asks {
-        stream.write_all("GET /openapi.yaml HTTP/1.1\r\nhost: bench\r\n\r\n".repeat(4).as_bytes()).await?;
+        stream.write_all("GET /openapi.yaml HTTP/1.1\r\nhost: localhost\r\n\r\n".repeat(4).as_bytes()).await?;
     }
-    stream.write_all(b"GET /v1/health HTTP/1.1\r\nhost: bench\r\nx-slow: ").await?;
+    stream.write_all(b"GET /v1/health HTTP/1.1\r\nhost: localhost\r\nx-slow: ").await?;
     loop {
         sleep(PAUSE).await;
         stream.write_all(b"a").await?;
@@ -133,7 +133,7 @@ async fn drip(stream: &mut TcpStream, asks: bool) -> std::io::Result<()> {
 async fn wait(address: SocketAddr, first: TcpStream, path: String) {
     let mut first = Some(first);
     let request = format!(
-        "POST {path} HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\
          connection: close\r\n\r\n{{}}"
     );
     loop {

@@ -111,6 +111,20 @@ impl FromRequest<App> for RunBody {
     }
 }
 
+/// The body of a request that needs none. It may be any JSON; every other type is refused, as where it is read: a page may
+/// send those elsewhere without having asked.
+pub struct UnusedBody;
+
+impl FromRequest<App> for UnusedBody {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
+        let is_json = is_json(&request);
+        let body = read(request, MAX_BODY, app).await?;
+        if is_json || body.bytes.is_empty() { Ok(Self) } else { Err(Error::UnsupportedMediaType) }
+    }
+}
+
 fn is_json(request: &Request) -> bool {
     let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json")

@@ -5,6 +5,7 @@ mod drip;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod guard;
+mod origin;
 mod repeats;
 mod runs;
 mod servers;
@@ -15,8 +16,9 @@ mod wire;
 use axum::Router;
 use axum::extract::Request;
 use axum::handler::Handler;
+use axum::http::header::X_CONTENT_TYPE_OPTIONS;
 use axum::http::{HeaderName, HeaderValue, Method};
-use axum::middleware::{Next, from_fn};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, on};
 use tower_http::catch_panic::CatchPanicLayer;
@@ -30,9 +32,11 @@ use crate::serve::Full;
 use access::authorize;
 pub use access::{Access, Scope};
 pub use guard::Bodies;
+pub use origin::{EveryPage, Origins};
 pub use runs::Runs;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const CROSS_ORIGIN_RESOURCE_POLICY: HeaderName = HeaderName::from_static("cross-origin-resource-policy");
 
 /// One row of the route table.
 pub struct Route {
@@ -75,19 +79,26 @@ pub fn routes() -> Vec<Route> {
     ]
 }
 
-/// The routes with everything around them: request id and log outermost, then panics, then the handlers.
+/// The routes with everything around them: what listed pages need to read any answer outermost, then request id and log,
+/// then panics, then which pages may come in, then the handlers.
 pub fn router(app: App) -> Router {
     let mut router = Router::new();
     for Route { path, handler, .. } in routes() {
         let bare = path.trim_end_matches('/');
         router = router.route(bare, handler.clone()).route(&format!("{bare}/"), handler);
     }
-    router
+    let cors = app.origins.cors();
+    let router = router
         .fallback(|| async { Error::NoRoute })
         .method_not_allowed_fallback(|| async { Error::MethodNotAllowed })
+        .layer(from_fn_with_state(app.origins.clone(), origin::check))
         .layer(CatchPanicLayer::custom(|_| Error::Internal("a handler panicked".into()).into_response()))
         .layer(from_fn(identify))
-        .with_state(app)
+        .with_state(app);
+    match cors {
+        Some(cors) => router.layer(cors),
+        None => router,
+    }
 }
 
 /// Answers, also when there is no room for requests: who asks must tell a busy Portolan from a dead one.
@@ -132,6 +143,9 @@ async fn identify(request: Request, next: Next) -> Response {
         let mut response = Error::finish(response, &id);
         let value = HeaderValue::from_str(&id).expect("a UUID is a legal header value");
         response.headers_mut().insert(X_REQUEST_ID, value);
+        // Nothing of it is for other pages, be it as an image or as a script.
+        response.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+        response.headers_mut().insert(CROSS_ORIGIN_RESOURCE_POLICY, HeaderValue::from_static("same-origin"));
         let status = response.status().as_u16();
         tracing::debug!(http.status = status, duration.ms = started.elapsed().as_millis() as u64, "request answered");
         response

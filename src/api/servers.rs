@@ -15,7 +15,7 @@ use crate::mcp::{AgentId, SyncError};
 use crate::model::{Server, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
-use super::guard::{JsonBody, ServerId};
+use super::guard::{JsonBody, ServerId, UnusedBody};
 use super::wire::{CreateServer, ServerObject, UpdateServer};
 
 /// How old a server may be to be taken for the outcome of an earlier try of the same create: an SDK gives up waiting
@@ -105,7 +105,7 @@ pub async fn update(
     Ok(Json(ServerObject::from(&server.await?)).into_response())
 }
 
-pub async fn delete(State(app): State<App>, ServerId(id): ServerId) -> Result<StatusCode, Error> {
+pub async fn delete(State(app): State<App>, ServerId(id): ServerId, _: UnusedBody) -> Result<StatusCode, Error> {
     let deleting = app.clone();
     app.to_the_end(async move {
         if !deleting.store.delete_server(&id).await? {
@@ -127,6 +127,7 @@ pub async fn refresh(
     State(app): State<App>,
     ServerId(id): ServerId,
     query: Result<Query<RefreshQuery>, axum::extract::rejection::QueryRejection>,
+    _: UnusedBody,
 ) -> Result<Response, Error> {
     let bad_agent = || Error::invalid(vec![json!("query"), json!("agent_id")], "This is not a valid agent id.");
     // JavaScript SDKs send a null as an empty value (docs/CONTRACT.md, what the SDKs send).

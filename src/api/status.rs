@@ -3,7 +3,7 @@
 use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
-use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE, X_CONTENT_TYPE_OPTIONS};
+use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
 use axum::response::{Html, IntoResponse, Response};
 use serde_json::{Value, json};
 
@@ -46,7 +46,7 @@ pub async fn docs_file(file: Result<Path<String>, PathRejection>) -> Result<Resp
             .map(|(known, bytes)| (content_type(known.file_name()), *bytes))
             .ok_or(Error::NoRoute)?,
     };
-    Ok(([(CONTENT_TYPE, kind), (X_CONTENT_TYPE_OPTIONS, "nosniff")], bytes).into_response())
+    Ok(([(CONTENT_TYPE, kind)], bytes).into_response())
 }
 
 fn content_type(name: &str) -> &'static str {
