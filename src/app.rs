@@ -13,8 +13,8 @@ use tokio_util::task::TaskTracker;
 use crate::api::{Bodies, EveryPage, Origins, Runs};
 use crate::config::Settings;
 use crate::error::Error;
-use crate::mcp::Mcp;
 pub use crate::mcp::keeper::{Keeper, keep_children};
+use crate::mcp::{Egress, Mcp, TlsError};
 use crate::store::{OpenError, Store};
 use crate::{api, serve};
 
@@ -51,7 +51,7 @@ pub enum StartError {
     #[error(transparent)]
     Origins(#[from] EveryPage),
     #[error("Cannot use the system's certificates for TLS: {0}.")]
-    Client(#[from] reqwest::Error),
+    Client(#[from] TlsError),
 }
 
 impl App {
@@ -83,7 +83,8 @@ impl App {
         let url = settings.storage.database_url.as_ref().map(|url| url.expose());
         let store = Store::open(url, folder).await?;
         let tracker = TaskTracker::new();
-        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), tracker.clone(), keeper)?;
+        let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
+        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, tracker.clone(), keeper);
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
         Ok(Self { settings: Arc::new(settings), store, mcp, runs, bodies, origins, tracker })
@@ -93,6 +94,9 @@ impl App {
     /// time, ends every session and child, and closes the database. `false` when a session did not end in time.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> bool {
         let drain = self.settings.entry.drain_timeout;
+        if let Ok(address) = listener.local_addr() {
+            self.mcp.egress.listens_on(address.port());
+        }
         let serving = serve::serve(listener, api::router(self.clone()), &self.settings.entry, shutdown.clone());
         // A client whose connection is cut would ask for its run again, at a Portolan that knows nothing of it.
         let answering = async {

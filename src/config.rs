@@ -1,10 +1,14 @@
 //! Every setting, one struct per concern. A field's doc comment is its line in `--help`; each is a flag and an
 //! environment variable alike, and the flag wins.
 
+use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ipnet::IpNet;
 use url::{Host, Url};
 
 use crate::model::Secret;
@@ -40,6 +44,8 @@ pub struct Settings {
     pub logs: Logs,
     #[command(flatten)]
     pub upstream: Upstream,
+    #[command(flatten)]
+    pub egress: Egress,
     #[command(flatten)]
     pub runs: Runs,
 }
@@ -168,6 +174,63 @@ pub struct Upstream {
     pub legacy_arg_split: bool,
 }
 
+/// Which addresses Portolan connects to.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Addresses")]
+pub struct Egress {
+    /// Where servers may be: open allows private addresses to whoever registers a server, strict public ones over https
+    /// alone
+    #[arg(long, env = "PORTOLAN_EGRESS", default_value = "open", global = true, value_name = "open|strict")]
+    pub egress: Profile,
+    /// What may be connected to in spite of strict: names, *.suffixes and addresses, each alone or with a port, and networks
+    /// like 10.0.0.0/8; separated by commas
+    #[arg(long, env = "PORTOLAN_EGRESS_ALLOW", value_delimiter = ',', value_parser = allowed, global = true, value_name = "LIST")]
+    pub egress_allow: Vec<Allowed>,
+    /// Addresses and networks that are never connected to, separated by commas; they go before all that is allowed
+    #[arg(long, env = "PORTOLAN_EGRESS_DENY", value_delimiter = ',', value_parser = network, global = true, value_name = "LIST")]
+    pub egress_deny: Vec<IpNet>,
+    /// Where names are looked up: the system's resolver, unless a test has its own
+    #[arg(skip)]
+    pub lookup: Lookup,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Profile {
+    Open,
+    Strict,
+}
+
+/// An entry of `--egress-allow`. Names are in lower case and have no dot at the end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Allowed {
+    Name {
+        name: String,
+        port: Option<u16>,
+    },
+    /// All names under this one, but not itself.
+    Suffix {
+        name: String,
+        port: Option<u16>,
+    },
+    Address {
+        address: IpAddr,
+        port: u16,
+    },
+    Network(IpNet),
+}
+
+/// A way to look up names that takes the place of the system's; an empty list is a name that does not exist.
+#[derive(Clone, Default)]
+pub struct Lookup(pub Option<Arc<LookUp>>);
+
+type LookUp = dyn Fn(&str) -> Vec<IpAddr> + Send + Sync;
+
+impl fmt::Debug for Lookup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.0.is_some() { "Lookup(…)" } else { "Lookup" })
+    }
+}
+
 /// Runs that take long, and runs that are asked for again (CONTRACT rows 15 and 16). Hidden: the defaults fit the SDKs; tests
 /// change them.
 #[derive(Args, Clone, Debug)]
@@ -239,4 +302,67 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 
 fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
     Ok(text.to_owned().into())
+}
+
+fn network(text: &str) -> Result<IpNet, String> {
+    let text = text.trim();
+    let network = text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
+    network.map_err(|_| "write an address or a network, for example 10.1.2.3 or 10.0.0.0/8".to_owned())
+}
+
+fn allowed(text: &str) -> Result<Allowed, String> {
+    let mistake =
+        || "write a name, *.name, an address or a network, for example *.example.com:8443 or 10.0.0.0/8".to_owned();
+    let text = text.trim();
+    if let Ok(network) = network(text) {
+        return Ok(Allowed::Network(network));
+    }
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) => (host, Some(port.parse().ok().filter(|port| *port > 0).ok_or_else(mistake)?)),
+        None => (text, None),
+    };
+    let suffix = host.strip_prefix("*.");
+    let address = match Host::parse(suffix.unwrap_or(host)).map_err(|_| mistake())? {
+        Host::Domain(name) => {
+            let name = name.strip_suffix('.').unwrap_or(&name).to_owned();
+            return match suffix {
+                _ if name.is_empty() || name.contains('*') => Err(mistake()),
+                Some(_) => Ok(Allowed::Suffix { name, port }),
+                None => Ok(Allowed::Name { name, port }),
+            };
+        }
+        Host::Ipv4(address) => IpAddr::from(address),
+        Host::Ipv6(address) => address.into(),
+    };
+    match port {
+        _ if suffix.is_some() => Err(mistake()),
+        Some(port) => Ok(Allowed::Address { address, port }),
+        None => Ok(Allowed::Network(address.into())),
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_allow_list_has_names_suffixes_addresses_and_networks() {
+        let name = |name: &str, port| Ok(Allowed::Name { name: name.to_owned(), port });
+        assert_eq!(allowed("Example.COM."), name("example.com", None));
+        assert_eq!(allowed(" example.com:8443"), name("example.com", Some(8443)));
+        let suffix = Allowed::Suffix { name: "example.com".to_owned(), port: Some(1) };
+        assert_eq!(allowed("*.example.com:1"), Ok(suffix));
+        assert_eq!(allowed("10.0.0.0/8"), Ok(Allowed::Network("10.0.0.0/8".parse().unwrap())));
+        assert_eq!(allowed("10.0.0.1"), Ok(Allowed::Network("10.0.0.1/32".parse().unwrap())));
+        assert_eq!(allowed("::1"), Ok(Allowed::Network("::1/128".parse().unwrap())));
+        let address = |text: &str, port| Ok(Allowed::Address { address: text.parse().unwrap(), port });
+        assert_eq!(allowed("127.1:80"), address("127.0.0.1", 80));
+        assert_eq!(allowed("[::1]:80"), address("::1", 80));
+        for wrong in ["", "*", "*.", "a b", "a:0", "a:65536", "a:b", "10.0.0.0/33", "http://a", "*.10.0.0.1", "a.*.b"] {
+            assert!(allowed(wrong).is_err(), "{wrong}");
+        }
+        assert_eq!(network("fd00::/8"), Ok("fd00::/8".parse().unwrap()));
+        assert!(network("example.com").is_err());
+    }
 }

@@ -23,7 +23,8 @@
 //! | `stdio`, `http`, `sse` | the transports; `remote` is what the last two have in common |
 //! | `message`, `exchange` | JSON-RPC, and who waits for which answer |
 //! | `lines`, `events`, `budget` | what is read, bounded, and how much of it at a time |
-//! | `egress`, `mirror` | what goes out, and arguments as header fields |
+//! | `egress`, `address` | every outbound byte, and which addresses it may go to |
+//! | `fields`, `mirror` | which header fields go out, and arguments as header fields |
 //! | `child`, `keeper` | a process of ours, and that none outlives us |
 //! | `error` | why a server cannot be used |
 //! | `listing`, `schema` | tools |

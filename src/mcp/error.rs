@@ -7,8 +7,12 @@ use http::StatusCode;
 use crate::model::{State, Unreadable};
 use crate::store;
 
+use super::address::Forbidden;
 use super::budget::Oversize;
 use super::remote::HttpError;
+
+/// How long a server is left alone whose address may not be connected to.
+const FORBIDDEN_PAUSE: Duration = Duration::from_secs(30);
 
 /// Why a server cannot be used now; each message is one sentence for the person who registered it.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -17,8 +21,10 @@ pub enum Error {
     Spawn(std::io::ErrorKind),
     #[error("The command ended ({status}){}.", last_words(.stderr.as_deref()))]
     Exited { status: std::process::ExitStatus, stderr: Option<String> },
-    #[error("The server cannot be used: {0}.")]
+    #[error("{}", http_reason(.0))]
     Http(#[from] HttpError),
+    #[error("The server_url is not one that can be used; set it again with PATCH.")]
+    Url,
     #[error(
         "The server did not finish the MCP handshake in time{}; --handshake-timeout and --start-timeout set it.",
         last_words(.stderr.as_deref())
@@ -118,8 +124,16 @@ impl Error {
     pub(super) fn pause(&self) -> Option<Duration> {
         match self {
             Self::Http(HttpError::Status { retry_after, .. }) => *retry_after,
+            // Only another configuration, or another answer to the look-up of a name, makes a difference.
+            Self::Http(HttpError::Forbidden(_)) | Self::Url => Some(FORBIDDEN_PAUSE),
             _ => None,
         }
+    }
+
+    /// The server may come back by itself, and is worth a look now and then.
+    pub(super) fn may_pass(&self) -> bool {
+        let is_refused = matches!(self, Self::Http(HttpError::Forbidden(_)) | Self::Url);
+        !self.is_ours() && !is_refused && self.state() == State::Unreachable
     }
 
     /// In what time another attempt may do, when the attempt at hand was not even made.
@@ -138,6 +152,19 @@ impl Error {
             Self::Http(HttpError::SignIn) => State::AuthRequired,
             _ => State::Unreachable,
         }
+    }
+}
+
+impl From<Forbidden> for Error {
+    fn from(forbidden: Forbidden) -> Self {
+        Self::Http(HttpError::Forbidden(forbidden))
+    }
+}
+
+fn http_reason(error: &HttpError) -> String {
+    match error {
+        HttpError::Forbidden(forbidden) => format!("This address may not be connected to: {forbidden}."),
+        error => format!("The server cannot be used: {error}."),
     }
 }
 

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use crate::model::Remote;
 
 use super::budget::{Held, Oversize, Share};
+use super::egress::{Destination, Trust};
 use super::events::{Event, Events};
 use super::exchange::Answer;
 use super::message::{self, Inbound, RpcError};
@@ -52,8 +53,7 @@ const LOOK: Duration = Duration::from_secs(60);
 pub struct HttpWire(Arc<Shared>);
 
 struct Shared {
-    client: reqwest::Client,
-    url: String,
+    server: Destination,
     fields: HeaderMap,
     last_id: AtomicU64,
     /// What the handshake agreed on.
@@ -79,11 +79,11 @@ impl HttpWire {
     /// Nothing is sent before the handshake.
     ///
     /// # Errors
-    /// [`Error::Header`] for a configured field that is no legal HTTP.
-    pub fn open(remote: &Remote, context: &Context, share: Arc<Share>, bell: Bell) -> Result<Self, Error> {
+    /// [`Error::Header`] for a configured field that is no legal HTTP; what [`Egress::to`](super::egress::Egress::to)
+    /// refuses.
+    pub async fn open(remote: &Remote, context: &Context, share: Arc<Share>, bell: Bell) -> Result<Self, Error> {
         Ok(Self(Arc::new(Shared {
-            client: context.client.clone(),
-            url: remote.server_url.clone(),
+            server: context.egress.to(&remote.server_url, Trust::Configured).await?,
             fields: header_fields(remote)?,
             last_id: AtomicU64::new(0),
             agreed: OnceLock::new(),
@@ -146,7 +146,7 @@ impl HttpWire {
         let in_session = self.session().is_some();
         let response = match request.send().await.map_err(HttpError::from) {
             Ok(response) => response,
-            Err(error @ HttpError::Connect(_)) => {
+            Err(error) if error.is_unsent() => {
                 pending.sent = false;
                 return Err(CallError::NotSent(error.into()));
             }
@@ -263,7 +263,7 @@ impl HttpWire {
 
     /// A request with the server's own header fields, and those of the session.
     fn request_for(&self, method: Method) -> reqwest::RequestBuilder {
-        let mut request = self.0.client.request(method, &self.0.url).headers(self.0.fields.clone());
+        let mut request = self.0.server.request(method).headers(self.0.fields.clone());
         if let Some(Agreed { version, .. }) = self.0.agreed.get() {
             request = request.header(VERSION, version.clone());
         }
@@ -319,8 +319,9 @@ impl HttpWire {
         let ask = Ask::new(method, &params);
         loop {
             sleep(LOOK).await;
-            if let Err(CallError::NotSent(Error::Http(gone @ HttpError::Connect(_)))) =
+            if let Err(CallError::NotSent(Error::Http(gone))) =
                 self.request(&ask, Instant::now() + self.0.handshake_timeout).await
+                && gone.is_unsent()
             {
                 return gone;
             }
@@ -355,7 +356,7 @@ impl HttpWire {
                 }
                 // The server has no such stream (405), or does not want us.
                 Ok(Ok(response)) if !may_come_back(response.status()) => return None,
-                Ok(Err(gone @ HttpError::Connect(_))) => return Some(gone),
+                Ok(Err(gone)) if gone.is_unsent() => return Some(gone),
                 _ => {}
             }
             if opened.elapsed() >= LISTEN_AGAIN.1 {

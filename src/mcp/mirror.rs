@@ -8,7 +8,7 @@ use serde_json::{Map, Value};
 
 /// The key of an annotation; a definition without it mirrors nothing.
 pub const ANNOTATION: &str = "x-mcp-header";
-const PREFIX: &str = "mcp-param-";
+pub const PREFIX: &str = "mcp-param-";
 /// How deep properties are looked at.
 const MAX_DEPTH: usize = 64;
 

@@ -3,12 +3,14 @@
 //! [`Mcp::first_sync`] and [`Mcp::sync_tools`] make the stored tools of a server equal to what it offers,
 //! [`Mcp::run_tool`] runs one, [`Mcp::forget`] and [`Mcp::reconfigured`] end a server's session, [`Mcp::close`] all.
 
+mod address;
 mod budget;
 mod child;
 mod egress;
 mod error;
 mod events;
 mod exchange;
+mod fields;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod http;
@@ -44,8 +46,11 @@ use crate::config::Upstream;
 use crate::model::{Era, Server, Skipped, State, Tool, ToolChanges};
 use crate::store::Store;
 
+pub use address::{Forbidden, Scope, UrlError, scope, server_url};
 pub use budget::Held;
+pub use egress::{Destination, Egress, TlsError, Trust};
 pub use error::{Error, SyncError};
+pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_value};
 pub use listing::definition;
 pub use schema::{Room, json_schema};
 
@@ -72,8 +77,8 @@ pub struct AgentId(HeaderValue);
 impl AgentId {
     /// `None` for a text that is not a valid header value: visible ASCII, at most 255 characters.
     pub fn new(text: &str) -> Option<Self> {
-        let value = HeaderValue::from_str(text).ok()?;
-        (text.is_ascii() && text.len() <= 255).then_some(Self(value))
+        let value = field_value(text).ok()?;
+        (text.len() <= 255).then_some(Self(value))
     }
 }
 
@@ -96,6 +101,8 @@ pub struct Outcome {
 pub struct Mcp {
     store: Store,
     pool: Arc<Pool>,
+    /// The way out, for all that is sent.
+    pub egress: Egress,
     settings: Upstream,
     tracker: TaskTracker,
     stop: CancellationToken,
@@ -115,19 +122,11 @@ struct Synced {
 impl Mcp {
     /// Sessions and background work are tasks on `tracker`; children are made known to `keeper`. To be called in the
     /// runtime that serves.
-    ///
-    /// # Errors
-    /// When the HTTP client cannot be made (no usable certificate store).
-    pub fn new(
-        store: Store,
-        settings: Upstream,
-        tracker: TaskTracker,
-        keeper: Option<Keeper>,
-    ) -> reqwest::Result<Self> {
+    pub fn new(store: Store, settings: Upstream, egress: Egress, tracker: TaskTracker, keeper: Option<Keeper>) -> Self {
         let stop = CancellationToken::new();
         let context = Context {
             settings: settings.clone(),
-            client: egress::client(settings.connect_timeout)?,
+            egress: egress.clone(),
             tracker: tracker.clone(),
             spawner: Spawner::new(),
             keeper,
@@ -136,9 +135,9 @@ impl Mcp {
         };
         let news = Arc::new(News::default());
         let pool = Arc::new(Pool::new(context, store.clone(), news.clone()));
-        let mcp = Self { store, pool, settings, tracker, stop, syncing: Arc::default() };
+        let mcp = Self { store, pool, egress, settings, tracker, stop, syncing: Arc::default() };
         mcp.tracker.spawn(watch(mcp.clone(), news));
-        Ok(mcp)
+        mcp
     }
 
     /// Lists the tools of a new server for the first time, in the background: the sync goes on when the caller leaves.

@@ -105,7 +105,7 @@ impl History {
     /// Notes a failure that is followed by `pause`.
     fn fail(&mut self, revision: i64, error: &Error, pause: Duration, has_child: bool) {
         let at = Instant::now();
-        let may_return = !has_child && !error.is_ours() && error.state() == State::Unreachable;
+        let may_return = !has_child && error.may_pass();
         self.last = Some(Failure { at, until: at + pause, revision, error: error.clone(), may_return });
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{CONTENT_TYPE, RETRY_AFTER};
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, StatusCode};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
@@ -12,7 +12,9 @@ use tokio_util::task::TaskTracker;
 use crate::model::Remote;
 
 use super::Error;
+use super::address::Forbidden;
 use super::budget::Oversize;
+use super::fields::{field_name, field_value};
 
 pub const EVENT_STREAM: &str = "text/event-stream";
 pub const JSON: &str = "application/json";
@@ -33,6 +35,9 @@ pub enum HttpError {
     /// Nothing was sent.
     #[error("{0}")]
     Connect(String),
+    /// Nothing was sent: the name has no address that may be connected to.
+    #[error("{0}")]
+    Forbidden(Forbidden),
     #[error("the server did not answer in time")]
     TimedOut,
     #[error("the connection broke: {0}")]
@@ -52,6 +57,14 @@ pub enum HttpError {
 impl From<reqwest::Error> for HttpError {
     fn from(error: reqwest::Error) -> Self {
         let reason = innermost(&error);
+        if let Some(forbidden) = reason.downcast_ref() {
+            return Self::Forbidden(*forbidden);
+        }
+        let reason = if std::ptr::addr_eq(reason, &error) {
+            "the request could not be made".to_owned()
+        } else {
+            reason.to_string()
+        };
         match error {
             error if error.is_connect() && error.is_timeout() => Self::Connect("the connection timed out".to_owned()),
             error if error.is_connect() || error.is_builder() => Self::Connect(reason),
@@ -62,6 +75,11 @@ impl From<reqwest::Error> for HttpError {
 }
 
 impl HttpError {
+    /// Nobody was reached, and so nothing was sent.
+    pub fn is_unsent(&self) -> bool {
+        matches!(self, Self::Connect(_) | Self::Forbidden(_))
+    }
+
     /// What a status other than 2xx means.
     pub fn of(response: &reqwest::Response) -> Self {
         match response.status() {
@@ -72,12 +90,12 @@ impl HttpError {
 }
 
 /// The last cause of an error: the operating system's or TLS's words, without the URL that the outer ones carry.
-fn innermost(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
+fn innermost(error: &reqwest::Error) -> &(dyn std::error::Error + 'static) {
+    let mut cause: &(dyn std::error::Error + 'static) = error;
     while let Some(next) = cause.source() {
         cause = next;
     }
-    if std::ptr::addr_eq(cause, error) { "the request could not be made".to_owned() } else { cause.to_string() }
+    cause
 }
 
 /// The header fields that a server's configuration asks for (CONTRACT row 7): `auth_header` and `auth_token` as they
@@ -88,10 +106,8 @@ fn innermost(error: &reqwest::Error) -> String {
 pub fn header_fields(remote: &Remote) -> Result<HeaderMap, Error> {
     let mut fields = HeaderMap::new();
     let mut add = |name: &str, value: &str| -> Result<(), Error> {
-        let name = HeaderName::from_bytes(name.as_bytes()).map_err(|_| Error::Header)?;
-        let mut value = HeaderValue::from_str(value).map_err(|_| Error::Header)?;
-        value.set_sensitive(true);
-        fields.insert(name, value);
+        let name = field_name(name).map_err(|_| Error::Header)?;
+        fields.insert(name, field_value(value).map_err(|_| Error::Header)?);
         Ok(())
     };
     for (name, value) in remote.custom_headers.iter().flatten() {

@@ -22,6 +22,7 @@ use crate::model::{Connector, Era, Tool};
 
 use super::budget::{Budget, Held, Oversize};
 use super::child::Spawner;
+use super::egress::Egress;
 use super::exchange::Answer;
 use super::http::HttpWire;
 use super::keeper::Keeper;
@@ -49,7 +50,7 @@ const MAX_LIST_BYTES: usize = 64 * 1024 * 1024;
 /// What opening a session needs besides the server.
 pub struct Context {
     pub settings: Upstream,
-    pub client: reqwest::Client,
+    pub egress: Egress,
     pub tracker: TaskTracker,
     pub spawner: Spawner,
     pub keeper: Option<Keeper>,
@@ -223,7 +224,9 @@ impl Session {
                 Connector::Sse(remote) => {
                     Wire::Sse(SseWire::open(remote, context, share, bell.clone(), end.clone(), deadline).await?)
                 }
-                Connector::StreamableHttp(remote) => Wire::Http(HttpWire::open(remote, context, share, bell.clone())?),
+                Connector::StreamableHttp(remote) => {
+                    Wire::Http(HttpWire::open(remote, context, share, bell.clone()).await?)
+                }
             };
             match wire.greet(attempt, deadline).await {
                 Ok(greeted) => Ok((wire, greeted)),

@@ -6,15 +6,15 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use http::header::{ACCEPT, CONTENT_TYPE};
-use http::{HeaderMap, StatusCode};
+use http::{HeaderMap, Method, StatusCode};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use url::Url;
 
 use crate::model::Remote;
 
 use super::budget::{Held, Share};
+use super::egress::{Destination, Trust};
 use super::events::Events;
 use super::exchange::{Answer, Exchange};
 use super::message;
@@ -30,9 +30,8 @@ use super::{AgentId, Error};
 pub struct SseWire(Arc<Shared>);
 
 struct Shared {
-    client: reqwest::Client,
     fields: HeaderMap,
-    endpoint: Url,
+    endpoint: Destination,
     exchange: Arc<Exchange>,
     replies: Replies,
     tracker: TaskTracker,
@@ -56,9 +55,9 @@ impl SseWire {
         end: CancellationToken,
         deadline: Instant,
     ) -> Result<Self, Error> {
-        let base = Url::parse(&remote.server_url).map_err(|_| Error::Endpoint)?;
         let fields = header_fields(remote)?;
-        let request = context.client.get(base.clone()).headers(fields.clone()).header(ACCEPT, EVENT_STREAM);
+        let server = context.egress.to(&remote.server_url, Trust::Configured).await?;
+        let request = server.request(Method::GET).headers(fields.clone()).header(ACCEPT, EVENT_STREAM);
         let opening = async {
             let response = request.send().await.map_err(HttpError::from)?;
             if response.status() != StatusCode::OK {
@@ -72,14 +71,13 @@ impl SseWire {
             loop {
                 let (event, _) = events.next().await.ok_or(Error::Closed)??;
                 if event.name == "endpoint" {
-                    return Ok((same_origin(&base, &event.data)?, events));
+                    return Ok((server.beside(&event.data).ok_or(Error::Endpoint)?, events));
                 }
             }
         };
         let (endpoint, events) =
             timeout_at(deadline, opening).await.map_err(|_| Error::HandshakeTimeout { stderr: None })??;
         let wire = Self(Arc::new(Shared {
-            client: context.client.clone(),
             fields,
             endpoint,
             exchange: Arc::default(),
@@ -112,7 +110,7 @@ impl SseWire {
                 }
                 posted = &mut posting => match posted {
                     Ok(()) => {}
-                    Err(error @ HttpError::Connect(_)) => return Err(CallError::NotSent(error.into())),
+                    Err(error) if error.is_unsent() => return Err(CallError::NotSent(error.into())),
                     Err(HttpError::Status { status, retry_after }) if status.is_server_error() => {
                         return Err(CallError::Lost(HttpError::Status { status, retry_after }.into()));
                     }
@@ -141,7 +139,7 @@ impl SseWire {
 
     fn post(&self, body: Bytes) -> reqwest::RequestBuilder {
         let shared = &self.0;
-        let request = shared.client.post(shared.endpoint.clone()).headers(shared.fields.clone());
+        let request = shared.endpoint.request(Method::POST).headers(shared.fields.clone());
         request.header(CONTENT_TYPE, JSON).body(body)
     }
 
@@ -208,33 +206,5 @@ impl Drop for Pending<'_> {
         self.wire.0.tracker.spawn(async move {
             let _ = wire.notify(message::cancelled(id).into(), Instant::now() + NOTICE_TIMEOUT).await;
         });
-    }
-}
-
-/// The address an `endpoint` event names: relative ones are resolved against the stream's own URL, and another origin
-/// is refused, because the server's headers and token go there.
-fn same_origin(base: &Url, endpoint: &str) -> Result<Url, Error> {
-    let url = base.join(endpoint.trim()).map_err(|_| Error::Endpoint)?;
-    if endpoint.trim().is_empty() || url.origin() != base.origin() {
-        return Err(Error::Endpoint);
-    }
-    Ok(url)
-}
-
-#[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn endpoints_are_resolved_against_the_base_and_stay_on_its_origin() {
-        let base = Url::parse("http://127.0.0.1:9/a/sse?x=1").unwrap();
-        let joined = |endpoint| same_origin(&base, endpoint).map(String::from).ok();
-        assert_eq!(joined("messages?s=1").unwrap(), "http://127.0.0.1:9/a/messages?s=1");
-        assert_eq!(joined("/messages?s=1").unwrap(), "http://127.0.0.1:9/messages?s=1");
-        assert_eq!(joined("http://127.0.0.1:9/b").unwrap(), "http://127.0.0.1:9/b");
-        for foreign in ["http://127.0.0.1:8/b", "https://127.0.0.1:9/b", "//example.com/b", "file:///etc/passwd", ""] {
-            assert_eq!(joined(foreign), None, "{foreign}");
-        }
     }
 }

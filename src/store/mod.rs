@@ -218,6 +218,19 @@ impl Store {
         }
     }
 
+    /// Host and port of a database that is reached over the network.
+    pub fn address(&self) -> Option<(String, u16)> {
+        match &self.database {
+            Database::Sqlite { .. } => None,
+            Database::Postgres(pool) => {
+                let options = pool.connect_options();
+                // A host that begins like a path is the folder of a socket.
+                let is_remote = options.get_socket().is_none() && !options.get_host().starts_with('/');
+                is_remote.then(|| (options.get_host().to_owned(), options.get_port()))
+            }
+        }
+    }
+
     /// What the start-up lines say of this store: kind and place, no credentials.
     pub fn describe(&self) -> String {
         match &self.database {

@@ -3,17 +3,15 @@
 //! Both generations of bodies are read here: `{server_name, config: {…}}` of every stable SDK, and the flat body of the
 //! pre-releases. All that is wrong with a body is told at once, by place and never by value.
 
-use http::{HeaderName, HeaderValue};
 use serde_json::{Map, Value, json};
-use url::Url;
 
 use crate::api::guard::shown;
 use crate::error::{Error, Issue};
+use crate::mcp::{FieldPlace, faults, server_url};
 use crate::model::{Connector, Remote, Secret, SecretMap, Server, ServerType, Stdio};
 
 const MAX_NAME_CHARS: usize = 255;
 const MAX_COMMAND_CHARS: usize = 4096;
-const MAX_URL_CHARS: usize = 2048;
 const MAX_VALUE_BYTES: usize = 32 * 1024;
 const MAX_ITEMS: usize = 256;
 
@@ -21,25 +19,6 @@ const MAX_ITEMS: usize = 256;
 const MAX_ISSUES: usize = 100;
 /// What is wrong with an entry of a list or map.
 const ENTRY: &str = "This must be a string of at most 32 KiB.";
-
-/// Header fields that belong to HTTP or MCP itself and cannot be configured.
-const RESERVED_HEADERS: [&str; 15] = [
-    "accept",
-    "connection",
-    "content-encoding",
-    "content-length",
-    "content-type",
-    "keep-alive",
-    "last-event-id",
-    "mcp-method",
-    "mcp-name",
-    "mcp-protocol-version",
-    "mcp-session-id",
-    "te",
-    "transfer-encoding",
-    "upgrade",
-    "x-agent-id",
-];
 
 /// The body of a create.
 pub struct CreateServer {
@@ -415,55 +394,26 @@ fn valid_url(url: Option<String>, loc: &[&str], reader: &mut Reader) -> Option<S
         }
         return None;
     };
-    // The URL parser forgives white space, control characters and missing or extra slashes; the next one may not.
-    let slashes = url.split_once("://").is_some_and(|(scheme, rest)| {
-        ["http", "https"].iter().any(|known| scheme.eq_ignore_ascii_case(known)) && !rest.starts_with('/')
-    });
-    let clean =
-        url.chars().count() <= MAX_URL_CHARS && !url.chars().any(|c| c.is_control() || c.is_whitespace() || c == '\\');
-    let parsed = Url::parse(&url).ok().filter(|parsed| matches!(parsed.scheme(), "http" | "https"));
-    if !clean || !slashes || parsed.is_none_or(|parsed| !parsed.has_host() || parsed.fragment().is_some()) {
-        reader.issue(loc, "This must be an http or https URL with a host, of at most 2048 characters.");
-        return None;
-    }
-    Some(url)
-}
-
-/// Every header must be legal HTTP, none may be one that HTTP or MCP sets itself, and none may come twice.
-fn check_headers(remote: &Remote, at: impl Fn(&'static str) -> Vec<&'static str>, reader: &mut Reader) {
-    let refusal = |name: &str| match HeaderName::from_bytes(name.as_bytes()) {
-        Err(_) => Some("This is not a valid HTTP header name."),
-        Ok(name) if RESERVED_HEADERS.contains(&name.as_str()) => Some("This header is set by Portolan itself."),
-        Ok(_) => None,
-    };
-    if let Some(msg) = remote.auth_header.as_deref().and_then(refusal) {
-        reader.issue(&at("auth_header"), msg);
-    }
-    if remote.auth_token.as_ref().is_some_and(|token| !is_header_value(token)) {
-        reader.issue(&at("auth_token"), "This is not a valid HTTP header value.");
-    }
-    let token_header = match (&remote.auth_header, &remote.auth_token) {
-        (Some(name), _) => Some(name.as_str()),
-        (None, Some(_)) => Some("Authorization"),
-        (None, None) => None,
-    };
-    let mut seen: Vec<String> = token_header.map(str::to_ascii_lowercase).into_iter().collect();
-    for (name, value) in remote.custom_headers.iter().flatten() {
-        let twice = seen.contains(&name.to_ascii_lowercase());
-        seen.push(name.to_ascii_lowercase());
-        let msg = refusal(name)
-            .or_else(|| (!is_header_value(value)).then_some("This is not a valid HTTP header value."))
-            .or_else(|| twice.then_some("This header is given twice."));
-        if let Some(msg) = msg {
-            reader.issue_at(at("custom_headers"), json!(shown(name)), msg);
+    match server_url(&url) {
+        Ok(_) => Some(url),
+        Err(error) => {
+            reader.issue(loc, &error.to_string());
+            None
         }
     }
 }
 
-fn is_header_value(value: &Secret) -> bool {
-    // ASCII alone: of other bytes servers make different texts (RFC 9110 §5.5).
-    let value = value.expose();
-    HeaderValue::from_str(value).is_ok() && value.is_ascii() && value.len() <= MAX_VALUE_BYTES
+/// Every header must be legal HTTP, none may be one that HTTP or MCP sets itself, and none may come twice.
+fn check_headers(remote: &Remote, at: impl Fn(&'static str) -> Vec<&'static str>, reader: &mut Reader) {
+    for (place, fault) in faults(remote) {
+        let msg = fault.to_string();
+        match place {
+            FieldPlace::AuthHeader => reader.issue(&at("auth_header"), &msg),
+            FieldPlace::AuthToken => reader.issue(&at("auth_token"), &msg),
+            FieldPlace::CustomHeaders => reader.issue(&at("custom_headers"), &msg),
+            FieldPlace::CustomHeader(name) => reader.issue_at(at("custom_headers"), json!(shown(name)), &msg),
+        }
+    }
 }
 
 /// The body of a run: `{"args": {…}}`, `{}`, or nothing.
