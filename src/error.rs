@@ -32,6 +32,9 @@ pub enum Error {
     MethodNotAllowed,
     #[error("This token may not do that; it needs a wider scope.")]
     Forbidden,
+    /// The policy for commands forbids such a server.
+    #[error(transparent)]
+    Disabled(mcp::Error),
     #[error("There is no MCP server with this id.")]
     NoServer,
     #[error("This MCP server has no tool with this id.")]
@@ -113,6 +116,8 @@ impl Error {
         match self {
             Self::NoRoute | Self::NoServer | Self::NoTool => (StatusCode::NOT_FOUND, "not_found"),
             Self::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
+            Self::Disabled(mcp::Error::NoTemplate) => (StatusCode::FORBIDDEN, "stdio_not_in_templates"),
+            Self::Disabled(_) => (StatusCode::FORBIDDEN, "stdio_disabled"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::NameTaken => (StatusCode::CONFLICT, "name_taken"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
@@ -250,6 +255,7 @@ mod tests {
             Error::NoRoute,
             Error::MethodNotAllowed,
             Error::Forbidden,
+            Error::Disabled(mcp::Error::StdioOff),
             Error::NoServer,
             Error::NoTool,
             Error::NameTaken,
@@ -274,6 +280,7 @@ mod tests {
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
                 Error::Forbidden
+                | Error::Disabled(_)
                 | Error::Invalid(_)
                 | Error::Refresh { .. }
                 | Error::Connect(_)

@@ -15,6 +15,12 @@ use super::remote::HttpError;
 pub enum Error {
     #[error("{}", spawn_reason(*.0))]
     Spawn(std::io::ErrorKind),
+    #[error("The command was not started: --child-landlock is required, and this kernel has no Landlock.")]
+    Unconfined,
+    #[error("Servers that are commands are switched off here; --stdio and MCP_DISABLE_STDIO set that.")]
+    StdioOff,
+    #[error("This command line is none of those that --stdio-templates names, and may not be used.")]
+    NoTemplate,
     #[error("The command ended ({status}){}.", last_words(.stderr.as_deref()))]
     Exited { status: std::process::ExitStatus, stderr: Option<String> },
     #[error("The server cannot be used: {0}.")]
@@ -92,7 +98,9 @@ impl Error {
     pub(super) fn is_ours(&self) -> bool {
         matches!(
             self,
-            Self::Reconfigured
+            Self::StdioOff
+                | Self::NoTemplate
+                | Self::Reconfigured
                 | Self::Deleted
                 | Self::Stopping
                 | Self::Store

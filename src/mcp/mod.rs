@@ -4,25 +4,32 @@
 //! [`Mcp::run_tool`] runs one, [`Mcp::forget`] and [`Mcp::reconfigured`] end a server's session, [`Mcp::close`] all.
 
 mod budget;
-mod child;
+pub mod child;
+mod commands;
+mod confine;
 mod egress;
 mod error;
 mod events;
 mod exchange;
+mod homes;
 mod http;
 mod json;
-pub mod keeper;
+mod keeper;
 mod lines;
 mod listing;
 mod message;
 mod mirror;
+mod order;
 mod pool;
+#[cfg(target_os = "linux")]
+mod reach;
 mod remote;
 mod result;
 mod schema;
 mod session;
 mod sse;
 mod stdio;
+mod users;
 mod watch;
 
 use std::borrow::Cow;
@@ -39,18 +46,20 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{Era, Server, Skipped, State, Tool, ToolChanges};
+use crate::model::{Connector, Era, Server, Skipped, State, Tool, ToolChanges};
 use crate::store::Store;
 
 pub use budget::Held;
+pub use confine::become_child;
 pub use error::{Error, SyncError};
+pub use keeper::keep_child;
 pub use listing::definition;
+pub use order::{BECOME, KEEP};
 pub use schema::{Room, json_schema};
 
 use budget::Budget;
-use child::Spawner;
+use child::Children;
 use exchange::Answer;
-use keeper::Keeper;
 use listing::accept;
 use message::RpcError;
 use pool::Pool;
@@ -95,6 +104,7 @@ pub struct Mcp {
     store: Store,
     pool: Arc<Pool>,
     settings: Upstream,
+    children: Children,
     tracker: TaskTracker,
     stop: CancellationToken,
     /// One sync of a server at a time, so that an older list never lands on a newer one.
@@ -111,31 +121,25 @@ struct Synced {
 }
 
 impl Mcp {
-    /// Sessions and background work are tasks on `tracker`; children are made known to `keeper`. To be called in the
-    /// runtime that serves.
+    /// Sessions and background work are tasks on `tracker`. To be called in the runtime that serves.
     ///
     /// # Errors
     /// When the HTTP client cannot be made (no usable certificate store).
-    pub fn new(
-        store: Store,
-        settings: Upstream,
-        tracker: TaskTracker,
-        keeper: Option<Keeper>,
-    ) -> reqwest::Result<Self> {
+    pub fn new(store: Store, settings: Upstream, children: Children, tracker: TaskTracker) -> reqwest::Result<Self> {
         let stop = CancellationToken::new();
         let context = Context {
             settings: settings.clone(),
             client: egress::client(settings.connect_timeout)?,
             tracker: tracker.clone(),
-            spawner: Spawner::new(),
-            keeper,
+            children: children.clone(),
             budget: Budget::new(settings.max_bytes_in_flight),
             stop: stop.clone(),
         };
         let news = Arc::new(News::default());
         let pool = Arc::new(Pool::new(context, store.clone(), news.clone()));
-        let mcp = Self { store, pool, settings, tracker, stop, syncing: Arc::default() };
+        let mcp = Self { store, pool, settings, children, tracker, stop, syncing: Arc::default() };
         mcp.tracker.spawn(watch(mcp.clone(), news));
+        mcp.tidy();
         Ok(mcp)
     }
 
@@ -376,6 +380,38 @@ impl Mcp {
     /// Ends the server's session; calls that are under way finish on it.
     pub fn forget(&self, server_id: &str) {
         self.pool.forget(server_id);
+    }
+
+    /// As [`Mcp::forget`], of a server that was deleted: what its command kept on disk goes with it.
+    pub fn deleted(&self, server_id: &str) {
+        self.forget(server_id);
+        let (children, server_id) = (self.children.clone(), server_id.to_owned());
+        self.tracker.spawn_blocking(move || children.forget(&server_id));
+    }
+
+    /// Removes what commands of servers kept on disk that are not there any more, in the background.
+    fn tidy(&self) {
+        let mcp = self.clone();
+        self.tracker.spawn(async move {
+            let Ok(servers) = mcp.store.servers().await else { return };
+            let _ = tokio::task::spawn_blocking(move || {
+                mcp.children.keep_only(servers.iter().map(|server| &*server.id));
+            })
+            .await;
+        });
+    }
+
+    /// Whether such a server may be had here.
+    ///
+    /// # Errors
+    /// [`Error::StdioOff`], [`Error::NoTemplate`]: the policy for commands forbids it.
+    pub fn check(&self, connector: &Connector) -> Result<(), Error> {
+        self.children.check(connector)
+    }
+
+    /// How the last child of a server was confined; `None` when this process started none.
+    pub fn confinement(&self, server_id: &str) -> Option<Arc<[String]>> {
+        self.children.level(server_id)
     }
 
     /// Ends sessions of before `revision` of the server's configuration; calls that are under way finish.

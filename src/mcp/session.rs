@@ -21,10 +21,9 @@ use crate::config::Upstream;
 use crate::model::{Connector, Era, Tool};
 
 use super::budget::{Budget, Held, Oversize};
-use super::child::Spawner;
+use super::child::Children;
 use super::exchange::Answer;
 use super::http::HttpWire;
-use super::keeper::Keeper;
 use super::listing::{MAX_TOOLS, definition};
 use super::message::{self, METHOD_NOT_FOUND, RpcError};
 use super::remote::HttpError;
@@ -51,8 +50,7 @@ pub struct Context {
     pub settings: Upstream,
     pub client: reqwest::Client,
     pub tracker: TaskTracker,
-    pub spawner: Spawner,
-    pub keeper: Option<Keeper>,
+    pub children: Children,
     pub budget: Arc<Budget>,
     /// Portolan stops: every session ends, also one that is being opened or is in use.
     pub stop: CancellationToken,
