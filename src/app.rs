@@ -1,7 +1,7 @@
 //! What handlers share, and the life of a process: open, serve, drain, close. Tests and `main` run the same.
 
 use std::future::pending;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,10 +13,11 @@ use tokio_util::task::TaskTracker;
 use crate::api::{Bodies, EveryPage, Origins, Runs};
 use crate::config::Settings;
 use crate::error::Error;
-pub use crate::mcp::keeper::{Keeper, keep_children};
+use crate::mcp::child::{Children, ChildrenError};
+pub use crate::mcp::{BECOME, KEEP, become_child, keep_child};
 use crate::mcp::{Egress, Mcp, TlsError};
 use crate::store::{OpenError, Store};
-use crate::{api, serve};
+use crate::{api, serve, store};
 
 /// How long the database may take to end its connections at a stop; a lock that somebody else holds can hold it up.
 const STORE_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -45,11 +46,13 @@ pub struct App {
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error("Cannot make the data folder {folder:?}: {cause}.")]
-    DataDir { folder: std::path::PathBuf, cause: std::io::Error },
+    DataDir { folder: PathBuf, cause: std::io::Error },
     #[error(transparent)]
     Store(#[from] OpenError),
     #[error(transparent)]
     Origins(#[from] EveryPage),
+    #[error(transparent)]
+    Children(#[from] ChildrenError),
     #[error("Cannot use the system's certificates for TLS: {0}.")]
     Client(#[from] TlsError),
 }
@@ -60,14 +63,6 @@ impl App {
     /// # Errors
     /// One sentence for the person who starts Portolan.
     pub async fn open(settings: Settings) -> Result<Self, StartError> {
-        Self::open_kept(settings, None).await
-    }
-
-    /// As [`App::open`], with a process that ends the children should this one be killed.
-    ///
-    /// # Errors
-    /// One sentence for the person who starts Portolan.
-    pub async fn open_kept(settings: Settings, keeper: Option<Keeper>) -> Result<Self, StartError> {
         if settings.entry.keep_alive_timeout < settings.runs.retry_window {
             // The request that met the end of its connection was never seen, and its repetition looks like that of another.
             tracing::warn!(
@@ -84,7 +79,8 @@ impl App {
         let store = Store::open(url, folder).await?;
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
-        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, tracker.clone(), keeper);
+        let children = Children::new(settings.children.clone(), folder.join("children"), sealed(&settings))?;
+        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
         Ok(Self { settings: Arc::new(settings), store, mcp, runs, bodies, origins, tracker })
@@ -137,4 +133,15 @@ fn make_private(folder: &Path) -> std::io::Result<()> {
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     builder.recursive(true).create(folder)
+}
+
+/// Portolan's own files: no command may ever reach them, whatever its configuration names.
+fn sealed(settings: &Settings) -> Vec<PathBuf> {
+    let mut sealed = vec![settings.storage.data_dir.clone()];
+    let url = settings.storage.database_url.as_ref().map(|url| url.expose());
+    if let Some(file) = url.and_then(store::sqlite_file) {
+        // SQLite keeps two more files beside it.
+        sealed.extend(["", "-wal", "-shm"].map(|more| PathBuf::from(format!("{}{more}", file.display()))));
+    }
+    sealed
 }

@@ -27,9 +27,6 @@ pub struct Cli {
 pub enum Command {
     /// Serve the API (what happens without a command, too)
     Serve,
-    /// Ends children that are left when Portolan was killed; Portolan starts it by itself
-    #[command(hide = true)]
-    KeepChildren,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -46,6 +43,8 @@ pub struct Settings {
     pub upstream: Upstream,
     #[command(flatten)]
     pub egress: Egress,
+    #[command(flatten)]
+    pub children: Children,
     #[command(flatten)]
     pub runs: Runs,
 }
@@ -231,6 +230,77 @@ impl fmt::Debug for Lookup {
     }
 }
 
+/// Servers that are commands: which may be started, and what they may do on this host.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Servers that are commands")]
+pub struct Children {
+    /// Which commands may be registered and started: any, those of --stdio-templates, or none
+    #[arg(
+        long,
+        env = "PORTOLAN_STDIO",
+        default_value = "any",
+        ignore_case = true,
+        global = true,
+        value_name = "POLICY"
+    )]
+    pub stdio: StdioPolicy,
+    /// Letta's name for --stdio off
+    #[arg(long, env = "MCP_DISABLE_STDIO", value_parser = switch, default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, global = true, hide = true, value_name = "BOOL")]
+    pub mcp_disable_stdio: bool,
+    /// JSON file that names the commands of --stdio templates: {"NAME": {"command": "…", "args": ["exact", ["one", "of"]],
+    /// "env": ["MAY_BE_SET"]}}
+    #[arg(long, env = "PORTOLAN_STDIO_TEMPLATES", global = true, value_name = "FILE")]
+    pub stdio_templates: Option<PathBuf>,
+    /// Folder for the private folders of commands; without it, `children` in the data folder
+    #[arg(long, env = "PORTOLAN_CHILD_DIR", global = true, value_name = "FOLDER")]
+    pub child_dir: Option<PathBuf>,
+    /// User and group that commands run as, by name or number: needs root or CAP_SETUID and CAP_SETGID
+    #[arg(long, env = "PORTOLAN_CHILD_USER", global = true, value_name = "USER[:GROUP]")]
+    pub child_user: Option<String>,
+    /// Command that each command line is put after, split at white space: `bwrap --ro-bind / / --dev /dev --`; confining
+    /// files is left to it unless --child-landlock is `required`
+    #[arg(long, env = "PORTOLAN_CHILD_WRAPPER", global = true, value_name = "COMMAND")]
+    pub child_wrapper: Option<String>,
+    /// Whether Landlock keeps commands out of Portolan's files and of homes: where the kernel has it, or else not at all;
+    /// always, or else they are not started; never
+    #[arg(long, env = "PORTOLAN_CHILD_LANDLOCK", default_value = "best-effort", global = true, value_name = "MODE")]
+    pub child_landlock: Landlock,
+    /// Files and folders in homes that all commands may use, as PATH is written; Portolan's own files are not among them
+    #[arg(long, env = "PORTOLAN_CHILD_PATHS", value_delimiter = ':', global = true, value_name = "PATHS")]
+    pub child_paths: Vec<PathBuf>,
+    /// How many files each process of a command may open; it starts with 1,024 of them
+    #[arg(long, env = "PORTOLAN_CHILD_MAX_FILES", default_value_t = 16_384, value_parser = clap::value_parser!(u64).range(16..), global = true, value_name = "NUMBER")]
+    pub child_max_files: u64,
+    /// How many processes and threads the user of a command may have when it starts another; counts all that this user has,
+    /// so give commands a user of their own. Not for root
+    #[arg(long, env = "PORTOLAN_CHILD_MAX_PROCESSES", value_parser = clap::value_parser!(u64).range(1..), global = true, value_name = "NUMBER")]
+    pub child_max_processes: Option<u64>,
+    /// This program, for its hidden commands; not by its path, because the file may have been replaced since. Tests are
+    /// other programs
+    #[arg(long, default_value = OWN_PROGRAM, global = true, hide = true, value_name = "FILE")]
+    pub program: PathBuf,
+}
+
+#[cfg(target_os = "linux")]
+const OWN_PROGRAM: &str = "/proc/self/exe";
+#[cfg(not(target_os = "linux"))]
+const OWN_PROGRAM: &str = "portolan";
+
+/// Which commands may be servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StdioPolicy {
+    Any,
+    Templates,
+    Off,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Landlock {
+    BestEffort,
+    Required,
+    Off,
+}
+
 /// Runs that take long, and runs that are asked for again (CONTRACT rows 15 and 16). Hidden: the defaults fit the SDKs; tests
 /// change them.
 #[derive(Args, Clone, Debug)]
@@ -298,6 +368,15 @@ fn origin(text: &str) -> Result<Origin, String> {
 
 fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|number| *number > 0).ok_or_else(|| "write a whole number, 1 or more".to_owned())
+}
+
+/// A switch as Letta's settings spell it. What is neither is an error: who means to close a door must not leave it open.
+fn switch(text: &str) -> Result<bool, String> {
+    match text.trim().to_ascii_lowercase().as_str() {
+        "1" | "true" | "t" | "yes" | "y" | "on" => Ok(true),
+        "" | "0" | "false" | "f" | "no" | "n" | "off" => Ok(false),
+        _ => Err("write true or false".to_owned()),
+    }
 }
 
 fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {

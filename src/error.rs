@@ -42,6 +42,9 @@ pub enum Error {
         "This web page may not use Portolan; list its origin in --cors-origins (PORTOLAN_CORS_ORIGINS) if it should."
     )]
     PageNotAllowed,
+    /// The policy for commands forbids such a server.
+    #[error(transparent)]
+    Disabled(mcp::Error),
     #[error("There is no MCP server with this id.")]
     NoServer,
     #[error("This MCP server has no tool with this id.")]
@@ -126,6 +129,8 @@ impl Error {
             Self::HostUnclear => (StatusCode::BAD_REQUEST, "host_unclear"),
             Self::HostNotAllowed => (StatusCode::FORBIDDEN, "host_not_allowed"),
             Self::PageNotAllowed => (StatusCode::FORBIDDEN, "origin_not_allowed"),
+            Self::Disabled(mcp::Error::NoTemplate) => (StatusCode::FORBIDDEN, "stdio_not_in_templates"),
+            Self::Disabled(_) => (StatusCode::FORBIDDEN, "stdio_disabled"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::NameTaken => (StatusCode::CONFLICT, "name_taken"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
@@ -266,6 +271,7 @@ mod tests {
             Error::HostUnclear,
             Error::HostNotAllowed,
             Error::PageNotAllowed,
+            Error::Disabled(mcp::Error::StdioOff),
             Error::NoServer,
             Error::NoTool,
             Error::NameTaken,
@@ -291,6 +297,7 @@ mod tests {
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
                 Error::HostUnclear | Error::HostNotAllowed | Error::PageNotAllowed => false,
                 Error::Forbidden
+                | Error::Disabled(_)
                 | Error::Invalid(_)
                 | Error::Refresh { .. }
                 | Error::Connect(_)

@@ -25,7 +25,10 @@
 //! | `lines`, `events`, `budget` | what is read, bounded, and how much of it at a time |
 //! | `egress`, `address` | every outbound byte, and which addresses it may go to |
 //! | `fields`, `mirror` | which header fields go out, and arguments as header fields |
-//! | `child`, `keeper` | a process of ours, and that none outlives us |
+//! | `commands` | which commands may be started |
+//! | `child`, `keeper` | a process of ours, and that neither it nor what it starts outlives us |
+//! | `confine`, `reach` | what a command gives up before it is one; which files it may reach |
+//! | `homes`, `users`, `order` | its private folders; the user it runs as; what these processes tell each other |
 //! | `error` | why a server cannot be used |
 //! | `listing`, `schema` | tools |
 //! | `result`, `json` | answers |

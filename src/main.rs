@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use portolan::app::{App, Keeper, keep_children};
+use portolan::app::{App, BECOME, KEEP, become_child, keep_child};
 use portolan::config::{Cli, Command, Settings};
 use portolan::telemetry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -16,13 +16,21 @@ use tokio_util::sync::CancellationToken;
 const OTHER_FILES: u64 = 1024;
 
 fn main() -> ExitCode {
+    // Each child has two such processes, or had: they take the time and memory that they need and no more.
+    match std::env::args_os().nth(1) {
+        Some(hidden) if hidden == KEEP => {
+            keep_child();
+            return ExitCode::SUCCESS;
+        }
+        Some(hidden) if hidden == BECOME => {
+            become_child();
+            return ExitCode::FAILURE;
+        }
+        _ => {}
+    }
     let Cli { command, settings } = Cli::parse();
     let result = match command.unwrap_or(Command::Serve) {
         Command::Serve => run(serve(settings)),
-        Command::KeepChildren => {
-            keep_children();
-            Ok(())
-        }
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -44,12 +52,13 @@ fn run(command: impl Future<Output = Result<(), String>>) -> Result<(), String> 
 
 async fn serve(mut settings: Settings) -> Result<(), String> {
     telemetry::init(&settings.logs.log)?;
+    guard();
     fit_open_files(&mut settings.entry.max_connections);
     let listen = settings.entry.listen.clone();
     let unusable = |error| format!("Cannot listen on {listen}: {error}.");
     let listener = TcpListener::bind(&listen).await.map_err(unusable)?;
     let address = listener.local_addr().map_err(unusable)?;
-    let app = App::open_kept(settings, Some(Keeper::default())).await.map_err(|error| error.to_string())?;
+    let app = App::open(settings).await.map_err(|error| error.to_string())?;
     let lines = format!(
         "Portolan {} listens on http://{address}\nDatabase: {}\nAPI reference: http://{address}/docs\n",
         env!("CARGO_PKG_VERSION"),
@@ -68,6 +77,21 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     tokio::select! {
         clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned()) },
         () = stopping => Err("Stopped at once by a second signal.".to_owned()),
+    }
+}
+
+/// Keeps processes of the same user out of this one's memory and environment, where the keys are; and takes in what the
+/// keeper of a child leaves behind, should it be killed.
+fn guard() {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{DumpableBehavior, getpid, set_child_subreaper, set_dumpable_behavior};
+        if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+            tracing::warn!(%error, "commands of the same user may read this process");
+        }
+        if let Err(error) = set_child_subreaper(Some(getpid())) {
+            tracing::warn!(%error, "what commands leave behind may be lost");
+        }
     }
 }
 

@@ -170,6 +170,8 @@ pub enum State {
     Ready,
     Unreachable,
     AuthRequired,
+    /// The policy for commands forbids it; said, and never stored: another process may have another policy.
+    Disabled,
 }
 
 impl State {
@@ -179,6 +181,7 @@ impl State {
             Self::Ready => "ready",
             Self::Unreachable => "unreachable",
             Self::AuthRequired => "auth_required",
+            Self::Disabled => "disabled",
         }
     }
 }

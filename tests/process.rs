@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Database, client, eventually, fake_mcp, processes_naming};
+use crate::harness::{Database, client, eventually, fake_mcp, processes_naming, scripts};
 
 /// The real program, running.
 pub(crate) struct Program {
@@ -124,6 +124,9 @@ async fn it_says_where_it_listens_what_it_keeps_and_where_the_docs_are() {
     let mut again = command(folder.path(), database.url().as_deref());
     again.env_remove("PORTOLAN_LISTEN").args(["serve", "--listen", "127.0.0.1:0", "--log", "warn"]);
     let mut program = Program::start(again);
+    let mut registered = registered;
+    // No child of this process has been started yet.
+    registered["status"]["confinement"] = Value::Null;
     assert_eq!(read(format!("{}/v1/mcp-servers", program.url)).await, json!([registered]));
     assert_eq!(read(format!("{}{tools}", program.url)).await, before);
     program.signal("-TERM");
@@ -180,7 +183,7 @@ async fn a_stop_finishes_what_is_under_way_and_leaves_no_child() {
     for signal in ["-TERM", "-INT"] {
         let mut program = Program::start(command(folder.path(), database.url().as_deref()));
         let client = client();
-        let script = folder.path().join(format!("{signal}.json"));
+        let script = scripts(folder.path()).join(format!("{signal}.json"));
         // This one outlives the end of its input and SIGTERM; only SIGKILL ends it.
         let tools = json!([{"name": "slow", "inputSchema": {"type": "object"}}]);
         std::fs::write(&script, json!({"stubborn": true, "tools": tools}).to_string()).unwrap();
@@ -218,7 +221,7 @@ async fn a_stop_also_ends_what_is_being_opened_or_listed() {
     start.args(["--create-sync-timeout", "200ms"]);
     let mut program = Program::start(start);
     for stage in ["initialize", "list"] {
-        let script = folder.path().join(format!("{stage}.json"));
+        let script = scripts(folder.path()).join(format!("{stage}.json"));
         std::fs::write(&script, json!({"silent_at": stage, "stubborn": true}).to_string()).unwrap();
         let body = json!({"server_name": stage, "config": {"command": fake_mcp(), "args": ["stdio", script]}});
         let answer = client().post(format!("{}/v1/mcp-servers", program.url)).json(&body).send().await.unwrap();

@@ -24,9 +24,16 @@ const REPEATED_CREATE: TimeDelta = TimeDelta::minutes(5);
 
 pub async fn create(State(app): State<App>, headers: HeaderMap, JsonBody(body): JsonBody) -> Result<Response, Error> {
     let request = CreateServer::read(body)?;
+    app.mcp.check(&request.connector).map_err(Error::Disabled)?;
     let creating = app.clone();
     let server = app.to_the_end(async move { register(&creating, &headers, &request).await }).await?;
-    Ok(Json(ServerObject::from(&server)).into_response())
+    Ok(Json(show(&app, &server)).into_response())
+}
+
+/// A server as its row has it, and as this process knows it.
+fn show<'a>(app: &App, server: &'a Server) -> ServerObject<'a> {
+    let forbidden = server.config.0.as_ref().ok().and_then(|connector| app.mcp.check(connector).err());
+    ServerObject::from(server).here(forbidden.map(|why| why.to_string()), app.mcp.confinement(&server.id))
 }
 
 async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Result<Server, Error> {
@@ -73,12 +80,12 @@ async fn earlier_try(app: &App, headers: &HeaderMap, request: &CreateServer) -> 
 
 pub async fn list(State(app): State<App>) -> Result<Response, Error> {
     let servers = app.store.servers().await?;
-    Ok(Json(servers.iter().map(ServerObject::from).collect::<Vec<_>>()).into_response())
+    Ok(Json(servers.iter().map(|server| show(&app, server)).collect::<Vec<_>>()).into_response())
 }
 
 pub async fn retrieve(State(app): State<App>, ServerId(id): ServerId) -> Result<Response, Error> {
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
-    Ok(Json(ServerObject::from(&server)).into_response())
+    Ok(Json(show(&app, &server)).into_response())
 }
 
 pub async fn update(
@@ -93,6 +100,9 @@ pub async fn update(
         let change = |server: &Server| -> Result<ServerUpdate, Error> {
             let server_name = request.server_name.clone().unwrap_or_else(|| server.server_name.clone());
             let connector = request.connector(server)?;
+            if let Some(connector) = &connector {
+                changing.mcp.check(connector).map_err(Error::Disabled)?;
+            }
             reconfigured = connector.is_some();
             Ok(ServerUpdate { server_name, connector })
         };
@@ -102,7 +112,7 @@ pub async fn update(
         }
         Ok(server)
     });
-    Ok(Json(ServerObject::from(&server.await?)).into_response())
+    Ok(Json(show(&app, &server.await?)).into_response())
 }
 
 pub async fn delete(State(app): State<App>, ServerId(id): ServerId, _: UnusedBody) -> Result<StatusCode, Error> {
@@ -111,7 +121,7 @@ pub async fn delete(State(app): State<App>, ServerId(id): ServerId, _: UnusedBod
         if !deleting.store.delete_server(&id).await? {
             return Err(Error::NoServer);
         }
-        deleting.mcp.forget(&id);
+        deleting.mcp.deleted(&id);
         tracing::info!(server.id = id, "server deleted");
         Ok(StatusCode::NO_CONTENT)
     })

@@ -1,180 +1,341 @@
-//! A child process of ours: how it is started, what it gets, and its certain death.
+//! A child process of ours, as Portolan sees it: how it is started, what it gets, and its certain death.
 //!
-//! It runs in a process group of its own. Whoever owns it calls [`supervise`], which reaps it and ends the whole group.
-//! The kernel kills it should Portolan die; what it started itself is the keeper's.
+//! Between Portolan and the child stands its keeper, another process of this program: it starts the child, tells how that
+//! went and how the child ended, and ends it with everything that it started. Whoever owns a child calls [`supervise`].
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::{ExitStatus, Stdio};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::process::{Child, Command};
-use tokio::sync::{mpsc, oneshot};
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf, pipe};
+use tokio::process::{Child as Process, Command};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::model::{Secret, Stdio as Config};
+use crate::config::{self, Landlock};
+use crate::model::{Connector, Secret, Stdio as Config};
+
+use super::Error;
+use super::commands::{Commands, TemplatesError};
+use super::homes::{Homes, Residence};
+use super::keeper::children_of;
+use super::order::{self, END, KEEP, Order, Reach, Report, TERMINATE, User};
+use super::users::{UserError, find_user};
 
 /// What a child gets of Portolan's own environment; the rest comes from its configuration.
-const INHERITED: [&str; 6] = ["PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR"];
+const INHERITED: [&str; 4] = ["PATH", "LANG", "LC_ALL", "TZ"];
 /// How long a child has to leave after its standard input closed, and again after SIGTERM (MCP 2025-11-25, lifecycle,
-/// shutdown); then its group is killed.
+/// shutdown); then it is killed with all that it started.
 const GRACE: Duration = Duration::from_secs(2);
+/// How long that may take the keeper, which gives itself 5 s.
+const KILL_TIMEOUT: Duration = Duration::from_secs(6);
+/// How often what a keeper left behind is killed, until nobody is left.
+const ROUNDS: usize = 1_000;
 /// How much of standard error is kept, in bytes, and how much of its last line an error shows, in characters.
 const STDERR_KEPT: usize = 64 * 1024;
 const STDERR_SHOWN: usize = 300;
 /// Values of the environment shorter than this say nothing, and may be part of any word.
 const SHORTEST_SECRET: usize = 4;
-/// How many files a child may open at first; it may raise that itself.
-#[cfg(target_os = "linux")]
-const USUAL_FILES: u64 = 1024;
 
-/// Starts children, all from one thread: the kernel sends a death signal at the end of the thread that started the
-/// child, not of the process. A thread that is stuck with a command (on a file system that is away, say) is followed by
-/// another one, and kept: its death would be that of the children it started before.
-pub struct Spawner(Mutex<Vec<mpsc::UnboundedSender<Order>>>);
+/// All children of this Portolan, and what each of them gets. Clones share everything.
+#[derive(Clone)]
+pub struct Children(Arc<Shared>);
 
-type Order = (Command, oneshot::Sender<io::Result<Child>>);
+struct Shared {
+    settings: config::Children,
+    commands: Commands,
+    homes: Homes,
+    user: Option<User>,
+    wrapper: Vec<String>,
+    reach: Option<Reach>,
+    /// Processes of ours that run: every other child of this process was left by a keeper that is gone.
+    keepers: Mutex<HashSet<u32>>,
+    /// How the last child of each server was confined.
+    levels: Mutex<HashMap<String, Arc<[String]>>>,
+}
 
-/// How many threads may be stuck.
-const STUCK: usize = 16;
+/// Why no children can be had as the settings ask for them.
+#[derive(Debug, thiserror::Error)]
+pub enum ChildrenError {
+    #[error(transparent)]
+    Templates(#[from] TemplatesError),
+    #[error(transparent)]
+    User(#[from] UserError),
+    #[error("Cannot make the folder for the private folders of commands: {0}.")]
+    Folder(io::Error),
+}
 
-impl Spawner {
-    /// To be called in the runtime that is to wait for the children. The threads end when the spawner is dropped.
-    pub fn new() -> Self {
-        Self(Mutex::new(vec![Self::thread()]))
+/// A child that was started, and its pipes.
+pub struct Child {
+    pub stdin: pipe::Sender,
+    pub stdout: pipe::Receiver,
+    pub stderr: pipe::Receiver,
+    pub kept: Kept,
+}
+
+/// A child's keeper. Its drop ends the child.
+pub struct Kept {
+    keeper: Process,
+    reports: Lines<BufReader<OwnedReadHalf>>,
+    words: OwnedWriteHalf,
+    // Given up in this order: nobody lives in the folders when they are.
+    _known: Known,
+    _residence: Residence,
+}
+
+/// A keeper that is known to be one.
+struct Known(Children, u32);
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        self.0.keepers().remove(&self.1);
+    }
+}
+
+impl Children {
+    /// `folder` is where the private folders go without `--child-dir`; `sealed` are files and folders that no child may
+    /// ever reach.
+    ///
+    /// # Errors
+    /// One sentence for the person who starts Portolan.
+    pub fn new(settings: config::Children, folder: PathBuf, mut sealed: Vec<PathBuf>) -> Result<Self, ChildrenError> {
+        let folder = settings.child_dir.clone().unwrap_or(folder);
+        let folder = std::path::absolute(folder).map_err(ChildrenError::Folder)?;
+        let commands = Commands::read(&settings)?;
+        let user = settings.child_user.as_deref().map(find_user).transpose()?;
+        let wrapper: Vec<String> =
+            settings.child_wrapper.iter().flat_map(|wrapper| wrapper.split_whitespace()).map(str::to_owned).collect();
+        sealed.push(folder.clone());
+        sealed.extend(settings.stdio_templates.clone());
+        let is_asked_for = match settings.child_landlock {
+            Landlock::Required => true,
+            // Landlock takes away the right to mount, which is what such commands do.
+            Landlock::BestEffort => wrapper.is_empty(),
+            Landlock::Off => false,
+        };
+        let reach = is_asked_for.then(|| Reach {
+            required: settings.child_landlock == Landlock::Required,
+            sealed,
+            homes: homes_of_users(),
+            allowed: settings.child_paths.clone(),
+        });
+        let (homes, keepers, levels) = (Homes::new(folder), Mutex::default(), Mutex::default());
+        Ok(Self(Arc::new(Shared { settings, commands, homes, user, wrapper, reach, keepers, levels })))
     }
 
-    fn thread() -> mpsc::UnboundedSender<Order> {
-        // As many orders wait as sessions are being opened.
-        let (orders, mut next) = mpsc::unbounded_channel::<Order>();
-        let runtime = tokio::runtime::Handle::current();
-        let thread = move || {
-            let _runtime = runtime.enter();
-            while let Some((mut command, started)) = next.blocking_recv() {
-                if started.is_closed() {
-                    continue;
-                }
-                // Whoever asked may have left; the group then ends before it is known to anybody.
-                if let Err(Ok(child)) = started.send(command.spawn())
-                    && let Some(group) = group(&child)
-                {
-                    let _ = kill_process_group(group, Signal::KILL);
+    /// Whether the policy allows such a server.
+    ///
+    /// # Errors
+    /// [`Error::StdioOff`], [`Error::NoTemplate`].
+    pub fn check(&self, connector: &Connector) -> Result<(), Error> {
+        self.0.commands.check(connector)
+    }
+
+    /// How the last child of this server was confined; `None` when none was started.
+    pub fn level(&self, server_id: &str) -> Option<Arc<[String]>> {
+        self.0.levels.lock().expect("no code panics while it holds the levels").get(server_id).cloned()
+    }
+
+    /// Forgets a server that was deleted, and removes its folders. May take a while.
+    pub fn forget(&self, server_id: &str) {
+        self.0.levels.lock().expect("no code panics while it holds the levels").remove(server_id);
+        self.0.homes.remove(server_id);
+    }
+
+    /// Removes the folders of servers that are not among these. May take a while.
+    pub fn keep_only<'a>(&self, server_ids: impl Iterator<Item = &'a str>) {
+        self.0.homes.keep_only(server_ids);
+    }
+
+    fn keepers(&self) -> std::sync::MutexGuard<'_, HashSet<u32>> {
+        self.0.keepers.lock().expect("no code panics while it holds the keepers")
+    }
+
+    /// Starts the command of a server by `deadline`.
+    ///
+    /// # Errors
+    /// [`Error::Spawn`], [`Error::Unconfined`], and those of [`Children::check`].
+    pub async fn start(
+        &self,
+        server_id: &str,
+        config: &Config,
+        split_args: bool,
+        deadline: Instant,
+    ) -> Result<Child, Error> {
+        self.check(&Connector::Stdio(config.clone()))?;
+        let cannot = |error: io::Error| Error::Spawn(error.kind());
+        let residence = self.0.homes.enter(server_id);
+        let order = self.order(config, split_args, &residence);
+        let order = order::line(&order).map_err(cannot)?;
+        let (stdin, ours_in) = io::pipe().map_err(cannot)?;
+        let (ours_out, stdout) = io::pipe().map_err(cannot)?;
+        let (ours_err, stderr) = io::pipe().map_err(cannot)?;
+        let (control, theirs) = UnixStream::pair().map_err(cannot)?;
+        order::send_pipes(&control, [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]).map_err(cannot)?;
+        // The child alone holds its ends, so that the end of one is seen.
+        drop((stdin, stdout, stderr));
+        let (keeper, known) = self.spawn(theirs).map_err(cannot)?;
+        control.set_nonblocking(true).map_err(cannot)?;
+        let (reports, mut words) = tokio::net::UnixStream::from_std(control).map_err(cannot)?.into_split();
+        let mut reports = BufReader::new(reports).lines();
+        let starting = async {
+            words.write_all(&order).await?;
+            let mut level = Vec::new();
+            loop {
+                match next(&mut reports).await? {
+                    Report::Confined(how) => level = how,
+                    Report::Started => return Ok(Ok(level)),
+                    Report::Failed(errno) => return Err(io::Error::from_raw_os_error(errno)),
+                    Report::Unconfined => return Ok(Err(Error::Unconfined)),
+                    Report::Ended(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 }
             }
         };
-        std::thread::Builder::new().name("children".to_owned()).spawn(thread).expect("a thread can be started");
-        orders
+        let late = |_| io::Error::from(io::ErrorKind::TimedOut);
+        let started = timeout_at(deadline, starting).await.map_err(late).flatten();
+        let mut level = started.map_err(cannot)??;
+        if !self.0.wrapper.is_empty() {
+            level.push("wrapper".to_owned());
+        }
+        let levels = &self.0.levels;
+        levels.lock().expect("no code panics while it holds the levels").insert(server_id.to_owned(), level.into());
+        Ok(Child {
+            stdin: pipe::Sender::from_owned_fd(ours_in.into()).map_err(cannot)?,
+            stdout: pipe::Receiver::from_owned_fd(ours_out.into()).map_err(cannot)?,
+            stderr: pipe::Receiver::from_owned_fd(ours_err.into()).map_err(cannot)?,
+            kept: Kept { keeper, reports, words, _known: known, _residence: residence },
+        })
     }
 
-    /// Starts a child by `deadline`.
-    pub async fn spawn(&self, command: Command, deadline: Instant) -> io::Result<Child> {
-        let (started, child) = oneshot::channel();
-        let gone = || io::Error::other("the thread that starts children is gone");
-        let threads = || self.0.lock().expect("no code panics while it holds the threads");
-        let (number, thread) = {
-            let threads = threads();
-            (threads.len(), threads.last().cloned().ok_or_else(gone)?)
-        };
-        thread.send((command, started)).map_err(|_| gone())?;
-        match timeout_at(deadline, child).await {
-            Ok(child) => child.map_err(|_| gone())?,
-            Err(_) => {
-                let mut threads = threads();
-                if threads.len() == number && number <= STUCK {
-                    tracing::error!("a command cannot be started in time, and holds up the thread that starts it");
-                    threads.push(Self::thread());
-                }
-                Err(io::ErrorKind::TimedOut.into())
+    /// Starts a keeper, in a group of its own: signals to ours pass it by.
+    fn spawn(&self, control: UnixStream) -> io::Result<(Process, Known)> {
+        let mut command = Command::new(&self.0.settings.program);
+        command.arg0("portolan").arg(KEEP).env_clear().process_group(0);
+        command.stdin(std::os::fd::OwnedFd::from(control)).stdout(Stdio::null()).stderr(Stdio::null());
+        // Held from before it exists until it is known, or it might be taken for one that was left.
+        let mut keepers = self.keepers();
+        let keeper = command.spawn()?;
+        let id = keeper.id().ok_or(io::ErrorKind::NotFound)?;
+        keepers.insert(id);
+        drop(keepers);
+        Ok((keeper, Known(self.clone(), id)))
+    }
+
+    fn order(&self, config: &Config, split_args: bool, residence: &Residence) -> Order {
+        let Shared { settings, user, wrapper, reach, .. } = &*self.0;
+        let mut line = wrapper.clone();
+        line.push(config.command.clone());
+        if split_args {
+            line.extend(config.args.iter().flat_map(|arg| arg.split_whitespace()).map(str::to_owned));
+        } else {
+            line.extend(config.args.iter().cloned());
+        }
+        let program = line.remove(0);
+        let (home, tmp) = (residence.home(), residence.tmp());
+        let inherited = INHERITED.into_iter().filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
+        let private = [("HOME", &home), ("TMPDIR", &tmp)];
+        let private = private.into_iter().map(|(name, path)| (name.to_owned(), path.to_string_lossy().into_owned()));
+        let own = config.env.iter().flatten().map(|(name, value)| (name.clone(), value.expose().to_owned()));
+        let env: std::collections::BTreeMap<_, _> = inherited.chain(private).chain(own).collect();
+        Order {
+            program,
+            args: line,
+            env: env.into_iter().collect(),
+            home,
+            tmp,
+            user: *user,
+            max_files: settings.child_max_files,
+            max_processes: settings.child_max_processes,
+            reach: reach.clone(),
+        }
+    }
+
+    /// Kills what a keeper left behind that was itself killed: with the death of the keeper it became Portolan's. Only
+    /// where Portolan is the one that orphans go to, and so knows all its children. Takes a moment.
+    fn sweep(&self) {
+        #[cfg(target_os = "linux")]
+        if !rustix::process::child_subreaper().is_ok_and(|reaper| reaper.is_some()) {
+            return;
+        }
+        for _ in 0..ROUNDS {
+            let left: Vec<_> = {
+                let keepers = self.keepers();
+                children_of(std::process::id()).into_iter().filter(|pid| !keepers.contains(pid)).collect()
+            };
+            if left.is_empty() {
+                return;
             }
+            for pid in left.into_iter().filter_map(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
+                let _ = kill_process(pid, Signal::KILL);
+                let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+            }
+            std::thread::sleep(Duration::from_millis(2));
         }
+        tracing::error!("processes that a command left behind cannot be killed");
     }
 }
 
-/// The command of a server, with the pipes and the environment that it gets.
-pub fn command(config: &Config, split_args: bool) -> Command {
-    let mut command = Command::new(&config.command);
-    if split_args {
-        command.args(config.args.iter().flat_map(|arg| arg.split_whitespace()));
-    } else {
-        command.args(&config.args);
-    }
-    command.env_clear();
-    command.envs(INHERITED.into_iter().filter_map(|name| Some((name, std::env::var_os(name)?))));
-    command.envs(config.env.iter().flatten().map(|(name, value)| (name, value.expose())));
-    // Its group is ended by the owner; this is for the end of the runtime, which ends no task in order.
-    command.process_group(0).kill_on_drop(true);
-    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    #[cfg(target_os = "linux")]
-    die_with_us(&mut command);
-    command
+async fn next(reports: &mut Lines<BufReader<OwnedReadHalf>>) -> io::Result<Report> {
+    let line = reports.next_line().await?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    Ok(serde_json::from_str(&line)?)
 }
 
-/// Asks the kernel to kill the child at the end of the thread that starts it, which is that of Portolan; and gives the
-/// child back the number of open files that is usual, of which Portolan may have raised its own: some programs take
-/// time or memory for each that they may open.
-#[cfg(target_os = "linux")]
-#[expect(unsafe_code, reason = "code between fork and exec")]
-fn die_with_us(command: &mut Command) {
-    use rustix::process::{Resource, Rlimit, getpid, getppid, getrlimit, set_parent_process_death_signal, setrlimit};
-    let portolan = getpid();
-    let before_exec = move || {
-        set_parent_process_death_signal(Some(Signal::KILL))?;
-        let files = getrlimit(Resource::Nofile);
-        let usual = files.current.map(|current| current.min(USUAL_FILES));
-        setrlimit(Resource::Nofile, Rlimit { current: usual, ..files })?;
-        // Portolan may have died before it was asked for.
-        if getppid() == Some(portolan) { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
-    };
-    // SAFETY: the closure makes four system calls; it takes no lock and no memory.
-    unsafe {
-        command.pre_exec(before_exec);
-    }
+/// The homes of this host's users.
+fn homes_of_users() -> Vec<PathBuf> {
+    let others = std::fs::read_dir("/home").into_iter().flatten().flatten().map(|entry| entry.path());
+    let ours = std::env::home_dir().into_iter().filter(|home| home.is_absolute());
+    others.chain(ours).chain([PathBuf::from("/root")]).collect()
 }
 
-/// The process group that a child leads.
-fn group(child: &Child) -> Option<Pid> {
-    child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?))
-}
-
-/// Waits for the end of the child, or brings it about; returns how it ended.
-pub async fn supervise(mut child: Child, end: &CancellationToken) -> Option<ExitStatus> {
-    let group = group(&child);
-    let signal = |signal| {
-        if let Some(group) = group {
-            // Fails only when nobody of the group is left.
-            let _ = kill_process_group(group, signal);
-        }
-    };
-    let left_by_itself = tokio::select! {
-        status = child.wait() => Some(status.ok()),
+/// Waits for the end of the child, or brings it about; returns how it ended. `children` are those that it is one of.
+pub async fn supervise(mut kept: Kept, children: &Children, end: &CancellationToken) -> Option<ExitStatus> {
+    let (reports, words) = (&mut kept.reports, &mut kept.words);
+    let mut ended = tokio::select! {
+        report = next(reports) => Some(report),
         () = end.cancelled() => None,
     };
-    let status = match left_by_itself {
-        Some(status) => status,
+    if ended.is_none() {
         // The transport has closed standard input by now, which asks a server to leave.
-        None => match timeout(GRACE, child.wait()).await {
-            Ok(status) => status.ok(),
-            Err(_) => {
-                signal(Signal::TERM);
-                timeout(GRACE, child.wait()).await.ok().and_then(Result::ok)
-            }
-        },
-    };
-    // Whatever the leader left behind in its group goes with it.
-    signal(Signal::KILL);
-    match status {
-        Some(status) => Some(status),
-        None => child.wait().await.ok(),
+        ended = timeout(GRACE, next(reports)).await.ok();
     }
+    if ended.is_none() {
+        // A keeper that is gone is seen by what it reports no more, here and below.
+        let _ = words.write_all(&[TERMINATE]).await;
+        ended = timeout(GRACE, next(reports)).await.ok();
+    }
+    if ended.is_none() {
+        let _ = words.write_all(&[END]).await;
+        ended = timeout(KILL_TIMEOUT, next(reports)).await.ok();
+    }
+    let status = match ended {
+        Some(Ok(Report::Ended(status))) => status.map(ExitStatus::from_raw),
+        _ => {
+            tracing::error!("the keeper of a command was lost");
+            let _ = kept.keeper.start_kill();
+            None
+        }
+    };
+    let lost = status.is_none();
+    let _ = timeout(KILL_TIMEOUT, kept.keeper.wait()).await;
+    if lost {
+        let children = children.clone();
+        let _ = tokio::task::spawn_blocking(move || children.sweep()).await;
+    }
+    drop(kept);
+    status
 }
 
 /// The last bytes of a child's standard error.
 #[derive(Default)]
 pub struct Stderr(VecDeque<u8>);
-
 impl Stderr {
     pub fn push(&mut self, bytes: &[u8]) {
         self.0.extend(bytes);

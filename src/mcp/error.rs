@@ -19,6 +19,12 @@ const FORBIDDEN_PAUSE: Duration = Duration::from_secs(30);
 pub enum Error {
     #[error("{}", spawn_reason(*.0))]
     Spawn(std::io::ErrorKind),
+    #[error("The command was not started: --child-landlock is required, and this kernel has no Landlock.")]
+    Unconfined,
+    #[error("Servers that are commands are switched off here; --stdio and MCP_DISABLE_STDIO set that.")]
+    StdioOff,
+    #[error("This command line is none of those that --stdio-templates names, and may not be used.")]
+    NoTemplate,
     #[error("The command ended ({status}){}.", last_words(.stderr.as_deref()))]
     Exited { status: std::process::ExitStatus, stderr: Option<String> },
     #[error("{}", http_reason(.0))]
@@ -98,7 +104,9 @@ impl Error {
     pub(super) fn is_ours(&self) -> bool {
         matches!(
             self,
-            Self::Reconfigured
+            Self::StdioOff
+                | Self::NoTemplate
+                | Self::Reconfigured
                 | Self::Deleted
                 | Self::Stopping
                 | Self::Store

@@ -1,113 +1,186 @@
-//! A second process that outlives Portolan by a moment, to end what Portolan started.
+//! The keeper of one child: a process of this same program between Portolan and the child, which ends the child and
+//! everything that it started, also what left its group or its session, and also when Portolan was killed with -9.
 //!
-//! A SIGKILL leaves Portolan no time to end its children. The kernel's death signal reaches those it started itself, and
-//! none of theirs. So the groups of all children are told to a keeper, this same program, over a pipe; the end of the
-//! pipe is the end of Portolan, and the keeper kills what is left.
+//! It makes itself the subreaper: whatever below it loses its parent becomes its own child, so that nothing gets away. The
+//! end of its socket is the end of Portolan. Signals that ask it to go are meant for Portolan, whose end is its own.
 
-use std::collections::HashSet;
-use std::io::{BufRead, Write};
-use std::process::{Child, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::io::{self, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, kill_process_group, wait};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::{Instant, sleep};
 
-/// The command of this program that runs a keeper.
-pub const COMMAND: &str = "keep-children";
+use super::homes;
+use super::order::{self, BECOME, Order, Pipes, Report, TERMINATE, line};
 
-/// Clones share one process, which is started with the first child.
-#[derive(Clone, Default)]
-pub struct Keeper(Arc<Mutex<Told>>);
+/// How long the end of everything may take; what cannot be killed by then hangs in the kernel.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long after a round of kills the next one comes.
+const ROUND: Duration = Duration::from_millis(2);
+/// How long the process that becomes the child may take to read its order.
+const ORDER_TIMEOUT: Duration = Duration::from_secs(10);
 
-#[derive(Default)]
-struct Told {
-    process: Option<Child>,
-    groups: HashSet<u32>,
+/// This program, as the process that runs it sees it.
+#[cfg(target_os = "linux")]
+pub fn own_program() -> io::Result<std::path::PathBuf> {
+    Ok("/proc/self/exe".into())
 }
 
-/// A group that the keeper knows of; dropping it tells that the group has ended.
-pub struct Kept {
-    keeper: Keeper,
-    group: u32,
+#[cfg(not(target_os = "linux"))]
+pub fn own_program() -> io::Result<std::path::PathBuf> {
+    std::env::current_exe()
 }
 
-impl Keeper {
-    /// Makes the group of this child known.
-    pub fn keep(&self, group: u32) -> Kept {
-        let mut told = self.told();
-        told.groups.insert(group);
-        if !told.tell(&format!("+{group}\n")) {
-            told.start_again();
-        }
-        drop(told);
-        Kept { keeper: self.clone(), group }
-    }
-
-    fn told(&self) -> MutexGuard<'_, Told> {
-        self.0.lock().expect("no code panics while it holds the process")
-    }
-}
-
-impl Told {
-    /// A few bytes that the keeper reads at once: this does not block.
-    fn tell(&mut self, line: &str) -> bool {
-        let pipe = self.process.as_mut().and_then(|process| process.stdin.as_mut());
-        pipe.is_some_and(|pipe| pipe.write_all(line.as_bytes()).is_ok())
-    }
-
-    /// Starts the keeper, or another one if somebody killed it, and tells it all.
-    fn start_again(&mut self) {
-        if let Some(mut gone) = self.process.take() {
-            let _ = gone.kill();
-            let _ = gone.wait();
-        }
-        match start() {
-            Ok(process) => self.process = Some(process),
-            Err(error) => tracing::warn!(%error, "the keeper of children cannot be started"),
-        }
-        let all: String = self.groups.iter().map(|group| format!("+{group}\n")).collect();
-        self.tell(&all);
-    }
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        let mut told = self.keeper.told();
-        told.groups.remove(&self.group);
-        // A keeper that is gone will be told of those that are left by the one after it.
-        told.tell(&format!("-{}\n", self.group));
-    }
-}
-
-fn start() -> std::io::Result<Child> {
-    use std::os::unix::process::CommandExt;
-    // Not by its path: the file may have been replaced since. In a group of its own, signals to ours pass it by.
-    let mut command = Command::new("/proc/self/exe");
-    command.arg0("portolan").arg(COMMAND).env_clear().process_group(0);
-    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()
-}
-
-/// What the keeper does: reads groups from standard input, and kills those that are left at its end. Signals that ask it
-/// to go are meant for Portolan, whose end is its own.
-pub fn keep_children() {
+/// What the keeper does. Its standard input is the socket to Portolan; nobody reads what it would say of its own failure.
+pub fn keep_child() {
+    guard();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let _deaf: Vec<_> = runtime
-        .iter()
-        .flat_map(|runtime| {
-            let _inside = runtime.enter();
-            [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal)
-        })
-        .collect();
-    let mut groups = HashSet::new();
-    for line in std::io::stdin().lock().lines().map_while(Result::ok) {
-        match line.split_at_checked(1) {
-            Some(("+", group)) => groups.insert(group.to_owned()),
-            Some(("-", group)) => groups.remove(group),
-            _ => false,
-        };
+    let _told = runtime.and_then(|runtime| runtime.block_on(keep()));
+}
+
+/// Nobody of the same user looks into this process, and orphans below become its children.
+fn guard() {
+    #[cfg(target_os = "linux")]
+    {
+        use rustix::process::{DumpableBehavior, getpid, set_child_subreaper, set_dumpable_behavior};
+        let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+        let _ = set_child_subreaper(Some(getpid()));
     }
-    for group in groups.iter().filter_map(|group| Pid::from_raw(group.parse().ok()?)) {
-        // Fails when nobody of the group is left.
-        let _ = kill_process_group(group, Signal::KILL);
+}
+
+async fn keep() -> io::Result<()> {
+    let deaf = [SignalKind::terminate(), SignalKind::interrupt(), SignalKind::hangup()].map(signal);
+    let mut somebody_left = signal(SignalKind::child())?;
+    let portolan = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
+    let pipes = order::receive_pipes(&portolan)?;
+    let order: Option<Order> = order::read_line(&mut BufReader::new(&portolan))?;
+    // Nothing was sent after the order, so nothing was read ahead.
+    let Some(order) = order else { return Ok(()) };
+    portolan.set_nonblocking(true)?;
+    let (mut from, mut to) = tokio::net::UnixStream::from_std(portolan)?.into_split();
+    let begun = homes::prepare(&order).and_then(|()| begin(&order, pipes));
+    let tmp = order.tmp.clone();
+    drop(order);
+    let (child, told) = match begun {
+        Ok(begun) => begun,
+        Err(error) => return to.write_all(&line(&failure(&error))?).await,
+    };
+    let mut told = tokio::io::BufReader::new(told).lines();
+    let mut level = None;
+    let failed = loop {
+        tokio::select! {
+            _ = from.read_u8() => return end_all(child, None).await.map(drop),
+            line = told.next_line() => match line?.map(|line| serde_json::from_str(&line)).transpose()? {
+                Some(report @ Report::Confined(_)) => level = Some(report),
+                Some(report) => break Some(report),
+                // The socket closed by itself with the start of the command.
+                None if level.is_some() => break None,
+                None => break Some(Report::Failed(rustix::io::Errno::IO.raw_os_error())),
+            },
+        }
+    };
+    drop(told);
+    if let Some(failed) = failed {
+        end_all(child, None).await?;
+        return to.write_all(&line(&failed)?).await;
     }
+    let mut started = line(&level)?;
+    started.extend(line(&Report::Started)?);
+    to.write_all(&started).await?;
+    let mut status = None;
+    while status.is_none() {
+        tokio::select! {
+            _ = somebody_left.recv() => status = reap(child),
+            word = from.read_u8() => match word {
+                // Fails only when nobody of the group is left.
+                Ok(TERMINATE) => drop(kill_process_group(child, Signal::TERM)),
+                _ => break,
+            },
+        }
+    }
+    let status = end_all(child, status).await?;
+    let _ = std::fs::remove_dir_all(tmp);
+    drop(deaf);
+    to.write_all(&line(&Report::Ended(status.map(WaitStatus::as_raw)))?).await
+}
+
+pub fn failure(error: &io::Error) -> Report {
+    Report::Failed(error.raw_os_error().unwrap_or(rustix::io::Errno::IO.raw_os_error()))
+}
+
+/// Starts the process that becomes the child, and gives it its order and its pipes, of which no copy stays here.
+fn begin(order: &Order, pipes: Pipes<std::os::fd::OwnedFd>) -> io::Result<(Pid, tokio::net::UnixStream)> {
+    let (ours, theirs) = UnixStream::pair()?;
+    let mut command = Command::new(own_program()?);
+    command.arg0("portolan").arg(BECOME).env_clear();
+    let child =
+        command.stdin(std::os::fd::OwnedFd::from(theirs)).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    drop(command);
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).expect("a process id is a positive i32");
+    order::send_pipes(&ours, pipes.each_ref().map(AsFd::as_fd))?;
+    drop(pipes);
+    ours.set_write_timeout(Some(ORDER_TIMEOUT))?;
+    (&ours).write_all(&line(order)?)?;
+    ours.set_nonblocking(true)?;
+    Ok((pid, tokio::net::UnixStream::from_std(ours)?))
+}
+
+/// Takes note of everybody who has left; returns how the child did, if it is among them.
+fn reap(child: Pid) -> Option<WaitStatus> {
+    let mut status = None;
+    while let Ok(Some((pid, how))) = wait(WaitOptions::NOHANG) {
+        if pid == child {
+            status = Some(how);
+        }
+    }
+    status
+}
+
+/// Kills the child and all below this process until nobody is left: those that were started meanwhile, too.
+async fn end_all(child: Pid, mut status: Option<WaitStatus>) -> io::Result<Option<WaitStatus>> {
+    let deadline = Instant::now() + END_TIMEOUT;
+    if status.is_none() {
+        let _ = kill_process_group(child, Signal::KILL);
+        let _ = kill_process(child, Signal::KILL);
+    }
+    loop {
+        status = status.or(reap(child));
+        let left = below(std::process::id());
+        // Without a list of them, the group and the child itself are all that can be reached.
+        if (left.is_empty() && status.is_some()) || Instant::now() > deadline {
+            // The leader may be gone and its group not.
+            let _ = kill_process_group(child, Signal::KILL);
+            return Ok(status);
+        }
+        for pid in left {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        sleep(ROUND).await;
+    }
+}
+
+/// All processes below a process, those that nobody has taken note of included.
+pub fn below(process: u32) -> Vec<Pid> {
+    let mut found = Vec::new();
+    let mut next = vec![process];
+    while let Some(parent) = next.pop() {
+        for child in children_of(parent) {
+            found.extend(i32::try_from(child).ok().and_then(Pid::from_raw));
+            next.push(child);
+        }
+    }
+    found
+}
+
+/// The children of a process as Linux lists them, thread by thread; nobody where there is no such list.
+pub fn children_of(process: u32) -> Vec<u32> {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{process}/task")) else { return Vec::new() };
+    let lists = threads.flatten().filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    lists.flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
 }

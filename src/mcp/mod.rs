@@ -5,7 +5,9 @@
 
 mod address;
 mod budget;
-mod child;
+pub mod child;
+mod commands;
+mod confine;
 mod egress;
 mod error;
 mod events;
@@ -13,20 +15,25 @@ mod exchange;
 mod fields;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod homes;
 mod http;
 mod json;
-pub mod keeper;
+mod keeper;
 mod lines;
 mod listing;
 mod message;
 mod mirror;
+mod order;
 mod pool;
+#[cfg(target_os = "linux")]
+mod reach;
 mod remote;
 mod result;
 mod schema;
 mod session;
 mod sse;
 mod stdio;
+mod users;
 mod watch;
 
 use std::borrow::Cow;
@@ -43,21 +50,23 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{Era, Server, Skipped, State, Tool, ToolChanges};
+use crate::model::{Connector, Era, Server, Skipped, State, Tool, ToolChanges};
 use crate::store::Store;
 
 pub use address::{Forbidden, Scope, UrlError, scope, server_url};
 pub use budget::Held;
+pub use confine::become_child;
 pub use egress::{Destination, Egress, TlsError, Trust};
 pub use error::{Error, SyncError};
 pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_value};
+pub use keeper::keep_child;
 pub use listing::definition;
+pub use order::{BECOME, KEEP};
 pub use schema::{Room, json_schema};
 
 use budget::Budget;
-use child::Spawner;
+use child::Children;
 use exchange::Answer;
-use keeper::Keeper;
 use listing::accept;
 use message::RpcError;
 use pool::Pool;
@@ -104,6 +113,7 @@ pub struct Mcp {
     /// The way out, for all that is sent.
     pub egress: Egress,
     settings: Upstream,
+    children: Children,
     tracker: TaskTracker,
     stop: CancellationToken,
     /// One sync of a server at a time, so that an older list never lands on a newer one.
@@ -120,23 +130,22 @@ struct Synced {
 }
 
 impl Mcp {
-    /// Sessions and background work are tasks on `tracker`; children are made known to `keeper`. To be called in the
-    /// runtime that serves.
-    pub fn new(store: Store, settings: Upstream, egress: Egress, tracker: TaskTracker, keeper: Option<Keeper>) -> Self {
+    /// Sessions and background work are tasks on `tracker`. To be called in the runtime that serves.
+    pub fn new(store: Store, settings: Upstream, egress: Egress, children: Children, tracker: TaskTracker) -> Self {
         let stop = CancellationToken::new();
         let context = Context {
             settings: settings.clone(),
             egress: egress.clone(),
             tracker: tracker.clone(),
-            spawner: Spawner::new(),
-            keeper,
+            children: children.clone(),
             budget: Budget::new(settings.max_bytes_in_flight),
             stop: stop.clone(),
         };
         let news = Arc::new(News::default());
         let pool = Arc::new(Pool::new(context, store.clone(), news.clone()));
-        let mcp = Self { store, pool, egress, settings, tracker, stop, syncing: Arc::default() };
+        let mcp = Self { store, pool, egress, settings, children, tracker, stop, syncing: Arc::default() };
         mcp.tracker.spawn(watch(mcp.clone(), news));
+        mcp.tidy();
         mcp
     }
 
@@ -377,6 +386,38 @@ impl Mcp {
     /// Ends the server's session; calls that are under way finish on it.
     pub fn forget(&self, server_id: &str) {
         self.pool.forget(server_id);
+    }
+
+    /// As [`Mcp::forget`], of a server that was deleted: what its command kept on disk goes with it.
+    pub fn deleted(&self, server_id: &str) {
+        self.forget(server_id);
+        let (children, server_id) = (self.children.clone(), server_id.to_owned());
+        self.tracker.spawn_blocking(move || children.forget(&server_id));
+    }
+
+    /// Removes what commands of servers kept on disk that are not there any more, in the background.
+    fn tidy(&self) {
+        let mcp = self.clone();
+        self.tracker.spawn(async move {
+            let Ok(servers) = mcp.store.servers().await else { return };
+            let _ = tokio::task::spawn_blocking(move || {
+                mcp.children.keep_only(servers.iter().map(|server| &*server.id));
+            })
+            .await;
+        });
+    }
+
+    /// Whether such a server may be had here.
+    ///
+    /// # Errors
+    /// [`Error::StdioOff`], [`Error::NoTemplate`]: the policy for commands forbids it.
+    pub fn check(&self, connector: &Connector) -> Result<(), Error> {
+        self.children.check(connector)
+    }
+
+    /// How the last child of a server was confined; `None` when this process started none.
+    pub fn confinement(&self, server_id: &str) -> Option<Arc<[String]>> {
+        self.children.level(server_id)
     }
 
     /// Ends sessions of before `revision` of the server's configuration; calls that are under way finish.

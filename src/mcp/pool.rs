@@ -289,6 +289,8 @@ impl Pool {
 
     async fn open(&self, server: &Server) -> Result<Arc<Session>, Error> {
         let connector = server.config.0.as_ref().map_err(|unreadable| Error::Config(*unreadable))?;
+        // Before it makes another child leave.
+        self.context.children.check(connector)?;
         let permit = match connector {
             Connector::Stdio(_) => Some(self.child_permit().await?),
             Connector::Sse(_) | Connector::StreamableHttp(_) => None,

@@ -21,11 +21,10 @@ use crate::config::Upstream;
 use crate::model::{Connector, Era, Tool};
 
 use super::budget::{Budget, Held, Oversize};
-use super::child::Spawner;
+use super::child::Children;
 use super::egress::Egress;
 use super::exchange::Answer;
 use super::http::HttpWire;
-use super::keeper::Keeper;
 use super::listing::{MAX_TOOLS, definition};
 use super::message::{self, METHOD_NOT_FOUND, RpcError};
 use super::remote::HttpError;
@@ -52,8 +51,7 @@ pub struct Context {
     pub settings: Upstream,
     pub egress: Egress,
     pub tracker: TaskTracker,
-    pub spawner: Spawner,
-    pub keeper: Option<Keeper>,
+    pub children: Children,
     pub budget: Arc<Budget>,
     /// Portolan stops: every session ends, also one that is being opened or is in use.
     pub stop: CancellationToken,

@@ -12,7 +12,6 @@ use std::time::Duration;
 use bytes::{Buf, Bytes};
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
-use tokio::process::{Child, ChildStderr, ChildStdout};
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
@@ -21,7 +20,7 @@ use crate::model::{Secret, Stdio as Config};
 
 use super::Error;
 use super::budget::{Held, Share};
-use super::child::{Stderr, command, supervise};
+use super::child::{Child, Children, Kept, Stderr, supervise};
 use super::exchange::{Answer, Exchange, Reply};
 use super::lines::{Line, Lines};
 use super::message;
@@ -84,7 +83,7 @@ impl StdioWire {
     /// Starts the command. `permit` is given back when the child is gone; the end of the session cancels `end`.
     ///
     /// # Errors
-    /// [`Error::Spawn`] when the command cannot be started.
+    /// Those of [`Children::start`].
     pub async fn open(
         config: &Config,
         context: &Context,
@@ -94,16 +93,10 @@ impl StdioWire {
         end: CancellationToken,
         deadline: Instant,
     ) -> Result<Self, Error> {
-        let command = command(config, context.settings.legacy_arg_split);
-        let cannot = |error: io::Error| Error::Spawn(error.kind());
-        let mut child = context.spawner.spawn(command, deadline).await.map_err(cannot)?;
-        let kept = context.keeper.as_ref().and_then(|keeper| Some(keeper.keep(child.id()?)));
-        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
-        let (Some(stdin), Some(stdout), Some(stderr)) = (stdin, stdout, stderr) else {
-            unreachable!("all three were asked to be pipes");
-        };
-        let pipe = stdin.into_owned_fd().and_then(pipe::Sender::from_owned_fd).map_err(cannot)?;
-        let pipe = Arc::new(pipe);
+        let split = context.settings.legacy_arg_split;
+        let Child { stdin, stdout, stderr, kept } =
+            context.children.start(bell.server_id(), config, split, deadline).await?;
+        let pipe = Arc::new(stdin);
         let shared = Arc::new(Shared {
             exchange: Arc::default(),
             input: Mutex::new(Input { pipe: Some(pipe.clone()), queue: VecDeque::new() }),
@@ -118,7 +111,7 @@ impl StdioWire {
         });
         let lines = Lines::new(stdout, context.settings.max_message_bytes, Held::nothing(&share));
         let drained = context.tracker.spawn(shared.clone().drain(stderr));
-        context.tracker.spawn(shared.clone().own(child, drained, (permit, kept)));
+        context.tracker.spawn(shared.clone().own(kept, context.children.clone(), drained, permit));
         context.tracker.spawn(shared.clone().write(pipe));
         context.tracker.spawn(shared.clone().read(lines));
         Ok(Self(shared))
@@ -279,7 +272,7 @@ impl Shared {
     }
 
     /// Reads what the child says until it is gone, or was given up.
-    async fn read(self: Arc<Self>, mut lines: Lines<ChildStdout>) {
+    async fn read(self: Arc<Self>, mut lines: Lines<pipe::Receiver>) {
         let over = async {
             self.exited.cancelled().await;
             // The answers that a child wrote before it left are still in the pipe.
@@ -352,8 +345,14 @@ impl Shared {
     }
 
     /// Reaps the child, after its own end or the session's; `held` is what ends with it.
-    async fn own(self: Arc<Self>, child: Child, mut drained: tokio::task::JoinHandle<()>, held: impl Send) {
-        let status = supervise(child, &self.end).await;
+    async fn own(
+        self: Arc<Self>,
+        kept: Kept,
+        children: Children,
+        mut drained: tokio::task::JoinHandle<()>,
+        held: impl Send,
+    ) {
+        let status = supervise(kept, &children, &self.end).await;
         // What a dying child said last is still in the pipe; somebody who left its group may hold that pipe open.
         if timeout(LAST_WORDS, &mut drained).await.is_err() {
             drained.abort();
@@ -363,7 +362,7 @@ impl Shared {
         self.exited.cancel();
     }
 
-    async fn drain(self: Arc<Self>, mut stderr: ChildStderr) {
+    async fn drain(self: Arc<Self>, mut stderr: pipe::Receiver) {
         let mut buffer = vec![0; 8 * 1024];
         while let Ok(count @ 1..) = stderr.read(&mut buffer).await {
             self.facts().stderr.push(&buffer[..count]);

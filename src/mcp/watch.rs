@@ -27,6 +27,10 @@ pub struct Bell {
 }
 
 impl Bell {
+    pub fn server_id(&self) -> &str {
+        &self.server_id
+    }
+
     pub fn list_changed(&self) {
         self.ring(|item| item.list_changed = true);
     }

@@ -7,7 +7,7 @@ mod known;
 mod servers;
 mod tools;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -116,6 +116,12 @@ pub enum OpenError {
     Connect { place: String, reason: String },
     #[error("Cannot bring {place} to the schema of this version: {reason}.")]
     Migrate { place: String, reason: String },
+}
+
+/// The file of a SQLite database, if the URL names one.
+pub fn sqlite_file(url: &str) -> Option<PathBuf> {
+    let options = url.starts_with("sqlite:").then(|| SqliteConnectOptions::from_str(url).ok())??;
+    Some(options.get_filename().to_owned())
 }
 
 impl Store {

@@ -67,6 +67,7 @@ pub(crate) fn settings(folder: &Path, database: &Database, change: impl FnOnce(&
     settings.storage.data_dir = folder.join("data");
     settings.storage.database_url = database.url().map(Into::into);
     settings.upstream.handshake_timeout = Duration::from_secs(10);
+    settings.children.program = env!("CARGO_BIN_EXE_portolan").into();
     change(&mut settings);
     settings
 }
@@ -284,12 +285,19 @@ pub(crate) async fn patiently(ask: impl AsyncFn() -> Answer) -> Answer {
     }
 }
 
+/// A folder in `folder` where fake servers write: beside Portolan's own, and not around it.
+pub(crate) fn scripts(folder: &Path) -> PathBuf {
+    let scripts = folder.join("scripts");
+    std::fs::create_dir_all(&scripts).expect("the folder is writable");
+    scripts
+}
+
 /// A file that tells the fake server what to do, read again at every list of tools.
 pub(crate) struct Script(pub(crate) PathBuf);
 
 impl Script {
     pub(crate) fn new(folder: &Path, script: &Value) -> Self {
-        let file = Self(folder.join(format!("{}.json", uuid::Uuid::new_v4())));
+        let file = Self(scripts(folder).join(format!("{}.json", uuid::Uuid::new_v4())));
         file.set(script);
         file
     }

@@ -1,5 +1,6 @@
 //! What a client reads: Letta's keys in Letta's order, nulls present, then what Portolan adds.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -60,6 +61,7 @@ struct Status<'a> {
     error: Option<std::borrow::Cow<'a, str>>,
     tool_count: i64,
     last_synced_at: Option<String>,
+    confinement: Option<Arc<[String]>>,
 }
 
 impl<'a> From<&'a Server> for ServerObject<'a> {
@@ -94,8 +96,20 @@ impl<'a> From<&'a Server> for ServerObject<'a> {
                 error,
                 tool_count: server.tool_count,
                 last_synced_at: server.last_synced_at.map(rfc3339),
+                confinement: None,
             },
         }
+    }
+}
+
+impl ServerObject<'_> {
+    /// What only this process knows: why it may not use the server, if so, and how the server's last child was confined.
+    pub fn here(mut self, disabled: Option<String>, confinement: Option<Arc<[String]>>) -> Self {
+        self.status.confinement = confinement;
+        if let Some(reason) = disabled {
+            (self.status.state, self.status.error) = (State::Disabled, Some(reason.into()));
+        }
+        self
     }
 }
 

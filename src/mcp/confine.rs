@@ -1,0 +1,136 @@
+//! The process that becomes a child: it gives up what the command shall not have, and then is the command.
+//!
+//! A process of its own, so that everything here is done by ordinary code before an ordinary `exec`, and not between a
+//! fork and its exec, where hardly anything may be done. Whoever cannot be confined as asked is not started.
+
+use std::io::{self, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+use rustix::fs::Mode;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask};
+
+use super::order::{Order, Report, line, read_line, receive_pipes};
+
+/// How many files a command may open at first; it may raise that itself up to its limit. Some programs take time or
+/// memory for each that they may open.
+const USUAL_FILES: u64 = 1024;
+
+/// Does what the order on standard input says; returns only if that is not possible, and has said so.
+pub fn become_child() {
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+    let Ok(keeper) = io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from) else { return };
+    let error = enter(&keeper);
+    let report = match error.get_ref() {
+        Some(inner) if inner.is::<NoLandlock>() => Report::Unconfined,
+        _ => super::keeper::failure(&error),
+    };
+    if let Ok(report) = line(&report) {
+        let _ = (&keeper).write_all(&report);
+    }
+}
+
+/// Landlock is required, and the kernel has none.
+#[derive(Debug, thiserror::Error)]
+#[error("this kernel has no Landlock")]
+struct NoLandlock;
+
+fn enter(keeper: &UnixStream) -> io::Error {
+    let becoming = || -> io::Result<io::Error> {
+        let pipes = receive_pipes(keeper)?;
+        let order: Order = read_line(&mut BufReader::new(keeper))?.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let level = confine(&order)?;
+        (&*keeper).write_all(&line(&Report::Confined(level))?)?;
+        let [stdin, stdout, stderr] = pipes;
+        let mut command = Command::new(&order.program);
+        command.args(&order.args).env_clear().envs(order.env.iter().map(|(name, value)| (name, value)));
+        Ok(command.stdin(stdin).stdout(stdout).stderr(stderr).exec())
+    };
+    becoming().unwrap_or_else(|error| error)
+}
+
+/// Gives up all that is not the command's; says what that is.
+fn confine(order: &Order) -> io::Result<Vec<String>> {
+    let mut level = vec!["session".to_owned(), "limits".to_owned()];
+    setsid()?;
+    umask(Mode::RWXG | Mode::RWXO);
+    limit(order)?;
+    #[cfg(target_os = "linux")]
+    give_up(order, &mut level)?;
+    std::env::set_current_dir(&order.home)?;
+    #[cfg(target_os = "linux")]
+    die_with_the_keeper()?;
+    Ok(level)
+}
+
+fn limit(order: &Order) -> io::Result<()> {
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) })?;
+    let most = |resource, most: u64| {
+        let limit = getrlimit(resource);
+        Some(limit.maximum.map_or(most, |maximum| maximum.min(most)))
+    };
+    let files = most(Resource::Nofile, order.max_files);
+    setrlimit(Resource::Nofile, Rlimit { current: files.map(|files| files.min(USUAL_FILES)), maximum: files })?;
+    if let Some(processes) = order.max_processes {
+        let processes = most(Resource::Nproc, processes);
+        setrlimit(Resource::Nproc, Rlimit { current: processes, maximum: processes })?;
+    }
+    Ok(())
+}
+
+/// Privileges, files, signals, in an order in which each step may still be made.
+#[cfg(target_os = "linux")]
+fn give_up(order: &Order, level: &mut Vec<String>) -> io::Result<()> {
+    use super::reach;
+    use rustix::process::{Gid, Uid};
+    use rustix::thread::{
+        CapabilitySet, CapabilitySets, clear_ambient_capability_set, remove_capability_from_bounding_set,
+        set_capabilities, set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+    };
+    // Paths are looked up with the rights that there still are.
+    let fence = order.reach.as_ref().map(|reach| reach::fence(order, reach)).transpose()?;
+    // Root gets back what is in this set with its next exec. The kernel says which it knows.
+    for capability in 0..64 {
+        let capability = CapabilitySet::from_bits_retain(1 << capability);
+        match remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // No such capability, or no right to take it away: then it is no root that needs it.
+            Err(_) => break,
+        }
+    }
+    if let Some(user) = order.user {
+        let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
+        set_thread_groups(&[])?;
+        set_thread_res_gid(gid, gid, gid)?;
+        set_thread_res_uid(uid, uid, uid)?;
+        level.push("user".to_owned());
+    }
+    set_no_new_privs(true)?;
+    level.push("no_new_privs".to_owned());
+    // Kernels before 4.3 know no ambient set.
+    let _ = clear_ambient_capability_set();
+    let none = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
+    level.push("capabilities".to_owned());
+    if let (Some(fence), Some(reach)) = (fence, &order.reach) {
+        match fence.close()? {
+            Some(closed) => level.extend(closed),
+            None if reach.required => return Err(io::Error::other(NoLandlock)),
+            None => {}
+        }
+    }
+    Ok(())
+}
+
+/// Asks the kernel to kill the child with its keeper. A change of user forgets that, so it comes after.
+#[cfg(target_os = "linux")]
+fn die_with_the_keeper() -> io::Result<()> {
+    use rustix::process::{Signal, getppid, set_parent_process_death_signal};
+    let keeper = getppid();
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // It may have died before it was asked for; the socket then ends, and its end is the next thing that is tried.
+    if getppid() == keeper { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+}

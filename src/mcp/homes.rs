@@ -1,0 +1,231 @@
+//! The private folders of commands: a home that lasts as long as the server is registered, so that what `npx` or `uvx`
+//! fetched is there at the next start, and a folder for temporary files that every start finds empty.
+//!
+//! They are named after the SHA-256 of the server's id: ids are never paths.
+
+use std::collections::HashMap;
+use std::fs::{self, DirBuilder};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, lchown};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::model::sha256_hex;
+
+use super::order::{Order, User};
+
+/// The folders of all servers. Clones share everything.
+#[derive(Clone)]
+pub struct Homes {
+    folder: PathBuf,
+    lived_in: Arc<Mutex<HashMap<String, Lived>>>,
+}
+
+#[derive(Default)]
+struct Lived {
+    by: usize,
+    /// The server was deleted; the last one out takes the folders along.
+    deleted: bool,
+}
+
+/// The folders of a child that lives there; its drop is the end of that.
+pub struct Residence {
+    homes: Homes,
+    name: String,
+}
+
+impl Homes {
+    pub fn new(folder: PathBuf) -> Self {
+        Self { folder, lived_in: Arc::default() }
+    }
+
+    fn lived_in(&self) -> MutexGuard<'_, HashMap<String, Lived>> {
+        self.lived_in.lock().expect("no code panics while it holds the map")
+    }
+
+    /// The folders of a server, which its keeper makes.
+    pub fn enter(&self, server_id: &str) -> Residence {
+        let name = sha256_hex(server_id);
+        self.lived_in().entry(name.clone()).or_default().by += 1;
+        Residence { homes: self.clone(), name }
+    }
+
+    /// Removes the folders of a server that was deleted: now, or with the end of its last child. May take a while.
+    pub fn remove(&self, server_id: &str) {
+        let name = sha256_hex(server_id);
+        match self.lived_in().get_mut(&name) {
+            Some(lived) => lived.deleted = true,
+            None => self.clear(&name),
+        }
+    }
+
+    /// Removes the folders of servers that are not among these: they were deleted by somebody else.
+    pub fn keep_only<'a>(&self, server_ids: impl Iterator<Item = &'a str>) {
+        let known: std::collections::HashSet<String> = server_ids.map(sha256_hex).collect();
+        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
+            let Ok(name) = entry.file_name().into_string() else { continue };
+            let is_ours = name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+            if is_ours && !known.contains(&name) && !self.lived_in().contains_key(&name) {
+                self.clear(&name);
+            }
+        }
+    }
+
+    fn clear(&self, name: &str) {
+        let folder = self.folder.join(name);
+        if let Err(error) = remove(&folder) {
+            tracing::warn!(%error, folder = name, "the private folder of a deleted server cannot be removed");
+        }
+    }
+}
+
+impl Residence {
+    pub fn home(&self) -> PathBuf {
+        self.homes.folder.join(&self.name).join("home")
+    }
+
+    pub fn tmp(&self) -> PathBuf {
+        self.homes.folder.join(&self.name).join("tmp")
+    }
+}
+
+impl Drop for Residence {
+    fn drop(&mut self) {
+        let mut lived_in = self.homes.lived_in();
+        let Some(lived) = lived_in.get_mut(&self.name) else { return };
+        lived.by -= 1;
+        if lived.by > 0 {
+            return;
+        }
+        let deleted = lived.deleted;
+        lived_in.remove(&self.name);
+        drop(lived_in);
+        if deleted {
+            // A home may hold many files: not on a thread that serves.
+            let (homes, name) = (self.homes.clone(), self.name.clone());
+            std::thread::spawn(move || homes.clear(&name));
+        }
+    }
+}
+
+/// Makes the folders of a child, for its user alone, and empties the second.
+pub fn prepare(order: &Order) -> io::Result<()> {
+    let own = order.home.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    let all = own.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    // A user of the child's own must be able to pass, and to see nothing.
+    let mode = if order.user.is_some() { 0o711 } else { 0o700 };
+    DirBuilder::new().mode(mode).recursive(true).create(own)?;
+    for folder in [all, own] {
+        if fs::metadata(folder)?.permissions().mode() & 0o777 & mode != mode {
+            fs::set_permissions(folder, fs::Permissions::from_mode(mode))?;
+        }
+    }
+    remove(&order.tmp)?;
+    let owner = order.user.unwrap_or(User { uid: rustix::process::geteuid().as_raw(), gid: fs::metadata(own)?.gid() });
+    // What a child put in the place of its home, or left as another user, is no home.
+    if fs::symlink_metadata(&order.home).is_ok_and(|home| !home.is_dir() || home.uid() != owner.uid) {
+        remove(&order.home)?;
+    }
+    for folder in [&order.home, &order.tmp] {
+        match DirBuilder::new().mode(0o700).create(folder) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+        if order.user.is_some() {
+            lchown(folder, Some(owner.uid), Some(owner.gid))?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a file, or a folder with all that is in it, also where its owner took away the right to.
+fn remove(path: &Path) -> io::Result<()> {
+    let first = remove_once(path);
+    if matches!(&first, Err(error) if error.kind() == io::ErrorKind::PermissionDenied) {
+        open_up(path);
+        return remove_once(path);
+    }
+    first
+}
+
+fn remove_once(path: &Path) -> io::Result<()> {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(metadata) if metadata.is_dir() => fs::remove_dir_all(path),
+        Ok(_) => fs::remove_file(path),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Gives the owner of folders all rights to them. Symbolic links are left alone.
+fn open_up(folder: &Path) {
+    let Ok(metadata) = fs::symlink_metadata(folder) else { return };
+    if !metadata.is_dir() {
+        return;
+    }
+    if metadata.permissions().mode() & 0o700 != 0o700 {
+        let _ = fs::set_permissions(folder, fs::Permissions::from_mode(0o700));
+    }
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        open_up(&entry.path());
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn folders_that_were_closed_are_removed_and_what_a_link_points_to_is_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let outside = folder.path().join("outside");
+        fs::create_dir_all(outside.join("kept")).unwrap();
+        let own = folder.path().join("own");
+        fs::create_dir_all(own.join("a/b")).unwrap();
+        fs::write(own.join("a/b/file"), "text").unwrap();
+        std::os::unix::fs::symlink(&outside, own.join("a/link")).unwrap();
+        fs::set_permissions(own.join("a/b"), fs::Permissions::from_mode(0o000)).unwrap();
+        remove(&own).unwrap();
+        assert!(!own.exists());
+        assert!(outside.join("kept").exists());
+        // A link in the place of the folder goes, and nothing else.
+        std::os::unix::fs::symlink(&outside, &own).unwrap();
+        remove(&own).unwrap();
+        assert!(outside.join("kept").exists() && fs::symlink_metadata(&own).is_err());
+    }
+
+    #[test]
+    fn folders_outlive_their_server_only_as_long_as_a_child_lives_in_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let homes = Homes::new(folder.path().to_owned());
+        let make = |residence: &Residence| fs::create_dir_all(residence.home()).unwrap();
+        let (first, second) = (homes.enter("../../a"), homes.enter("../../a"));
+        make(&first);
+        assert!(
+            first.home().starts_with(folder.path()) && first.home().components().all(|part| part.as_os_str() != "..")
+        );
+        homes.remove("../../a");
+        drop(first);
+        assert!(second.home().exists());
+        let home = second.home();
+        drop(second);
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while home.parent().unwrap().exists() {
+            assert!(std::time::Instant::now() < deadline);
+            std::thread::yield_now();
+        }
+        let kept = homes.enter("kept");
+        make(&kept);
+        drop(kept);
+        let left = homes.enter("left");
+        make(&left);
+        let gone = left.home();
+        drop(left);
+        homes.keep_only(["kept"].into_iter());
+        assert!(homes.enter("kept").home().exists() && !gone.exists());
+    }
+}
