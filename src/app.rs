@@ -15,7 +15,7 @@ use crate::config::Settings;
 use crate::error::Error;
 use crate::mcp::Mcp;
 pub use crate::mcp::keeper::{Keeper, keep_children};
-use crate::store::{OpenError, Store};
+use crate::store::{KeySource, OpenError, SealError, Store};
 use crate::{api, serve};
 
 /// How long the database may take to end its connections at a stop; a lock that somebody else holds can hold it up.
@@ -74,8 +74,7 @@ impl App {
         }
         let folder = &settings.storage.data_dir;
         make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
-        let url = settings.storage.database_url.as_ref().map(|url| url.expose());
-        let store = Store::open(url, folder).await?;
+        let store = open_store(&settings).await?;
         let tracker = TaskTracker::new();
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), tracker.clone(), keeper)?;
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
@@ -112,6 +111,16 @@ impl App {
     ) -> Result<T, Error> {
         self.tracker.spawn(work).await.unwrap_or_else(|broken| Err(Error::Internal(broken.into())))
     }
+}
+
+/// Opens the database of these settings with their keys; its folder is there.
+///
+/// # Errors
+/// One sentence for the person who starts Portolan.
+pub async fn open_store(settings: &Settings) -> Result<Store, OpenError> {
+    let keys = KeySource::new(settings.secrets.key.clone(), settings.secrets.key_file.clone());
+    let url = settings.storage.database_url.as_ref().map(|url| url.expose());
+    Store::open(url, &settings.storage.data_dir, keys.map_err(SealError::from)?).await
 }
 
 /// The folder holds other people's keys: only its owner gets in. One that is there already keeps the mode it was given.

@@ -28,7 +28,8 @@
 //! | `error` | why a server cannot be used |
 //! | `listing`, `schema` | tools |
 //! | `result`, `json` | answers |
-//! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory) |
+//! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
+//! | [`command`] | what the program does besides serving, one file per command |
 //!
 //! # Who may import whom
 //!
@@ -37,17 +38,18 @@
 //!
 //! | module | may name |
 //! |---|---|
-//! | `main` | `app`, `config`, `telemetry` |
+//! | `main` | `app`, `command`, `config`, `store`, `telemetry` |
 //! | `lib` | |
 //! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
 //! | `serve` | `config`, `axum` |
-//! | `error` | `mcp`, `store`, `axum` |
+//! | `error` | `mcp`, `model`, `store`, `axum` |
 //! | `config` | `model` |
 //! | `model` | `sqlx` |
 //! | `telemetry` | |
 //! | `api` | `app`, `config`, `error`, `mcp`, `model`, `serve`, `store`, `axum` |
 //! | `mcp` | `config`, `model`, `store` |
 //! | `store` | `model`, `sqlx` |
+//! | `command` | `app`, `config`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many.
 //!
@@ -61,6 +63,7 @@
 
 pub mod api;
 pub mod app;
+pub mod command;
 pub mod config;
 pub mod error;
 pub mod mcp;

@@ -3,7 +3,10 @@
 //! A lookup that finds nothing is `None`, never an error. Every text that goes in has been checked for NUL at the door:
 //! SQLite would keep one, PostgreSQL refuses it.
 
+mod keys;
 mod known;
+mod seal;
+mod sealing;
 mod servers;
 mod tools;
 
@@ -20,9 +23,13 @@ use sqlx::sqlite::{
 };
 use sqlx::{ConnectOptions, Connection};
 
+pub use keys::{KeyError, KeySource, new_key};
+pub use seal::{Place, Unopened};
+pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};
 
 use known::{Known, SHARED_TRUST};
+use sealing::Seal;
 
 /// How long a connection to PostgreSQL may have been idle to be used without a look at it.
 const TRUSTED_IDLE: Duration = Duration::from_secs(1);
@@ -38,6 +45,7 @@ const POSTGRES_CONNECTIONS: u32 = 16;
 pub struct Store {
     pub database: Database,
     known: Arc<Known>,
+    seal: Arc<Seal>,
 }
 
 /// Connections to the one or the other.
@@ -116,14 +124,67 @@ pub enum OpenError {
     Connect { place: String, reason: String },
     #[error("Cannot bring {place} to the schema of this version: {reason}.")]
     Migrate { place: String, reason: String },
+    #[error(transparent)]
+    Seal(#[from] SealError),
 }
 
 impl Store {
     /// Opens the database that `url` names, or `portolan.db` in `data_dir` without one, and brings its schema up to date.
+    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`.
     ///
     /// # Errors
     /// One sentence for the person who starts Portolan, without credentials.
-    pub async fn open(url: Option<&str>, data_dir: &Path) -> Result<Self, OpenError> {
+    pub async fn open(url: Option<&str>, data_dir: &Path, keys: KeySource) -> Result<Self, OpenError> {
+        if let (Some(url), KeySource::Unset) = (url, &keys)
+            && is_postgres(url)
+        {
+            return Err(SealError::from(KeyError::Unset).into());
+        }
+        let database = Database::open(url, data_dir).await?;
+        let seal = Seal::open(&database, keys, data_dir).await?;
+        let trusted_for = match database {
+            Database::Postgres(_) => Some(SHARED_TRUST),
+            Database::Sqlite { .. } => None,
+        };
+        Ok(Self { database, known: Arc::new(Known::new(trusted_for)), seal: Arc::new(seal) })
+    }
+
+    /// Whether the database answers; for `/v1/ready`.
+    pub async fn ping(&self) -> Result<(), Error> {
+        on_db!(self, read pool => sqlx::query("SELECT 1").execute(pool).await.map(|_| ())?);
+        Ok(())
+    }
+
+    /// Ends all connections, after the statements that are running.
+    pub async fn close(&self) {
+        match &self.database {
+            Database::Postgres(pool) => pool.close().await,
+            Database::Sqlite { read, write } => {
+                read.close().await;
+                write.close().await;
+            }
+        }
+    }
+
+    /// What the start-up lines say of this store: kind and place, no credentials.
+    pub fn describe(&self) -> String {
+        match &self.database {
+            Database::Sqlite { write, .. } => format!("SQLite in {}", write.connect_options().get_filename().display()),
+            Database::Postgres(pool) => {
+                let options = pool.connect_options();
+                format!("PostgreSQL at {}:{}", options.get_host(), options.get_port())
+            }
+        }
+    }
+}
+
+fn is_postgres(url: &str) -> bool {
+    url.starts_with("postgres:") || url.starts_with("postgresql:")
+}
+
+impl Database {
+    /// Opens it and brings its schema up to date.
+    async fn open(url: Option<&str>, data_dir: &Path) -> Result<Self, OpenError> {
         match url {
             None => Self::open_sqlite(SqliteConnectOptions::new().filename(data_dir.join("portolan.db"))).await,
             Some(url) if url.starts_with("sqlite:") => {
@@ -133,7 +194,7 @@ impl Store {
                 let options = SqliteConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
                 Self::open_sqlite(options).await
             }
-            Some(url) if url.starts_with("postgres:") || url.starts_with("postgresql:") => {
+            Some(url) if is_postgres(url) => {
                 let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
                 Self::open_postgres(options).await
             }
@@ -149,6 +210,8 @@ impl Store {
             .journal_mode(SqliteJournalMode::Wal)
             .synchronous(SqliteSynchronous::Full)
             .foreign_keys(true)
+            // What was secret does not stay in pages that are free.
+            .pragma("secure_delete", "ON")
             .busy_timeout(ACQUIRE_TIMEOUT)
             .disable_statement_logging();
         let write = SqlitePoolOptions::new()
@@ -164,7 +227,7 @@ impl Store {
             .test_before_acquire(false)
             .acquire_timeout(ACQUIRE_TIMEOUT)
             .connect_lazy_with(options);
-        Ok(Self { database: Database::Sqlite { read, write }, known: Arc::new(Known::new(None)) })
+        Ok(Self::Sqlite { read, write })
     }
 
     async fn open_postgres(options: PgConnectOptions) -> Result<Self, OpenError> {
@@ -198,35 +261,7 @@ impl Store {
             })
             .connect_lazy_with(options);
         migrated(place, sqlx::migrate!("migrations/postgres").run(&pool).await)?;
-        Ok(Self { database: Database::Postgres(pool), known: Arc::new(Known::new(Some(SHARED_TRUST))) })
-    }
-
-    /// Whether the database answers; for `/v1/ready`.
-    pub async fn ping(&self) -> Result<(), Error> {
-        on_db!(self, read pool => sqlx::query("SELECT 1").execute(pool).await.map(|_| ())?);
-        Ok(())
-    }
-
-    /// Ends all connections, after the statements that are running.
-    pub async fn close(&self) {
-        match &self.database {
-            Database::Postgres(pool) => pool.close().await,
-            Database::Sqlite { read, write } => {
-                read.close().await;
-                write.close().await;
-            }
-        }
-    }
-
-    /// What the start-up lines say of this store: kind and place, no credentials.
-    pub fn describe(&self) -> String {
-        match &self.database {
-            Database::Sqlite { write, .. } => format!("SQLite in {}", write.connect_options().get_filename().display()),
-            Database::Postgres(pool) => {
-                let options = pool.connect_options();
-                format!("PostgreSQL at {}:{}", options.get_host(), options.get_port())
-            }
-        }
+        Ok(Self::Postgres(pool))
     }
 }
 
