@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
 pub use crate::mcp::{BECOME, KEEP, become_child, keep_child};
 use crate::mcp::{Egress, Mcp, TlsError};
-use crate::store::{OpenError, Store};
+use crate::store::{KeySource, OpenError, SealError, Store};
 use crate::{api, serve, store};
 
 /// How long the database may take to end its connections at a stop; a lock that somebody else holds can hold it up.
@@ -75,8 +75,7 @@ impl App {
         let origins = Origins::new(&settings.browsers, true)?;
         let folder = &settings.storage.data_dir;
         make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
-        let url = settings.storage.database_url.as_ref().map(|url| url.expose());
-        let store = Store::open(url, folder).await?;
+        let store = open_store(&settings).await?;
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
         let children = Children::new(settings.children.clone(), folder.join("children"), sealed(&settings))?;
@@ -120,6 +119,16 @@ impl App {
     }
 }
 
+/// Opens the database of these settings with their keys; its folder is there.
+///
+/// # Errors
+/// One sentence for the person who starts Portolan.
+pub async fn open_store(settings: &Settings) -> Result<Store, OpenError> {
+    let keys = KeySource::new(settings.secrets.key.clone(), settings.secrets.key_file.clone());
+    let url = settings.storage.database_url.as_ref().map(|url| url.expose());
+    Store::open(url, &settings.storage.data_dir, keys.map_err(SealError::from)?).await
+}
+
 /// The folder holds other people's keys: only its owner gets in. One that is there already keeps the mode it was given.
 fn make_private(folder: &Path) -> std::io::Result<()> {
     if let Ok(metadata) = std::fs::metadata(folder) {
@@ -138,6 +147,7 @@ fn make_private(folder: &Path) -> std::io::Result<()> {
 /// Portolan's own files: no command may ever reach them, whatever its configuration names.
 fn sealed(settings: &Settings) -> Vec<PathBuf> {
     let mut sealed = vec![settings.storage.data_dir.clone()];
+    sealed.extend(settings.secrets.key_file.clone());
     let url = settings.storage.database_url.as_ref().map(|url| url.expose());
     if let Some(file) = url.and_then(store::sqlite_file) {
         // SQLite keeps two more files beside it.

@@ -27,6 +27,21 @@ pub struct Cli {
 pub enum Command {
     /// Serve the API (what happens without a command, too)
     Serve,
+    /// Make a key that seals stored secrets
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Seal all stored secrets again with the first key of the key file, while Portolan serves
+    RotateKeys {
+        /// Only say how many servers each key seals
+        #[arg(long)]
+        dry_run: bool,
+    },
+}
+
+#[derive(Clone, Copy, Debug, Subcommand)]
+pub enum KeyCommand {
+    /// Print a new key; (umask 077; portolan key new > portolan.key) keeps it in a file
+    New,
 }
 
 #[derive(Args, Clone, Debug)]
@@ -37,6 +52,8 @@ pub struct Settings {
     pub browsers: Browsers,
     #[command(flatten)]
     pub storage: Storage,
+    #[command(flatten)]
+    pub secrets: Secrets,
     #[command(flatten)]
     pub logs: Logs,
     #[command(flatten)]
@@ -116,6 +133,29 @@ pub struct Storage {
     /// Database, postgres://… or sqlite:FILE; without it, SQLite in the data folder
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_parser = secret, global = true, value_name = "URL")]
     pub database_url: Option<Secret>,
+}
+
+/// Secrets that Portolan keeps, and who sees them.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Secrets")]
+pub struct Secrets {
+    /// File of the keys that stored secrets are sealed with, one in each line; the first one seals, the others only open.
+    /// SQLite without a key makes portolan.key in the data folder
+    #[arg(long, env = "PORTOLAN_KEY_FILE", global = true, value_name = "FILE")]
+    pub key_file: Option<PathBuf>,
+    /// The one key itself, 32 bytes in base64 or hexadecimal. Give it as a variable: command lines can be read by all
+    #[arg(long, env = "PORTOLAN_KEY", hide_env_values = true, value_parser = secret, global = true, value_name = "KEY")]
+    pub key: Option<Secret>,
+    /// How answers show tokens, header values and what else is secret: masked, or in full to admins, as Letta did
+    #[arg(long, env = "PORTOLAN_SECRETS_IN_RESPONSES", default_value = "masked", global = true, value_name = "HOW")]
+    pub secrets_in_responses: SecretsInResponses,
+}
+
+/// How answers show secrets (CONTRACT row 6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum SecretsInResponses {
+    Masked,
+    Full,
 }
 
 /// What Portolan tells its administrator.

@@ -12,6 +12,7 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
 
+use crate::model::Unreadable;
 use crate::{mcp, store};
 
 /// What a Letta SDK reads before it repeats a request by itself (CONTRACT, "The rule").
@@ -51,6 +52,9 @@ pub enum Error {
     NoTool,
     #[error("An MCP server with this name exists already; choose another name.")]
     NameTaken,
+    /// Its connection cannot be opened, and is not written over: it may be whole once its key is back.
+    #[error(transparent)]
+    Sealed(Unreadable),
     #[error("The request body is larger than {limit} bytes, the most that this path takes.")]
     BodyTooLarge { limit: usize },
     #[error("The request body did not arrive completely.")]
@@ -133,6 +137,7 @@ impl Error {
             Self::Disabled(_) => (StatusCode::FORBIDDEN, "stdio_disabled"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::NameTaken => (StatusCode::CONFLICT, "name_taken"),
+            Self::Sealed(_) => (StatusCode::CONFLICT, "config_sealed"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
             Self::BodyIncomplete => (StatusCode::BAD_REQUEST, "body_incomplete"),
             Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
@@ -193,7 +198,7 @@ impl Error {
         let mut response = (status, Json(body)).into_response();
         let headers = response.headers_mut();
         match self {
-            Self::NameTaken | Self::Refresh { .. } | Self::Connect(_) | Self::Internal(_) => {
+            Self::NameTaken | Self::Sealed(_) | Self::Refresh { .. } | Self::Connect(_) | Self::Internal(_) => {
                 headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
             }
             Self::Overload { retry_after, .. } => {
@@ -275,6 +280,7 @@ mod tests {
             Error::NoServer,
             Error::NoTool,
             Error::NameTaken,
+            Error::Sealed(Unreadable::NoKey),
             Error::BodyTooLarge { limit: 1 },
             Error::BodyIncomplete,
             Error::UnsupportedMediaType,
@@ -298,6 +304,7 @@ mod tests {
                 Error::HostUnclear | Error::HostNotAllowed | Error::PageNotAllowed => false,
                 Error::Forbidden
                 | Error::Disabled(_)
+                | Error::Sealed(_)
                 | Error::Invalid(_)
                 | Error::Refresh { .. }
                 | Error::Connect(_)

@@ -33,7 +33,8 @@
 //! | `listing`, `schema` | tools |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
-//! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory) |
+//! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
+//! | [`command`] | what the program does besides serving, one file per command |
 //!
 //! # Who may import whom
 //!
@@ -42,11 +43,11 @@
 //!
 //! | module | may name |
 //! |---|---|
-//! | `main` | `app`, `config`, `telemetry` |
+//! | `main` | `app`, `command`, `config`, `store`, `telemetry` |
 //! | `lib` | |
 //! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
 //! | `serve` | `config`, `axum` |
-//! | `error` | `mcp`, `store`, `axum` |
+//! | `error` | `mcp`, `model`, `store`, `axum` |
 //! | `config` | `model` |
 //! | `corpus` | |
 //! | `model` | `sqlx` |
@@ -54,6 +55,7 @@
 //! | `api` | `app`, `config`, `corpus`, `error`, `mcp`, `model`, `serve`, `store`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `store` |
 //! | `store` | `corpus`, `model`, `sqlx` |
+//! | `command` | `app`, `config`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many.
 //!
@@ -67,6 +69,7 @@
 
 pub mod api;
 pub mod app;
+pub mod command;
 pub mod config;
 #[cfg(test)]
 mod corpus;

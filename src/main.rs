@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use portolan::app::{App, BECOME, KEEP, become_child, keep_child};
+use portolan::command;
 use portolan::config::{Cli, Command, Settings};
+use portolan::store::Store;
 use portolan::telemetry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
@@ -28,9 +30,18 @@ fn main() -> ExitCode {
         }
         _ => {}
     }
-    let Cli { command, settings } = Cli::parse();
-    let result = match command.unwrap_or(Command::Serve) {
+    let cli = Cli::parse();
+    let settings = cli.settings;
+    let result = match cli.command.unwrap_or(Command::Serve) {
         Command::Serve => run(serve(settings)),
+        Command::Key(key) => {
+            command::key::run(key);
+            Ok(())
+        }
+        Command::RotateKeys { dry_run } => run(async {
+            telemetry::init(&settings.logs.log)?;
+            command::rotate_keys::run(&settings, dry_run).await
+        }),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -59,15 +70,22 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     let listener = TcpListener::bind(&listen).await.map_err(unusable)?;
     let address = listener.local_addr().map_err(unusable)?;
     let app = App::open(settings).await.map_err(|error| error.to_string())?;
-    let lines = format!(
+    let mut lines = format!(
         "Portolan {} listens on http://{address}\nDatabase: {}\nAPI reference: http://{address}/docs\n",
         env!("CARGO_PKG_VERSION"),
         app.store.describe(),
     );
+    if let Some(file) = app.store.made_key() {
+        lines += &format!(
+            "A key was made in {}: keep a copy of it elsewhere, the stored secrets cannot be read without it.\n",
+            file.display()
+        );
+    }
     let mut signals = Signals::listen()?;
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let shutdown = CancellationToken::new();
+    let reloading = reload_keys(app.store.clone(), signal(SignalKind::hangup()).map_err(unwaitable)?);
     let serving = app.serve(listener, shutdown.clone());
     let stopping = async {
         signals.next().await;
@@ -77,6 +95,7 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     tokio::select! {
         clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned()) },
         () = stopping => Err("Stopped at once by a second signal.".to_owned()),
+        () = reloading => Ok(()),
     }
 }
 
@@ -118,6 +137,22 @@ fn fit_open_files(connections: &mut usize) {
     }
 }
 
+/// Reads the key file again at each SIGHUP.
+async fn reload_keys(store: Store, mut hangup: Signal) {
+    while hangup.recv().await.is_some() {
+        match store.reload_keys().await {
+            Ok(keys) => tracing::info!(keys, "keys read again"),
+            Err(error) => tracing::error!(%error, "the keys cannot be read again and stay as they were"),
+        }
+    }
+    // There are no signals any more; serving goes on.
+    std::future::pending().await
+}
+
+fn unwaitable(error: std::io::Error) -> String {
+    format!("Cannot wait for signals: {error}.")
+}
+
 /// SIGTERM and SIGINT: the first stops Portolan gracefully, the second at once.
 struct Signals {
     term: Signal,
@@ -126,7 +161,7 @@ struct Signals {
 
 impl Signals {
     fn listen() -> Result<Self, String> {
-        let listen = |kind| signal(kind).map_err(|error| format!("Cannot wait for signals: {error}."));
+        let listen = |kind| signal(kind).map_err(unwaitable);
         Ok(Self { term: listen(SignalKind::terminate())?, int: listen(SignalKind::interrupt())? })
     }
 

@@ -120,7 +120,7 @@ pub struct Remote {
     pub custom_headers: Option<SecretMap>,
 }
 
-/// How to connect to one MCP server. Its serialized form, secrets in clear, is the column `servers.config`.
+/// How to connect to one MCP server. Its serialized form, secrets in clear, is what the column `servers.config` seals.
 #[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
 pub enum Connector {
@@ -151,14 +151,41 @@ impl fmt::Debug for Connector {
 #[derive(Clone, Debug)]
 pub struct Config(pub Result<Connector, Unreadable>);
 
-/// The stored configuration is not one this version understands.
+/// Why a stored configuration cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("The stored configuration of this server cannot be read; set it again with PATCH, or delete the server.")]
-pub struct Unreadable;
+pub enum Unreadable {
+    #[error("The stored configuration of this server cannot be read; set it again with PATCH, or delete the server.")]
+    Foreign,
+    #[error(
+        "The stored configuration of this server is sealed with a key that Portolan does not have; add that key to the key \
+         file again, or delete the server."
+    )]
+    NoKey,
+    #[error(
+        "The stored configuration of this server was changed in the database and cannot be opened; restore it from a \
+         backup, or delete the server."
+    )]
+    Damaged,
+}
 
-impl From<String> for Config {
-    fn from(text: String) -> Self {
-        Self(serde_json::from_str(&text).map_err(|_| Unreadable))
+impl Unreadable {
+    /// It may be whole, once its key is back: it must not be written over.
+    pub fn is_sealed(self) -> bool {
+        matches!(self, Self::NoKey | Self::Damaged)
+    }
+}
+
+impl Config {
+    /// Reads what [`Connector`]'s serialized form is.
+    pub fn read(text: &[u8]) -> Self {
+        Self(serde_json::from_slice(text).map_err(|_| Unreadable::Foreign))
+    }
+}
+
+impl Default for Config {
+    /// What is not opened.
+    fn default() -> Self {
+        Self(Err(Unreadable::NoKey))
     }
 }
 
@@ -228,7 +255,8 @@ pub struct Server {
     pub server_name: String,
     #[sqlx(rename = "type", try_from = "String")]
     pub server_type: ServerType,
-    #[sqlx(try_from = "String")]
+    /// Not of the row itself: the store opens it.
+    #[sqlx(skip)]
     pub config: Config,
     /// Grows by one with each change of `config`; a session opened for an older revision is not used any more.
     pub revision: i64,
@@ -236,7 +264,8 @@ pub struct Server {
     pub era: Option<String>,
     #[sqlx(try_from = "String")]
     pub state: State,
-    /// Why `state` is not `ready`, in one sentence.
+    /// Why `state` is not `ready`, in one sentence; the store opens it, too.
+    #[sqlx(skip)]
     pub error: Option<String>,
     /// When its tools were last listed with success.
     pub last_synced_at: Option<DateTime<Utc>>,
@@ -266,12 +295,10 @@ pub struct Tool {
     pub definition: String,
 }
 
-/// A tool and its server, as one row; the server's `tool_count` is not counted here.
-#[derive(Clone, Debug, FromRow)]
+/// A tool and its server; the server's `tool_count` is not counted here.
+#[derive(Clone, Debug)]
 pub struct ServerTool {
-    #[sqlx(flatten)]
     pub server: Server,
-    #[sqlx(flatten)]
     pub tool: Tool,
 }
 

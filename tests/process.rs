@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Database, client, eventually, fake_mcp, processes_naming, scripts};
+use crate::harness::{Database, KEY, client, eventually, fake_mcp, processes_naming, scripts};
 
 /// The real program, running.
 pub(crate) struct Program {
@@ -18,10 +18,15 @@ pub(crate) struct Program {
 
 pub(crate) fn command(folder: &Path, database: Option<&str>) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_portolan"));
-    command.env_remove("DATABASE_URL").env("PORTOLAN_LISTEN", "127.0.0.1:0").current_dir(folder);
+    command
+        .env_remove("DATABASE_URL")
+        .env_remove("PORTOLAN_KEY")
+        .env_remove("PORTOLAN_KEY_FILE")
+        .env("PORTOLAN_LISTEN", "127.0.0.1:0")
+        .current_dir(folder);
     command.stderr(Stdio::null());
     if let Some(database) = database {
-        command.env("DATABASE_URL", database);
+        command.env("DATABASE_URL", database).env("PORTOLAN_KEY", KEY);
     }
     command
 }

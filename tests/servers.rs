@@ -1,5 +1,6 @@
 //! `/v1/mcp-servers/`: register, list, retrieve, change, delete (CONTRACT rows 1 to 10).
 
+use portolan::store::{Database, Place};
 use serde_json::{Value, json};
 
 use crate::fake;
@@ -367,10 +368,12 @@ async fn a_row_that_cannot_be_read_hides_no_other_and_can_be_mended() {
     let fine = portolan.create("fine", json!({ "server_url": DEAD })).await;
     let id = broken["id"].as_str().unwrap();
     // What an older or newer version may have written.
-    let spoil = "UPDATE servers SET config = 'no JSON', state = 'sleeping', era = 'bronze' WHERE id = $1";
+    let config = Place { table: "servers", column: "config", id };
+    let foreign = portolan.app.store.seal(config, b"{\"type\":\"carrier_pigeon\"}");
+    let spoil = "UPDATE servers SET config = $2, state = 'sleeping', era = 'bronze' WHERE id = $1";
     let spoiled = match &portolan.app.store.database {
-        portolan::store::Database::Postgres(pool) => sqlx::query(spoil).bind(id).execute(pool).await.map(|_| ()),
-        portolan::store::Database::Sqlite { write, .. } => sqlx::query(spoil).bind(id).execute(write).await.map(|_| ()),
+        Database::Postgres(pool) => sqlx::query(spoil).bind(id).bind(foreign).execute(pool).await.map(|_| ()),
+        Database::Sqlite { write, .. } => sqlx::query(spoil).bind(id).bind(foreign).execute(write).await.map(|_| ()),
     };
     spoiled.unwrap();
     let list = portolan.get("/v1/mcp-servers/").await.expect(200);

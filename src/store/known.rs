@@ -156,7 +156,7 @@ mod tests {
             id: server_id.to_owned(),
             server_name: String::new(),
             server_type: ServerType::Stdio,
-            config: Config(Err(Unreadable)),
+            config: Config(Err(Unreadable::Foreign)),
             revision: 1,
             era: None,
             state: State::Ready,

@@ -3,7 +3,10 @@
 //! A lookup that finds nothing is `None`, never an error. Every text that goes in has been checked for NUL at the door:
 //! SQLite would keep one, PostgreSQL refuses it.
 
+mod keys;
 mod known;
+mod seal;
+mod sealing;
 mod servers;
 mod tools;
 
@@ -20,9 +23,13 @@ use sqlx::sqlite::{
 };
 use sqlx::{ConnectOptions, Connection};
 
+pub use keys::{KeyError, KeySource, new_key};
+pub use seal::{Place, Unopened};
+pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};
 
 use known::{Known, SHARED_TRUST};
+use sealing::Seal;
 
 /// How long a connection to PostgreSQL may have been idle to be used without a look at it.
 const TRUSTED_IDLE: Duration = Duration::from_secs(1);
@@ -38,6 +45,7 @@ const POSTGRES_CONNECTIONS: u32 = 16;
 pub struct Store {
     pub database: Database,
     known: Arc<Known>,
+    seal: Arc<Seal>,
 }
 
 /// Connections to the one or the other.
@@ -116,6 +124,8 @@ pub enum OpenError {
     Connect { place: String, reason: String },
     #[error("Cannot bring {place} to the schema of this version: {reason}.")]
     Migrate { place: String, reason: String },
+    #[error(transparent)]
+    Seal(#[from] SealError),
 }
 
 /// The file of a SQLite database, if the URL names one.
@@ -126,85 +136,23 @@ pub fn sqlite_file(url: &str) -> Option<PathBuf> {
 
 impl Store {
     /// Opens the database that `url` names, or `portolan.db` in `data_dir` without one, and brings its schema up to date.
+    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`.
     ///
     /// # Errors
     /// One sentence for the person who starts Portolan, without credentials.
-    pub async fn open(url: Option<&str>, data_dir: &Path) -> Result<Self, OpenError> {
-        match url {
-            None => Self::open_sqlite(SqliteConnectOptions::new().filename(data_dir.join("portolan.db"))).await,
-            Some(url) if url.starts_with("sqlite:") => {
-                if url.contains(":memory:") || url.contains("mode=memory") {
-                    return Err(OpenError::InMemory);
-                }
-                let options = SqliteConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
-                Self::open_sqlite(options).await
-            }
-            Some(url) if url.starts_with("postgres:") || url.starts_with("postgresql:") => {
-                let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
-                Self::open_postgres(options).await
-            }
-            Some(_) => Err(OpenError::Scheme),
+    pub async fn open(url: Option<&str>, data_dir: &Path, keys: KeySource) -> Result<Self, OpenError> {
+        if let (Some(url), KeySource::Unset) = (url, &keys)
+            && is_postgres(url)
+        {
+            return Err(SealError::from(KeyError::Unset).into());
         }
-    }
-
-    async fn open_sqlite(options: SqliteConnectOptions) -> Result<Self, OpenError> {
-        let place = format!("the SQLite database {}", options.get_filename().display());
-        make_private(options.get_filename());
-        let options = options
-            .create_if_missing(true)
-            .journal_mode(SqliteJournalMode::Wal)
-            .synchronous(SqliteSynchronous::Full)
-            .foreign_keys(true)
-            .busy_timeout(ACQUIRE_TIMEOUT)
-            .disable_statement_logging();
-        let write = SqlitePoolOptions::new()
-            .max_connections(1)
-            .test_before_acquire(false)
-            .acquire_timeout(WRITE_TIMEOUT)
-            .connect_with(options.clone())
-            .await
-            .map_err(|error| OpenError::Connect { place: place.clone(), reason: one_line(&error) })?;
-        migrated(place, sqlx::migrate!("migrations/sqlite").run(&write).await)?;
-        let read = SqlitePoolOptions::new()
-            .max_connections(SQLITE_READERS)
-            .test_before_acquire(false)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            .connect_lazy_with(options);
-        Ok(Self { database: Database::Sqlite { read, write }, known: Arc::new(Known::new(None)) })
-    }
-
-    async fn open_postgres(options: PgConnectOptions) -> Result<Self, OpenError> {
-        let place = format!(
-            "the PostgreSQL database {:?} at {}:{}",
-            options.get_database().unwrap_or("(default)"),
-            options.get_host(),
-            options.get_port()
-        );
-        let options = options.application_name("portolan").disable_statement_logging();
-        // A pool retries a refused connection until its time is up and then says only that; one connection says why.
-        let refused = |reason| OpenError::Connect { place: place.clone(), reason };
-        let first = tokio::time::timeout(ACQUIRE_TIMEOUT, sqlx::PgConnection::connect_with(&options))
-            .await
-            .map_err(|_| refused(format!("it did not answer within {} s", ACQUIRE_TIMEOUT.as_secs())))?
-            .map_err(|error| refused(one_line(&error)))?;
-        // Best effort: the connection worked, how it ends changes nothing.
-        let _ = first.close().await;
-        let pool = PgPoolOptions::new()
-            .max_connections(POSTGRES_CONNECTIONS)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            // A look at a connection costs a round trip: only for one that was idle long enough to have been cut.
-            .test_before_acquire(false)
-            .before_acquire(|connection, meta| {
-                Box::pin(async move {
-                    if meta.idle_for > TRUSTED_IDLE {
-                        connection.ping().await?;
-                    }
-                    Ok(true)
-                })
-            })
-            .connect_lazy_with(options);
-        migrated(place, sqlx::migrate!("migrations/postgres").run(&pool).await)?;
-        Ok(Self { database: Database::Postgres(pool), known: Arc::new(Known::new(Some(SHARED_TRUST))) })
+        let database = Database::open(url, data_dir).await?;
+        let seal = Seal::open(&database, keys, data_dir).await?;
+        let trusted_for = match database {
+            Database::Postgres(_) => Some(SHARED_TRUST),
+            Database::Sqlite { .. } => None,
+        };
+        Ok(Self { database, known: Arc::new(Known::new(trusted_for)), seal: Arc::new(seal) })
     }
 
     /// Whether the database answers; for `/v1/ready`.
@@ -246,6 +194,93 @@ impl Store {
                 format!("PostgreSQL at {}:{}", options.get_host(), options.get_port())
             }
         }
+    }
+}
+
+fn is_postgres(url: &str) -> bool {
+    url.starts_with("postgres:") || url.starts_with("postgresql:")
+}
+
+impl Database {
+    /// Opens it and brings its schema up to date.
+    async fn open(url: Option<&str>, data_dir: &Path) -> Result<Self, OpenError> {
+        match url {
+            None => Self::open_sqlite(SqliteConnectOptions::new().filename(data_dir.join("portolan.db"))).await,
+            Some(url) if url.starts_with("sqlite:") => {
+                if url.contains(":memory:") || url.contains("mode=memory") {
+                    return Err(OpenError::InMemory);
+                }
+                let options = SqliteConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
+                Self::open_sqlite(options).await
+            }
+            Some(url) if is_postgres(url) => {
+                let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
+                Self::open_postgres(options).await
+            }
+            Some(_) => Err(OpenError::Scheme),
+        }
+    }
+
+    async fn open_sqlite(options: SqliteConnectOptions) -> Result<Self, OpenError> {
+        let place = format!("the SQLite database {}", options.get_filename().display());
+        make_private(options.get_filename());
+        let options = options
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .synchronous(SqliteSynchronous::Full)
+            .foreign_keys(true)
+            // What was secret does not stay in pages that are free.
+            .pragma("secure_delete", "ON")
+            .busy_timeout(ACQUIRE_TIMEOUT)
+            .disable_statement_logging();
+        let write = SqlitePoolOptions::new()
+            .max_connections(1)
+            .test_before_acquire(false)
+            .acquire_timeout(WRITE_TIMEOUT)
+            .connect_with(options.clone())
+            .await
+            .map_err(|error| OpenError::Connect { place: place.clone(), reason: one_line(&error) })?;
+        migrated(place, sqlx::migrate!("migrations/sqlite").run(&write).await)?;
+        let read = SqlitePoolOptions::new()
+            .max_connections(SQLITE_READERS)
+            .test_before_acquire(false)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .connect_lazy_with(options);
+        Ok(Self::Sqlite { read, write })
+    }
+
+    async fn open_postgres(options: PgConnectOptions) -> Result<Self, OpenError> {
+        let place = format!(
+            "the PostgreSQL database {:?} at {}:{}",
+            options.get_database().unwrap_or("(default)"),
+            options.get_host(),
+            options.get_port()
+        );
+        let options = options.application_name("portolan").disable_statement_logging();
+        // A pool retries a refused connection until its time is up and then says only that; one connection says why.
+        let refused = |reason| OpenError::Connect { place: place.clone(), reason };
+        let first = tokio::time::timeout(ACQUIRE_TIMEOUT, sqlx::PgConnection::connect_with(&options))
+            .await
+            .map_err(|_| refused(format!("it did not answer within {} s", ACQUIRE_TIMEOUT.as_secs())))?
+            .map_err(|error| refused(one_line(&error)))?;
+        // Best effort: the connection worked, how it ends changes nothing.
+        let _ = first.close().await;
+        let pool = PgPoolOptions::new()
+            .max_connections(POSTGRES_CONNECTIONS)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            // A look at a connection costs a round trip: only for one that was idle long enough to have been cut.
+            .test_before_acquire(false)
+            .before_acquire(|connection, meta| {
+                Box::pin(async move {
+                    if meta.idle_for > TRUSTED_IDLE {
+                        connection.ping().await?;
+                    }
+                    Ok(true)
+                })
+            })
+            .connect_lazy_with(options);
+        migrated(place, sqlx::migrate!("migrations/postgres").run(&pool).await)?;
+        Ok(Self::Postgres(pool))
     }
 }
 

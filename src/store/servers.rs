@@ -1,7 +1,10 @@
 //! The table `servers`.
 
+use secrecy::zeroize::Zeroizing;
+
 use crate::model::{Connector, Era, Server, State};
 
+use super::sealing::ServerRow;
 use super::{Error, Store, now, on_db};
 
 /// The columns of [`Server`], after `SELECT` or `RETURNING`.
@@ -34,12 +37,12 @@ impl Store {
              VALUES ($1, $2, $3, $4, 1, $5, $6, $6) RETURNING ",
             columns!()
         );
-        let config = to_text(connector);
+        let config = self.sealed_config(id, connector);
         // A transaction, although it is one statement: sqlx takes one row from SQLite and hears nothing of a commit that
         // fails after it.
         on_db!(self, write pool => {
             let mut transaction = pool.begin().await?;
-            let server = sqlx::query_as(SQL)
+            let server: ServerRow = sqlx::query_as(SQL)
                 .bind(id)
                 .bind(server_name)
                 .bind(connector.server_type().as_str())
@@ -50,26 +53,31 @@ impl Store {
                 .await
                 .map_err(taken)?;
             transaction.commit().await?;
-            Ok(server)
+            Ok(self.opened(server))
         })
     }
 
     /// All servers, oldest first. A row whose configuration cannot be read is among them (CONTRACT row 10).
     pub async fn servers(&self) -> Result<Vec<Server>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM servers ORDER BY created_at, id");
-        Ok(on_db!(self, read pool => sqlx::query_as(SQL).fetch_all(pool).await)?)
+        let rows: Vec<ServerRow> = on_db!(self, read pool => sqlx::query_as(SQL).fetch_all(pool).await)?;
+        Ok(rows.into_iter().map(|row| self.opened(row)).collect())
     }
 
     /// The server with this id.
     pub async fn server(&self, id: &str) -> Result<Option<Server>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM servers WHERE id = $1");
-        Ok(on_db!(self, read pool => sqlx::query_as(SQL).bind(id).fetch_optional(pool).await)?)
+        let row: Option<ServerRow> =
+            on_db!(self, read pool => sqlx::query_as(SQL).bind(id).fetch_optional(pool).await)?;
+        Ok(row.map(|row| self.opened(row)))
     }
 
     /// The server with this name.
     pub async fn server_by_name(&self, server_name: &str) -> Result<Option<Server>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM servers WHERE server_name = $1");
-        Ok(on_db!(self, read pool => sqlx::query_as(SQL).bind(server_name).fetch_optional(pool).await)?)
+        let row: Option<ServerRow> =
+            on_db!(self, read pool => sqlx::query_as(SQL).bind(server_name).fetch_optional(pool).await)?;
+        Ok(row.map(|row| self.opened(row)))
     }
 
     /// Changes a server as `change` says of its present row, in one transaction that holds the row, so that of two
@@ -91,10 +99,11 @@ impl Store {
         let write = async {
             on_db!(self, write pool => {
                 let mut transaction = pool.begin().await.map_err(Error::from)?;
-                let current = sqlx::query_as(LOCK).bind(id).fetch_optional(&mut *transaction).await.map_err(Error::from)?;
+                let current: Option<ServerRow> =
+                    sqlx::query_as(LOCK).bind(id).fetch_optional(&mut *transaction).await.map_err(Error::from)?;
                 let Some(current) = current else { return Ok(None) };
-                let update = change(&current)?;
-                let changed = match &update.connector {
+                let update = change(&self.opened(current))?;
+                let changed: Result<ServerRow, _> = match &update.connector {
                     None => sqlx::query_as(RENAME)
                         .bind(id)
                         .bind(&update.server_name)
@@ -106,14 +115,14 @@ impl Store {
                         .bind(&update.server_name)
                         .bind(now())
                         .bind(connector.server_type().as_str())
-                        .bind(to_text(connector))
+                        .bind(self.sealed_config(id, connector))
                         .bind(State::NeverConnected.as_str())
                         .fetch_one(&mut *transaction)
                         .await,
                 };
                 let changed = changed.map_err(taken)?;
                 transaction.commit().await.map_err(Error::from)?;
-                Ok(Some(changed))
+                Ok(Some(self.opened(changed)))
             })
         };
         self.known.during(id, write).await
@@ -136,7 +145,7 @@ impl Store {
                 .bind(id)
                 .bind(revision)
                 .bind(reached.state.as_str())
-                .bind(reached.error.as_deref())
+                .bind(self.sealed_error(id, reached.error.as_deref()))
                 .bind(reached.era.map(Era::as_str))
                 .execute(pool)
                 .await
@@ -146,8 +155,9 @@ impl Store {
     }
 }
 
-pub(super) fn to_text(connector: &Connector) -> String {
-    serde_json::to_string(connector).expect("a connector is strings and maps of strings")
+/// What is sealed of a connector.
+pub(super) fn to_text(connector: &Connector) -> Zeroizing<String> {
+    Zeroizing::new(serde_json::to_string(connector).expect("a connector is strings and maps of strings"))
 }
 
 fn taken(error: sqlx::Error) -> Error {

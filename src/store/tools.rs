@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use serde_json::{Map, Value};
+use sqlx::FromRow;
 
 use crate::model::{Changed, Era, Offered, ServerTool, State, Tool, ToolChanges, sha256_hex};
 
+use super::sealing::ServerRow;
 use super::{Error, Store, now, on_db};
 
 /// The columns of [`Tool`], as `tools` has them.
@@ -20,6 +22,15 @@ macro_rules! columns {
 const ROWS_AT_ONCE: usize = 500;
 
 const LIST: &str = concat!("SELECT ", columns!(), " FROM tools WHERE server_id = $1 ORDER BY position");
+
+/// A tool and its server, as they are stored.
+#[derive(FromRow)]
+struct Row {
+    #[sqlx(flatten)]
+    server: ServerRow,
+    #[sqlx(flatten)]
+    tool: Tool,
+}
 
 impl Store {
     /// The tools of a server in the server's own order.
@@ -40,12 +51,12 @@ impl Store {
             return Ok(Some(known));
         }
         let reading = self.known.reading();
-        let found = on_db!(self, read pool => sqlx::query_as(SQL)
+        let found: Option<Row> = on_db!(self, read pool => sqlx::query_as(SQL)
             .bind(tool_id)
             .bind(server_id)
             .fetch_optional(pool)
             .await)?;
-        let found = found.map(Arc::new);
+        let found = found.map(|Row { server, tool }| Arc::new(ServerTool { server: self.opened(server), tool }));
         if let Some(row) = &found {
             self.known.remember(reading, row);
         }
@@ -78,7 +89,7 @@ impl Store {
                     .bind(State::Ready.as_str())
                     .bind(era.map(Era::as_str))
                     .bind(now())
-                    .bind(notice)
+                    .bind(self.sealed_error(server_id, notice))
                     .fetch_optional(&mut *transaction)
                     .await?;
                 if ready.is_none() {

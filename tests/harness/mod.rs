@@ -22,6 +22,9 @@ use tokio_util::sync::CancellationToken;
 /// What a test waits at most for something that happens by itself.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 
+/// What seals in the databases of tests, where PostgreSQL needs to be given one.
+pub(crate) const KEY: &str = "dGVzdHMgYWxvbmUgc2VhbCB3aXRoIHRoaXMgb25lISE=";
+
 pub(crate) struct Portolan {
     url: String,
     pub(crate) app: App,
@@ -66,6 +69,8 @@ pub(crate) fn settings(folder: &Path, database: &Database, change: impl FnOnce(&
     let mut settings = Cli::parse_from(["portolan"]).settings;
     settings.storage.data_dir = folder.join("data");
     settings.storage.database_url = database.url().map(Into::into);
+    // SQLite makes one.
+    settings.secrets.key = database.url().map(|_| KEY.to_owned().into());
     settings.upstream.handshake_timeout = Duration::from_secs(10);
     settings.children.program = env!("CARGO_BIN_EXE_portolan").into();
     change(&mut settings);

@@ -136,6 +136,8 @@ class Portolan(Process):
         argv = [os.environ["PORTOLAN_BIN"], "--listen", "127.0.0.1:0", "--data-dir", str(data)]
         if url := os.environ.get("PORTOLAN_DATABASE_URL"):
             argv += ["--database-url", url]
+            # 32 bytes like any others; SQLite makes its own.
+            settings["PORTOLAN_KEY"] = "5f" * 32
         super().__init__(argv, settings | (env or {}))
         self.url = self.line_with(" listens on http://").split(" listens on ")[1].strip()
         self.database = self.line_with("Database: ").removeprefix("Database: ")

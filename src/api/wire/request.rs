@@ -59,6 +59,11 @@ impl UpdateServer {
         if self.fields.is_empty() {
             return Ok(None);
         }
+        if let Err(unreadable) = &server.config.0
+            && unreadable.is_sealed()
+        {
+            return Err(Error::Sealed(*unreadable));
+        }
         let mut reader = Reader::default();
         let current = server.config.0.as_ref().ok().cloned().map(ConnectorFields::from);
         let connector = self.fields.over(current, server.server_type).build(&mut reader);

@@ -99,7 +99,11 @@ export class Portolan extends Process {
     const ours = /^(PORTOLAN_|LETTA_|MCP_|NODE_|DATABASE_URL)/;
     const env = Object.fromEntries(Object.entries(process.env).filter(([key]) => !ours.test(key)));
     const args = ["--listen", "127.0.0.1:0", "--data-dir", path.join(folder, "data")];
-    if (process.env.PORTOLAN_DATABASE_URL) args.push("--database-url", process.env.PORTOLAN_DATABASE_URL);
+    if (process.env.PORTOLAN_DATABASE_URL) {
+      args.push("--database-url", process.env.PORTOLAN_DATABASE_URL);
+      // 32 bytes like any others; SQLite makes its own.
+      env.PORTOLAN_KEY = "5f".repeat(32);
+    }
     const portolan = new Portolan(process.env.PORTOLAN_BIN, args, { ...env, ...settings });
     portolan.folder = folder;
     portolan.url = (await portolan.lineWith(" listens on http://")).split(" listens on ")[1].trim();

@@ -1,0 +1,14 @@
+//! What the program does besides serving, one file per command. Each writes lines to standard output, and ends with one
+//! sentence where it fails.
+
+pub mod key;
+pub mod rotate_keys;
+
+use std::fmt::Display;
+use std::io::Write;
+
+/// Writes one line. A reader that has gone is no reason to stop half-way.
+fn say(line: impl Display) {
+    let mut out = std::io::stdout();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}

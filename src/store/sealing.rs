@@ -1,0 +1,391 @@
+//! What of the database is sealed, with which keys, and how they change.
+//!
+//! The table `sealing_keys` names the keys that seal in this database, each with a text that it sealed. Portolan does not
+//! start without one of them: it would show every secret as lost, and seal new ones with a key that others do not have.
+//! Nor is a key made for a database in which something was sealed.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, RwLock};
+
+use secrecy::zeroize::Zeroizing;
+use sqlx::FromRow;
+
+use crate::model::{Config, Connector, Server, Unreadable};
+
+use super::keys::{KeyError, KeySource};
+use super::seal::{Keyring, Place, Unopened, key_id};
+use super::{Database, Error, Store, now, on_db};
+
+/// What each key seals in `sealing_keys`.
+const KNOWN: &[u8] = b"portolan";
+/// Rows that one step of a rotation reads, and seals again in one transaction.
+const ROWS_AT_ONCE: i64 = 50;
+/// How often a rotation goes through all rows, if others go on changing them.
+const PASSES: usize = 10;
+
+/// The keys in use, and where they come from.
+pub(super) struct Seal {
+    ring: RwLock<Arc<Keyring>>,
+    source: KeySource,
+    made: Option<PathBuf>,
+}
+
+impl Seal {
+    /// Gets the keys of a database that is up to date, and makes one for a SQLite database that is to have one.
+    pub(super) async fn open(database: &Database, source: KeySource, data_dir: &Path) -> Result<Self, SealError> {
+        let unlocked = Unlocked { database };
+        let (ring, source, made) = match (source, database) {
+            (KeySource::Unset, Database::Sqlite { .. }) => {
+                let source = KeySource::in_folder(data_dir);
+                let mut made = None;
+                let ring = match source.read() {
+                    Err(KeyError::Missing(file)) if unlocked.is_unsealed().await? => {
+                        made = source.make()?.then_some(file);
+                        source.read()?
+                    }
+                    Err(KeyError::Missing(file)) => return Err(KeyError::Gone(file).into()),
+                    read => read?,
+                };
+                (ring, source, made)
+            }
+            (source, _) => (source.read()?, source, None),
+        };
+        for (key, rows) in unlocked.admit(&ring).await? {
+            tracing::warn!(key, rows, "servers are sealed with a key that is not among the keys; they cannot be used");
+        }
+        if let Database::Sqlite { write, .. } = database
+            && let Err(error) = clean(write).await
+        {
+            tracing::warn!(%error, "what was stored in clear may still be in the database file; the next start tries again");
+        }
+        Ok(Self { ring: RwLock::new(Arc::new(ring)), source, made })
+    }
+
+    fn ring(&self) -> Arc<Keyring> {
+        self.ring.read().expect("no code panics while it changes the keys").clone()
+    }
+}
+
+/// Why the keys at hand cannot be used with this database; one sentence for the person who starts Portolan.
+#[derive(Debug, thiserror::Error)]
+pub enum SealError {
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(
+        "This is not the key that the database is sealed with: that is key {theirs}, and key {ours} was given; give the \
+         right one with --key-file or PORTOLAN_KEY."
+    )]
+    Wrong { theirs: String, ours: String },
+    #[error(
+        "What the database knows of key {0} was changed, so the key cannot be checked; restore the table sealing_keys \
+         from a backup."
+    )]
+    Check(String),
+    #[error(
+        "Key {key} is not among the keys any more, and still seals {rows} of the servers; the keys stay as they were. \
+         Add it again, run portolan rotate-keys, and then take it out."
+    )]
+    Needed { key: String, rows: i64 },
+    #[error("The keys cannot be checked: {}.", super::one_line(&.0))]
+    Database(#[from] sqlx::Error),
+}
+
+fn config_of(id: &str) -> Place<'_> {
+    Place { table: "servers", column: "config", id }
+}
+
+fn error_of(id: &str) -> Place<'_> {
+    Place { table: "servers", column: "error", id }
+}
+
+fn known_of(key_id: &str) -> Place<'_> {
+    Place { table: "sealing_keys", column: "known", id: key_id }
+}
+
+/// A row of `servers`, as it is stored: `config`, and `error`, which may quote a server's own words, are sealed.
+#[derive(FromRow)]
+pub(super) struct ServerRow {
+    #[sqlx(flatten)]
+    server: Server,
+    config: String,
+    error: Option<String>,
+}
+
+impl Store {
+    /// The server of a row. A configuration that cannot be opened hides nothing else of it.
+    pub(super) fn opened(&self, row: ServerRow) -> Server {
+        let ServerRow { mut server, config, error } = row;
+        let ring = self.seal.ring();
+        server.config = match ring.open(config_of(&server.id), &config) {
+            Ok(text) => Config::read(&text),
+            Err(Unopened::NoKey) => Config(Err(Unreadable::NoKey)),
+            Err(Unopened::Damaged) => Config(Err(Unreadable::Damaged)),
+        };
+        // An error is only what was found last time; one that cannot be opened will be found again.
+        let error = error.and_then(|error| ring.open(error_of(&server.id), &error).ok());
+        server.error = error.map(|error| String::from_utf8_lossy(&error).into_owned());
+        server
+    }
+
+    /// What `servers.config` of this row is to hold.
+    pub(super) fn sealed_config(&self, id: &str, connector: &Connector) -> String {
+        self.seal.ring().first().seal(config_of(id), super::servers::to_text(connector).as_bytes())
+    }
+
+    /// What `servers.error` of this row is to hold.
+    pub(super) fn sealed_error(&self, id: &str, error: Option<&str>) -> Option<String> {
+        error.map(|error| self.seal.ring().first().seal(error_of(id), error.as_bytes()))
+    }
+
+    /// Seals a text for one column of one row, with the first key.
+    pub fn seal(&self, place: Place<'_>, text: &[u8]) -> String {
+        self.seal.ring().first().seal(place, text)
+    }
+
+    /// Opens what was sealed for this very place.
+    pub fn open_sealed(&self, place: Place<'_>, envelope: &str) -> Result<Zeroizing<Vec<u8>>, Unopened> {
+        self.seal.ring().open(place, envelope)
+    }
+
+    /// The key file, if it was made at this start.
+    pub fn made_key(&self) -> Option<&Path> {
+        self.seal.made.as_deref()
+    }
+
+    /// Reads the key file again, and seals with its first key from now on; how many keys there are. What a variable gave
+    /// stays as it is.
+    ///
+    /// # Errors
+    /// When the file cannot be used, or lacks a key that is needed still; the keys then stay as they were.
+    pub async fn reload_keys(&self) -> Result<usize, SealError> {
+        let ring = self.seal.source.read()?;
+        let lost = Unlocked { database: &self.database }.admit(&ring).await?;
+        let known = self.seal.ring();
+        if let Some((key, rows)) = lost.into_iter().find(|(key, _)| known.key(key).is_some()) {
+            return Err(SealError::Needed { key, rows });
+        }
+        let keys = ring.keys().count();
+        *self.seal.ring.write().expect("no code panics while it changes the keys") = Arc::new(ring);
+        Ok(keys)
+    }
+}
+
+/// A database whose keys are not known yet.
+pub(super) struct Unlocked<'a> {
+    pub(super) database: &'a Database,
+}
+
+impl Unlocked<'_> {
+    /// Whether nothing was ever sealed in it.
+    async fn is_unsealed(&self) -> sqlx::Result<bool> {
+        const SQL: &str = "SELECT count(*) FROM sealing_keys";
+        let keys: i64 = on_db!(self, write pool => sqlx::query_scalar(SQL).fetch_one(pool).await?);
+        Ok(keys == 0 && self.sealed_by().await?.is_empty())
+    }
+
+    /// How many servers each key seals, by its id.
+    async fn sealed_by(&self) -> sqlx::Result<BTreeMap<String, i64>> {
+        // What `seal::key_id` reads.
+        const SQL: &str = "SELECT substr(config, 4, 12) AS key_id, count(*) FROM servers \
+                           WHERE substr(config, 1, 3) = 'v1.' GROUP BY 1";
+        let rows: Vec<(String, i64)> = on_db!(self, write pool => sqlx::query_as(SQL).fetch_all(pool).await?);
+        Ok(rows.into_iter().collect())
+    }
+
+    /// Checks that these are keys of this database, and makes the first one known there; in a database in which nothing
+    /// was sealed, what older versions wrote in clear is sealed. One at a time: of two that start on a new database with
+    /// different keys, the second is refused. Returns the keys that are not on the ring and the servers they seal.
+    async fn admit(&self, ring: &Keyring) -> Result<Vec<(String, i64)>, SealError> {
+        const KEYS: &str = "SELECT id, known FROM sealing_keys ORDER BY created_at, id";
+        const INSERT: &str = "INSERT INTO sealing_keys (id, known, created_at) VALUES ($1, $2, $3)";
+        const ROWS: &str = "SELECT id, config, error FROM servers";
+        const SEAL: &str = "UPDATE servers SET config = $2, error = $3 WHERE id = $1";
+        // What changes nothing takes the write lock on SQLite.
+        let lock = match self.database {
+            Database::Postgres(_) => "LOCK TABLE sealing_keys IN EXCLUSIVE MODE",
+            Database::Sqlite { .. } => "DELETE FROM sealing_keys WHERE 1 = 0",
+        };
+        let first = ring.first();
+        on_db!(self, write pool => {
+            let mut transaction = pool.begin().await?;
+            sqlx::query(lock).execute(&mut *transaction).await?;
+            let keys: Vec<(String, String)> = sqlx::query_as(KEYS).fetch_all(&mut *transaction).await?;
+            let ours: Vec<_> = keys.iter().filter(|(id, _)| ring.key(id).is_some()).collect();
+            if let Some((theirs, _)) = keys.last().filter(|_| ours.is_empty()) {
+                return Err(SealError::Wrong { theirs: theirs.clone(), ours: first.id().to_owned() });
+            }
+            for (id, known) in ours {
+                if ring.open(known_of(id), known).ok().is_none_or(|text| text.as_slice() != KNOWN) {
+                    return Err(SealError::Check(id.clone()));
+                }
+            }
+            if !keys.iter().any(|(id, _)| id == first.id()) {
+                sqlx::query(INSERT)
+                    .bind(first.id())
+                    .bind(first.seal(known_of(first.id()), KNOWN))
+                    .bind(now())
+                    .execute(&mut *transaction)
+                    .await?;
+            }
+            if keys.is_empty() {
+                let rows: Vec<Stored> = sqlx::query_as(ROWS).fetch_all(&mut *transaction).await?;
+                // Among sealed rows, one in clear was not written by Portolan, and is not made to look so.
+                let unsealed = rows.iter().all(|row| key_id(&row.config).is_none());
+                for row in rows.iter().filter(|_| unsealed) {
+                    sqlx::query(SEAL)
+                        .bind(&row.id)
+                        .bind(first.seal(config_of(&row.id), row.config.as_bytes()))
+                        .bind(row.error.as_ref().map(|error| first.seal(error_of(&row.id), error.as_bytes())))
+                        .execute(&mut *transaction)
+                        .await?;
+                }
+            }
+            transaction.commit().await?;
+        });
+        let sealed_by = self.sealed_by().await?;
+        Ok(sealed_by.into_iter().filter(|(key, _)| ring.key(key).is_none()).collect())
+    }
+}
+
+/// The sealed columns of a server.
+#[derive(FromRow)]
+struct Stored {
+    id: String,
+    config: String,
+    error: Option<String>,
+}
+
+/// Leaves nothing in a SQLite file of what was there before its secrets were sealed: pages that are not in use, and the
+/// journal. Done once, which the file remembers.
+async fn clean(pool: &sqlx::SqlitePool) -> sqlx::Result<()> {
+    let version: i64 = sqlx::query_scalar("PRAGMA user_version").fetch_one(pool).await?;
+    if version > 0 {
+        return Ok(());
+    }
+    for statement in ["VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)", "PRAGMA user_version = 1"] {
+        sqlx::query(statement).execute(pool).await?;
+    }
+    Ok(())
+}
+
+/// What a rotation did.
+#[derive(Debug, Default, PartialEq)]
+pub struct Rotated {
+    /// The servers that were sealed again, with the first key.
+    pub sealed: i64,
+    /// The keys that still seal servers, and how many, the first key too.
+    pub sealed_by: BTreeMap<String, i64>,
+    /// Servers that could not be opened, and are as they were.
+    pub unopened: i64,
+}
+
+impl Store {
+    /// How many servers each key seals, by its id.
+    pub async fn sealed_by(&self) -> Result<BTreeMap<String, i64>, Error> {
+        Ok(Unlocked { database: &self.database }.sealed_by().await?)
+    }
+
+    /// The ids of the keys, that of the first one first.
+    pub fn key_ids(&self) -> Vec<String> {
+        self.seal.ring().keys().map(|key| key.id().to_owned()).collect()
+    }
+
+    /// Seals all that other keys sealed again with the first one, a few servers at a time, while others read and write.
+    /// What is changed meanwhile is left to its writer, and looked at again. May be cut off at any time and begun
+    /// anew. `progress` hears after each step how many servers have been sealed again so far.
+    pub async fn rotate(&self, mut progress: impl FnMut(i64)) -> Result<Rotated, Error> {
+        let ring = self.seal.ring();
+        let mut rotated = Rotated::default();
+        for _ in 0..PASSES {
+            let pass = self.rotate_once(&ring, &mut rotated, &mut progress).await?;
+            rotated.unopened = pass.unopened;
+            if pass.overtaken == 0 {
+                break;
+            }
+        }
+        rotated.sealed_by = self.sealed_by().await?;
+        // With a key that seals nothing any more, Portolan is not to start.
+        for key in ring.keys().skip(1).filter(|key| !rotated.sealed_by.contains_key(key.id())) {
+            self.forget_key(key.id()).await?;
+        }
+        Ok(rotated)
+    }
+
+    async fn rotate_once(
+        &self,
+        ring: &Keyring,
+        rotated: &mut Rotated,
+        progress: &mut impl FnMut(i64),
+    ) -> Result<Pass, Error> {
+        const READ: &str = "SELECT id, config, error FROM servers WHERE id > $1 ORDER BY id LIMIT $2";
+        const SEAL: &str = "UPDATE servers SET config = $2, error = $3 \
+                            WHERE id = $1 AND config = $4 AND coalesce(error, '') = $5";
+        let mut pass = Pass::default();
+        let mut after = String::new();
+        loop {
+            let rows: Vec<Stored> = on_db!(self, read pool => sqlx::query_as(READ)
+                .bind(&after)
+                .bind(ROWS_AT_ONCE)
+                .fetch_all(pool)
+                .await?);
+            let Some(last) = rows.last() else { return Ok(pass) };
+            after.clone_from(&last.id);
+            let before = rotated.sealed;
+            on_db!(self, write pool => {
+                let mut transaction = pool.begin().await?;
+                for row in &rows {
+                    let Some((config, error)) = sealed_again(ring, row, &mut pass) else { continue };
+                    let done = sqlx::query(SEAL)
+                        .bind(&row.id)
+                        .bind(config)
+                        .bind(error)
+                        .bind(&row.config)
+                        .bind(row.error.as_deref().unwrap_or_default())
+                        .execute(&mut *transaction)
+                        .await?;
+                    if done.rows_affected() == 0 {
+                        pass.overtaken += 1;
+                    } else {
+                        rotated.sealed += 1;
+                    }
+                }
+                transaction.commit().await?;
+            });
+            if rotated.sealed > before {
+                progress(rotated.sealed);
+            }
+        }
+    }
+
+    /// Takes a key out of those that this database is known to be sealed with.
+    async fn forget_key(&self, id: &str) -> Result<(), Error> {
+        const SQL: &str = "DELETE FROM sealing_keys WHERE id = $1";
+        on_db!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|_| ())?);
+        Ok(())
+    }
+}
+
+/// What one pass of a rotation left.
+#[derive(Default)]
+struct Pass {
+    /// Changed by others between read and write.
+    overtaken: i64,
+    unopened: i64,
+}
+
+/// The sealed columns of a row under the first key; `None` when they are, or cannot be opened.
+fn sealed_again(ring: &Keyring, row: &Stored, pass: &mut Pass) -> Option<(String, Option<String>)> {
+    let first = ring.first();
+    let is_first = |envelope: &str| key_id(envelope) == Some(first.id());
+    let Ok(config) = ring.open(config_of(&row.id), &row.config) else {
+        pass.unopened += 1;
+        return None;
+    };
+    if is_first(&row.config) && row.error.as_deref().is_none_or(is_first) {
+        return None;
+    }
+    let error = row.error.as_ref().and_then(|error| ring.open(error_of(&row.id), error).ok());
+    let error = error.map(|error| first.seal(error_of(&row.id), &error));
+    Some((first.seal(config_of(&row.id), &config), error))
+}
