@@ -1,6 +1,7 @@
 //! What handlers share, and the life of a process: open, serve, drain, close. Tests and `main` run the same.
 
 use std::future::pending;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::{Bodies, Runs};
+use crate::api::{Bodies, Runs, TokenError, Tokens};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::mcp::Mcp;
@@ -28,6 +29,8 @@ const RUNS_SHARE: f64 = 0.9;
 #[derive(Clone)]
 pub struct App {
     pub settings: Arc<Settings>,
+    /// Who may come in.
+    pub tokens: Tokens,
     /// Servers and tools.
     pub store: Store,
     /// Sessions to the servers.
@@ -42,12 +45,31 @@ pub struct App {
 /// Why Portolan does not start; each message is one sentence for the person who starts it.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    #[error(
+        "Whoever reaches {0} could start programs on this machine, so it needs a token: set PORTOLAN_TOKEN, or name a file \
+         of tokens with --tokens-file (`portolan token new --help` says how to make one), or listen on this machine alone \
+         with --listen 127.0.0.1:{port}.", port = .0.port()
+    )]
+    Unguarded(SocketAddr),
+    #[error(transparent)]
+    Tokens(#[from] TokenError),
     #[error("Cannot make the data folder {folder:?}: {cause}.")]
     DataDir { folder: std::path::PathBuf, cause: std::io::Error },
     #[error(transparent)]
     Store(#[from] OpenError),
     #[error("Cannot use the system's certificates for TLS: {0}.")]
     Client(#[from] reqwest::Error),
+}
+
+/// Without a token Portolan listens on loopback alone; `address` is what it is bound to, whatever it was called.
+///
+/// # Errors
+/// One sentence for the person who starts Portolan.
+pub fn ensure_guarded(settings: &Settings, address: SocketAddr) -> Result<(), StartError> {
+    if settings.tokens.are_given() || address.ip().to_canonical().is_loopback() {
+        return Ok(());
+    }
+    Err(StartError::Unguarded(address))
 }
 
 impl App {
@@ -72,6 +94,7 @@ impl App {
                 settings.runs.retry_window
             );
         }
+        let tokens = Tokens::open(settings.tokens.clone())?;
         let folder = &settings.storage.data_dir;
         make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
         let url = settings.storage.database_url.as_ref().map(|url| url.expose());
@@ -80,7 +103,7 @@ impl App {
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), tracker.clone(), keeper)?;
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
-        Ok(Self { settings: Arc::new(settings), store, mcp, runs, bodies, tracker })
+        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, bodies, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::http::header::{ALLOW, HeaderName, RETRY_AFTER};
+use axum::http::header::{ALLOW, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -30,6 +30,12 @@ pub enum Error {
     NoRoute,
     #[error("This path does not support this method.")]
     MethodNotAllowed,
+    /// No token, or a wrong one; Letta's own word for it (CONTRACT row 21).
+    #[error("Unauthorized")]
+    Unauthorized,
+    /// One wrong token too many from one address.
+    #[error("Too many wrong tokens came from this address; try again later, with the right one.")]
+    Guessing { retry_after: Duration },
     #[error("This token may not do that; it needs a wider scope.")]
     Forbidden,
     #[error("There is no MCP server with this id.")]
@@ -112,6 +118,8 @@ impl Error {
     fn status(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NoRoute | Self::NoServer | Self::NoTool => (StatusCode::NOT_FOUND, "not_found"),
+            Self::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized"),
+            Self::Guessing { .. } => (StatusCode::TOO_MANY_REQUESTS, "too_many_attempts"),
             Self::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
             Self::NameTaken => (StatusCode::CONFLICT, "name_taken"),
@@ -175,6 +183,13 @@ impl Error {
         let mut response = (status, Json(body)).into_response();
         let headers = response.headers_mut();
         match self {
+            Self::Unauthorized => {
+                headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            Self::Guessing { retry_after } => {
+                headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(*retry_after)));
+                headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
+            }
             Self::NameTaken | Self::Refresh { .. } | Self::Connect(_) | Self::Internal(_) => {
                 headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
             }
@@ -209,7 +224,8 @@ impl Error {
     pub fn finish(mut response: Response, request_id: &str) -> Response {
         let Some(error) = response.extensions_mut().remove::<Arc<Self>>() else { return response };
         let mut answer = error.render(request_id);
-        if let Some(allow) = response.headers().get(ALLOW) {
+        // What a path supports is nothing for strangers.
+        if let (Self::MethodNotAllowed, Some(allow)) = (&*error, response.headers().get(ALLOW)) {
             answer.headers_mut().insert(ALLOW, allow.clone());
         }
         answer
@@ -249,6 +265,8 @@ mod tests {
         let every = [
             Error::NoRoute,
             Error::MethodNotAllowed,
+            Error::Unauthorized,
+            Error::Guessing { retry_after: Duration::from_secs(3) },
             Error::Forbidden,
             Error::NoServer,
             Error::NoTool,
@@ -273,11 +291,8 @@ mod tests {
                 Error::Full { repeatable } => repeatable,
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
-                Error::Forbidden
-                | Error::Invalid(_)
-                | Error::Refresh { .. }
-                | Error::Connect(_)
-                | Error::Internal(_) => false,
+                Error::Unauthorized | Error::Guessing { .. } | Error::Forbidden => false,
+                Error::Invalid(_) | Error::Refresh { .. } | Error::Connect(_) | Error::Internal(_) => false,
             };
             let answer = error.render("id");
             let repeated = matches!(answer.status().as_u16(), 408 | 409 | 429 | 500..)

@@ -16,7 +16,8 @@
 //! | [`model`] | plain data, also the table rows |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `guard` (what may come in), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
+//! | [`command`] | what the program does besides serving: `token` makes tokens |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
 //! | `session` | handshake, list, call |
@@ -37,8 +38,9 @@
 //!
 //! | module | may name |
 //! |---|---|
-//! | `main` | `app`, `config`, `telemetry` |
+//! | `main` | `api`, `app`, `command`, `config`, `telemetry` |
 //! | `lib` | |
+//! | `command` | `api`, `model` |
 //! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
 //! | `serve` | `config`, `axum` |
 //! | `error` | `mcp`, `store`, `axum` |
@@ -49,11 +51,12 @@
 //! | `mcp` | `config`, `model`, `store` |
 //! | `store` | `model`, `sqlx` |
 //!
-//! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many.
+//! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of
+//! `api`, `main` and `command` use the tokens.
 //!
 //! # One request
 //!
-//! `POST …/tools/{tool_id}/run`: route table → `guard` (ids, body) → `repeats` says whether other requests mean the same
+//! `POST …/tools/{tool_id}/run`: route table → `access` (token, scope) → `guard` (ids, body) → `repeats` says whether other requests mean the same
 //! run → `runs` finds it, or starts it: `api::tools::run` gets server and tool, which the store has in memory after the
 //! first time → [`mcp::Mcp::run_tool`] → `pool` gives it a place among the server's calls and hands out the live session,
 //! or opens one → `session` sends the call with a deadline → the transport brings the result as the server wrote it →
@@ -61,6 +64,7 @@
 
 pub mod api;
 pub mod app;
+pub mod command;
 pub mod config;
 pub mod error;
 pub mod mcp;

@@ -1,11 +1,14 @@
 //! The command line: parse it, run one command, set the exit code.
 
+use std::future::pending;
 use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use portolan::app::{App, Keeper, keep_children};
-use portolan::config::{Cli, Command, Settings};
+use portolan::api::Tokens;
+use portolan::app::{App, Keeper, ensure_guarded, keep_children};
+use portolan::command;
+use portolan::config::{Cli, Command, Settings, Token};
 use portolan::telemetry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
@@ -19,6 +22,7 @@ fn main() -> ExitCode {
     let Cli { command, settings } = Cli::parse();
     let result = match command.unwrap_or(Command::Serve) {
         Command::Serve => run(serve(settings)),
+        Command::Token(Token::New { name, scope, file }) => command::token::make(&name, scope, file.as_deref()),
         Command::KeepChildren => {
             keep_children();
             Ok(())
@@ -49,6 +53,8 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     let unusable = |error| format!("Cannot listen on {listen}: {error}.");
     let listener = TcpListener::bind(&listen).await.map_err(unusable)?;
     let address = listener.local_addr().map_err(unusable)?;
+    ensure_guarded(&settings, address).map_err(|error| error.to_string())?;
+    let reloads = settings.tokens.are_in_files();
     let app = App::open_kept(settings, Some(Keeper::default())).await.map_err(|error| error.to_string())?;
     let lines = format!(
         "Portolan {} listens on http://{address}\nDatabase: {}\nAPI reference: http://{address}/docs\n",
@@ -56,6 +62,8 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
         app.store.describe(),
     );
     let mut signals = Signals::listen()?;
+    let reloading =
+        reload_tokens(app.tokens.clone(), if reloads { Some(listen_for(SignalKind::hangup())?) } else { None });
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let shutdown = CancellationToken::new();
@@ -67,6 +75,7 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     };
     tokio::select! {
         clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned()) },
+        () = reloading => unreachable!("it waits for the next signal"),
         () = stopping => Err("Stopped at once by a second signal.".to_owned()),
     }
 }
@@ -94,6 +103,25 @@ fn fit_open_files(connections: &mut usize) {
     }
 }
 
+/// Reads the tokens again on each SIGHUP. Without a file to read, the signal means what it always does: the terminal is
+/// gone, and so is Portolan.
+async fn reload_tokens(tokens: Tokens, hangup: Option<Signal>) {
+    let Some(mut hangup) = hangup else { return pending().await };
+    while hangup.recv().await.is_some() {
+        let reloading = tokens.clone();
+        match tokio::task::spawn_blocking(move || reloading.reload()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!("the tokens stay as they were: {error}"),
+            Err(broken) => tracing::error!(%broken, "the tokens stay as they were"),
+        }
+    }
+    pending().await
+}
+
+fn listen_for(kind: SignalKind) -> Result<Signal, String> {
+    signal(kind).map_err(|error| format!("Cannot wait for signals: {error}."))
+}
+
 /// SIGTERM and SIGINT: the first stops Portolan gracefully, the second at once.
 struct Signals {
     term: Signal,
@@ -102,8 +130,7 @@ struct Signals {
 
 impl Signals {
     fn listen() -> Result<Self, String> {
-        let listen = |kind| signal(kind).map_err(|error| format!("Cannot wait for signals: {error}."));
-        Ok(Self { term: listen(SignalKind::terminate())?, int: listen(SignalKind::interrupt())? })
+        Ok(Self { term: listen_for(SignalKind::terminate())?, int: listen_for(SignalKind::interrupt())? })
     }
 
     async fn next(&mut self) {

@@ -1,12 +1,14 @@
 //! Speaks HTTP: the route table, in the order of `openapi.yaml`, and the layers around it.
 
 mod access;
+mod attempts;
 mod drip;
 mod guard;
 mod repeats;
 mod runs;
 mod servers;
 mod status;
+mod tokens;
 mod tools;
 mod wire;
 
@@ -14,7 +16,7 @@ use axum::Router;
 use axum::extract::Request;
 use axum::handler::Handler;
 use axum::http::{HeaderName, HeaderValue, Method};
-use axum::middleware::{Next, from_fn};
+use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, on};
 use tower_http::catch_panic::CatchPanicLayer;
@@ -25,10 +27,11 @@ use crate::app::App;
 use crate::error::Error;
 use crate::serve::Full;
 
-use access::authorize;
 pub use access::{Access, Scope};
+use access::{Door, admit, authorize};
 pub use guard::Bodies;
 pub use runs::Runs;
+pub use tokens::{Token, TokenError, Tokens, parse as parse_tokens};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -73,16 +76,21 @@ pub fn routes() -> Vec<Route> {
     ]
 }
 
-/// The routes with everything around them: request id and log outermost, then panics, then the handlers.
+/// The routes with everything around them: request id and log outermost, then panics, then who may come in, then the
+/// handlers.
 pub fn router(app: App) -> Router {
+    let routes = routes();
+    let door = Door::new(app.tokens.clone(), &routes);
     let mut router = Router::new();
-    for Route { path, handler, .. } in routes() {
+    for Route { path, handler, .. } in routes {
         let bare = path.trim_end_matches('/');
         router = router.route(bare, handler.clone()).route(&format!("{bare}/"), handler);
     }
     router
         .fallback(|| async { Error::NoRoute })
         .method_not_allowed_fallback(|| async { Error::MethodNotAllowed })
+        // Around all of the above, what is no route too: whoever may not come in learns nothing.
+        .layer(from_fn_with_state(door, admit))
         .layer(CatchPanicLayer::custom(|_| Error::Internal("a handler panicked".into()).into_response()))
         .layer(from_fn(identify))
         .with_state(app)
@@ -120,6 +128,7 @@ async fn identify(request: Request, next: Next) -> Response {
         request.id = %id,
         http.method = start_of(request.method().as_str()),
         http.path = start_of(request.uri().path()),
+        caller.name = tracing::field::Empty,
     );
     let started = std::time::Instant::now();
     async {
