@@ -224,8 +224,7 @@ impl Error {
     pub fn finish(mut response: Response, request_id: &str) -> Response {
         let Some(error) = response.extensions_mut().remove::<Arc<Self>>() else { return response };
         let mut answer = error.render(request_id);
-        // What a path supports is nothing for strangers.
-        if let (Self::MethodNotAllowed, Some(allow)) = (&*error, response.headers().get(ALLOW)) {
+        if let Some(allow) = response.headers().get(ALLOW) {
             answer.headers_mut().insert(ALLOW, allow.clone());
         }
         answer

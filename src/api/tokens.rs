@@ -22,7 +22,7 @@ const MAX_TOKENS: usize = 1000;
 const MAX_FILE: u64 = 1024 * 1024;
 /// The longest name, in characters.
 const MAX_NAME: usize = 64;
-/// A `PORTOLAN_TOKEN` with fewer characters can be guessed.
+/// A token with fewer characters can be guessed; what Letta took for a password is taken.
 const SHORT: usize = 16;
 
 /// The settings that hold a token, and the names of their tokens.
@@ -46,6 +46,8 @@ pub enum TokenError {
     Empty(&'static str),
     #[error("No request could carry {0}: it begins or ends with white space, or holds control characters.")]
     Unsendable(&'static str),
+    #[error("The file of {TOKEN_FILE} is a tokens file; name it with {TOKENS_FILE}.")]
+    TokensFile,
     #[error("Cannot read the file {file:?} of {setting}: {cause}.")]
     Unreadable { setting: &'static str, file: PathBuf, cause: io::Error },
     #[error("Line {line} of the tokens file {problem}.")]
@@ -73,11 +75,6 @@ impl Tokens {
     /// # Errors
     /// When one of them cannot be used, or there is none where some should be.
     pub fn open(settings: config::Tokens) -> Result<Self, TokenError> {
-        if settings.token.as_ref().is_some_and(|token| token.expose().chars().count() < SHORT) {
-            tracing::warn!(
-                "{TOKEN} has fewer than {SHORT} characters and can be guessed; `portolan token new` makes better ones"
-            );
-        }
         let set = if settings.are_given() { Some(Set::read(&settings)?) } else { None };
         if set.as_ref().is_some_and(|set| set.0.is_empty()) {
             return Err(TokenError::None);
@@ -111,7 +108,13 @@ impl Set {
     fn read(settings: &config::Tokens) -> Result<Self, TokenError> {
         let mut tokens = Vec::new();
         let mut admin = |name: &'static str, token: &Secret| -> Result<(), TokenError> {
-            let digest = Sha256::digest(usable(name, token.expose())?).into();
+            let token = usable(name, token.expose())?;
+            if name != PASSWORD && token.chars().count() < SHORT {
+                tracing::warn!(
+                    "{name} has fewer than {SHORT} characters and can be guessed; `portolan token new` makes better"
+                );
+            }
+            let digest = Sha256::digest(token).into();
             tokens.push(Token { name: name.to_owned(), scope: Scope::Admin, digest });
             Ok(())
         };
