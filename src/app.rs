@@ -1,6 +1,7 @@
 //! What handlers share, and the life of a process: open, serve, drain, close. Tests and `main` run the same.
 
 use std::future::pending;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::{Bodies, EveryPage, Origins, Runs};
+use crate::api::{Bodies, EveryPage, Origins, Runs, TokenError, Tokens};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
@@ -29,6 +30,8 @@ const RUNS_SHARE: f64 = 0.9;
 #[derive(Clone)]
 pub struct App {
     pub settings: Arc<Settings>,
+    /// Who may come in.
+    pub tokens: Tokens,
     /// Servers and tools.
     pub store: Store,
     /// Sessions to the servers.
@@ -45,6 +48,14 @@ pub struct App {
 /// Why Portolan does not start; each message is one sentence for the person who starts it.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    #[error(
+        "Whoever reaches {0} could start programs on this machine, so it needs a token: set PORTOLAN_TOKEN, or name a file \
+         of tokens with --tokens-file (`portolan token new --help` says how to make one), or listen on this machine alone \
+         with --listen 127.0.0.1:{port}.", port = .0.port()
+    )]
+    Unguarded(SocketAddr),
+    #[error(transparent)]
+    Tokens(#[from] TokenError),
     #[error("Cannot make the data folder {folder:?}: {cause}.")]
     DataDir { folder: PathBuf, cause: std::io::Error },
     #[error(transparent)]
@@ -55,6 +66,17 @@ pub enum StartError {
     Children(#[from] ChildrenError),
     #[error("Cannot use the system's certificates for TLS: {0}.")]
     Client(#[from] TlsError),
+}
+
+/// Without a token Portolan listens on loopback alone; `address` is what it is bound to, whatever it was called.
+///
+/// # Errors
+/// One sentence for the person who starts Portolan.
+pub fn ensure_guarded(settings: &Settings, address: SocketAddr) -> Result<(), StartError> {
+    if settings.tokens.are_given() || address.ip().to_canonical().is_loopback() {
+        return Ok(());
+    }
+    Err(StartError::Unguarded(address))
 }
 
 impl App {
@@ -71,8 +93,8 @@ impl App {
                 settings.runs.retry_window
             );
         }
-        // Nobody needs a token.
-        let origins = Origins::new(&settings.browsers, true)?;
+        let origins = Origins::new(&settings.browsers, !settings.tokens.are_given())?;
+        let tokens = Tokens::open(settings.tokens.clone())?;
         let folder = &settings.storage.data_dir;
         make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
         let store = open_store(&settings).await?;
@@ -82,7 +104,7 @@ impl App {
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
-        Ok(Self { settings: Arc::new(settings), store, mcp, runs, bodies, origins, tracker })
+        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, bodies, origins, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
@@ -148,6 +170,7 @@ fn make_private(folder: &Path) -> std::io::Result<()> {
 fn sealed(settings: &Settings) -> Vec<PathBuf> {
     let mut sealed = vec![settings.storage.data_dir.clone()];
     sealed.extend(settings.secrets.key_file.clone());
+    sealed.extend([&settings.tokens.tokens_file, &settings.tokens.token_file].into_iter().flatten().cloned());
     let url = settings.storage.database_url.as_ref().map(|url| url.expose());
     if let Some(file) = url.and_then(store::sqlite_file) {
         // SQLite keeps two more files beside it.

@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use url::{Host, Url};
 
-use crate::model::Secret;
+use crate::model::{Scope, Secret};
 
 /// Portolan: the MCP-servers part of the Letta API, served from your own machine.
 #[derive(Debug, Parser)]
@@ -36,6 +36,9 @@ pub enum Command {
         #[arg(long)]
         dry_run: bool,
     },
+    /// Make tokens for clients
+    #[command(subcommand)]
+    Token(Token),
 }
 
 #[derive(Clone, Copy, Debug, Subcommand)]
@@ -44,12 +47,29 @@ pub enum KeyCommand {
     New,
 }
 
+#[derive(Debug, Subcommand)]
+pub enum Token {
+    /// Make a token: print it once, and the line by which Portolan knows it
+    New {
+        /// What it is called in the tokens file and in the log: 1 to 64 letters, digits, dots, hyphens and underscores
+        name: String,
+        /// What it allows: read (see servers and tools), run (run tools, too) or admin (everything; a shell on this host)
+        #[arg(long, value_parser = scope, value_name = "SCOPE")]
+        scope: Scope,
+        /// Tokens file to add the line to; made with mode 0600 when missing
+        #[arg(long, value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+}
+
 #[derive(Args, Clone, Debug)]
 pub struct Settings {
     #[command(flatten)]
     pub entry: Entry,
     #[command(flatten)]
     pub browsers: Browsers,
+    #[command(flatten)]
+    pub tokens: Tokens,
     #[command(flatten)]
     pub storage: Storage,
     #[command(flatten)]
@@ -121,6 +141,36 @@ pub enum Origin {
     Any,
     /// As browsers write it in the header `Origin`.
     One(String),
+}
+
+/// Who may come in. Without any of these everybody may who reaches Portolan, and it listens on loopback alone.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Tokens")]
+pub struct Tokens {
+    /// File of tokens, a line name:scope:sha256 for each, as `portolan token new` writes them; read again on SIGHUP
+    #[arg(long, env = "PORTOLAN_TOKENS_FILE", global = true, value_name = "FILE")]
+    pub tokens_file: Option<PathBuf>,
+    /// An admin token; better given as the variable, because every user of this machine can read command lines
+    #[arg(long, env = "PORTOLAN_TOKEN", hide_env_values = true, value_parser = secret, global = true, value_name = "TOKEN")]
+    pub token: Option<Secret>,
+    /// File that holds an admin token and nothing else; read again on SIGHUP
+    #[arg(long, env = "PORTOLAN_TOKEN_FILE", global = true, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// An admin token under the name that Letta gave it; better given as the variable, too
+    #[arg(long, env = "LETTA_SERVER_PASSWORD", hide_env_values = true, value_parser = secret, global = true, value_name = "TOKEN")]
+    pub letta_server_password: Option<Secret>,
+}
+
+impl Tokens {
+    /// Whether there is any; a file without a token refuses to be one.
+    pub fn are_given(&self) -> bool {
+        self.token.is_some() || self.letta_server_password.is_some() || self.are_in_files()
+    }
+
+    /// Whether some can change while Portolan runs.
+    pub fn are_in_files(&self) -> bool {
+        self.tokens_file.is_some() || self.token_file.is_some()
+    }
 }
 
 /// What Portolan keeps, and where.
@@ -417,6 +467,10 @@ fn switch(text: &str) -> Result<bool, String> {
         "" | "0" | "false" | "f" | "no" | "n" | "off" => Ok(false),
         _ => Err("write true or false".to_owned()),
     }
+}
+
+fn scope(text: &str) -> Result<Scope, String> {
+    Scope::from_name(text).ok_or_else(|| "write read, run or admin".to_owned())
 }
 
 fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::http::header::{ALLOW, HeaderName, RETRY_AFTER};
+use axum::http::header::{ALLOW, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde_json::{Value, json};
@@ -31,6 +31,12 @@ pub enum Error {
     NoRoute,
     #[error("This path does not support this method.")]
     MethodNotAllowed,
+    /// No token, or a wrong one; Letta's own word for it (CONTRACT row 21).
+    #[error("Unauthorized")]
+    Unauthorized,
+    /// One wrong token too many from one address.
+    #[error("Too many wrong tokens came from this address; try again later, with the right one.")]
+    Guessing { retry_after: Duration },
     #[error("This token may not do that; it needs a wider scope.")]
     Forbidden,
     #[error("The request must name its host, once, and the same in its target.")]
@@ -129,6 +135,8 @@ impl Error {
     fn status(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NoRoute | Self::NoServer | Self::NoTool => (StatusCode::NOT_FOUND, "not_found"),
+            Self::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized"),
+            Self::Guessing { .. } => (StatusCode::TOO_MANY_REQUESTS, "too_many_attempts"),
             Self::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
             Self::HostUnclear => (StatusCode::BAD_REQUEST, "host_unclear"),
             Self::HostNotAllowed => (StatusCode::FORBIDDEN, "host_not_allowed"),
@@ -198,6 +206,13 @@ impl Error {
         let mut response = (status, Json(body)).into_response();
         let headers = response.headers_mut();
         match self {
+            Self::Unauthorized => {
+                headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            }
+            Self::Guessing { retry_after } => {
+                headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(*retry_after)));
+                headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
+            }
             Self::NameTaken | Self::Sealed(_) | Self::Refresh { .. } | Self::Connect(_) | Self::Internal(_) => {
                 headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
             }
@@ -272,6 +287,8 @@ mod tests {
         let every = [
             Error::NoRoute,
             Error::MethodNotAllowed,
+            Error::Unauthorized,
+            Error::Guessing { retry_after: Duration::from_secs(3) },
             Error::Forbidden,
             Error::HostUnclear,
             Error::HostNotAllowed,
@@ -309,6 +326,7 @@ mod tests {
                 | Error::Refresh { .. }
                 | Error::Connect(_)
                 | Error::Internal(_) => false,
+                Error::Unauthorized | Error::Guessing { .. } => false,
             };
             let answer = error.render("id");
             let repeated = matches!(answer.status().as_u16(), 408 | 409 | 429 | 500..)

@@ -16,7 +16,7 @@
 //! | [`model`] | plain data, also the table rows |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `guard` (what may come in), `origin` (which web pages may), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
 //! | `session` | handshake, list, call |
@@ -43,7 +43,7 @@
 //!
 //! | module | may name |
 //! |---|---|
-//! | `main` | `app`, `command`, `config`, `store`, `telemetry` |
+//! | `main` | `api`, `app`, `command`, `config`, `store`, `telemetry` |
 //! | `lib` | |
 //! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
 //! | `serve` | `config`, `axum` |
@@ -55,17 +55,18 @@
 //! | `api` | `app`, `config`, `corpus`, `error`, `mcp`, `model`, `serve`, `store`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `store` |
 //! | `store` | `corpus`, `model`, `sqlx` |
-//! | `command` | `app`, `config`, `store` |
+//! | `command` | `api`, `app`, `config`, `model`, `store` |
 //!
-//! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many.
+//! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of
+//! `api`, `main` and `command` use the tokens.
 //!
 //! # One request
 //!
-//! `POST …/tools/{tool_id}/run`: `origin` (no web page) → route table → `guard` (ids, body) → `repeats` says whether
-//! other requests mean the same run → `runs` finds it, or starts it: `api::tools::run` gets server and tool, which the
-//! store has in memory after the first time → [`mcp::Mcp::run_tool`] → `pool` gives it a place among the server's calls
-//! and hands out the live session, or opens one → `session` sends the call with a deadline → the transport brings the
-//! result as the server wrote it → `wire::ToolExecutionResult` → `drip` sends it.
+//! `POST …/tools/{tool_id}/run`: `origin` (no web page) → route table → `access` (token, scope) → `guard` (ids, body) →
+//! `repeats` says whether other requests mean the same run → `runs` finds it, or starts it: `api::tools::run` gets server
+//! and tool, which the store has in memory after the first time → [`mcp::Mcp::run_tool`] → `pool` gives it a place among
+//! the server's calls and hands out the live session, or opens one → `session` sends the call with a deadline → the
+//! transport brings the result as the server wrote it → `wire::ToolExecutionResult` → `drip` sends it.
 
 pub mod api;
 pub mod app;

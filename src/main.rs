@@ -1,12 +1,14 @@
 //! The command line: parse it, run one command, set the exit code.
 
+use std::future::pending;
 use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use portolan::app::{App, BECOME, KEEP, become_child, keep_child};
+use portolan::api::Tokens;
+use portolan::app::{App, BECOME, KEEP, become_child, ensure_guarded, keep_child};
 use portolan::command;
-use portolan::config::{Cli, Command, Settings};
+use portolan::config::{Cli, Command, Settings, Token};
 use portolan::store::Store;
 use portolan::telemetry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -34,6 +36,7 @@ fn main() -> ExitCode {
     let settings = cli.settings;
     let result = match cli.command.unwrap_or(Command::Serve) {
         Command::Serve => run(serve(settings)),
+        Command::Token(Token::New { name, scope, file }) => command::token::make(&name, scope, file.as_deref()),
         Command::Key(key) => {
             command::key::run(key);
             Ok(())
@@ -69,6 +72,7 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     let unusable = |error| format!("Cannot listen on {listen}: {error}.");
     let listener = TcpListener::bind(&listen).await.map_err(unusable)?;
     let address = listener.local_addr().map_err(unusable)?;
+    ensure_guarded(&settings, address).map_err(|error| error.to_string())?;
     let app = App::open(settings).await.map_err(|error| error.to_string())?;
     let mut lines = format!(
         "Portolan {} listens on http://{address}\nDatabase: {}\nAPI reference: http://{address}/docs\n",
@@ -82,10 +86,10 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
         );
     }
     let mut signals = Signals::listen()?;
+    let reloading = reload(app.tokens.clone(), app.store.clone(), listen_for(SignalKind::hangup())?);
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let shutdown = CancellationToken::new();
-    let reloading = reload_keys(app.store.clone(), signal(SignalKind::hangup()).map_err(unwaitable)?);
     let serving = app.serve(listener, shutdown.clone());
     let stopping = async {
         signals.next().await;
@@ -137,20 +141,26 @@ fn fit_open_files(connections: &mut usize) {
     }
 }
 
-/// Reads the key file again at each SIGHUP.
-async fn reload_keys(store: Store, mut hangup: Signal) {
+/// Reads the tokens and the keys again at each SIGHUP.
+async fn reload(tokens: Tokens, store: Store, mut hangup: Signal) {
     while hangup.recv().await.is_some() {
+        let reloading = tokens.clone();
+        match tokio::task::spawn_blocking(move || reloading.reload()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::error!("the tokens stay as they were: {error}"),
+            Err(broken) => tracing::error!(%broken, "the tokens stay as they were"),
+        }
         match store.reload_keys().await {
             Ok(keys) => tracing::info!(keys, "keys read again"),
-            Err(error) => tracing::error!(%error, "the keys cannot be read again and stay as they were"),
+            Err(error) => tracing::error!("the keys stay as they were: {error}"),
         }
     }
     // There are no signals any more; serving goes on.
-    std::future::pending().await
+    pending().await
 }
 
-fn unwaitable(error: std::io::Error) -> String {
-    format!("Cannot wait for signals: {error}.")
+fn listen_for(kind: SignalKind) -> Result<Signal, String> {
+    signal(kind).map_err(|error| format!("Cannot wait for signals: {error}."))
 }
 
 /// SIGTERM and SIGINT: the first stops Portolan gracefully, the second at once.
@@ -161,8 +171,7 @@ struct Signals {
 
 impl Signals {
     fn listen() -> Result<Self, String> {
-        let listen = |kind| signal(kind).map_err(unwaitable);
-        Ok(Self { term: listen(SignalKind::terminate())?, int: listen(SignalKind::interrupt())? })
+        Ok(Self { term: listen_for(SignalKind::terminate())?, int: listen_for(SignalKind::interrupt())? })
     }
 
     async fn next(&mut self) {

@@ -47,6 +47,31 @@ pub fn sha256_hex(text: &str) -> String {
     Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// What a caller may do; each scope includes those before it (CONTRACT row 21).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Scope {
+    /// See servers and tools.
+    Read,
+    /// Run tools, too.
+    Run,
+    /// Everything: a shell on this host, because stdio servers are commands.
+    Admin,
+}
+
+impl Scope {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Run => "run",
+            Self::Admin => "admin",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Read, Self::Run, Self::Admin].into_iter().find(|known| known.as_str() == name)
+    }
+}
+
 /// Named secrets: environment variables of a child process, or HTTP header fields.
 pub type SecretMap = BTreeMap<String, Secret>;
 

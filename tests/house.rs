@@ -2,6 +2,8 @@
 
 use std::path::Path;
 
+use portolan::api::Access;
+
 use crate::harness::openapi;
 
 #[test]
@@ -10,6 +12,21 @@ fn the_route_table_matches_openapi_yaml() {
         portolan::api::routes().iter().map(|route| (route.method.to_string(), route.path.to_owned())).collect();
     let mut documented = openapi::operations();
     let mut served = table;
+    documented.sort();
+    served.sort();
+    assert_eq!(served, documented);
+}
+
+#[test]
+fn openapi_yaml_names_the_scope_that_each_route_needs() {
+    let scope = |access| match access {
+        Access::Open => None,
+        Access::Needs(scope) => Some(scope.as_str().to_owned()),
+    };
+    let table = portolan::api::routes();
+    let mut served: Vec<_> =
+        table.iter().map(|route| (route.method.to_string(), route.path.to_owned(), scope(route.access))).collect();
+    let mut documented = openapi::scopes();
     documented.sort();
     served.sort();
     assert_eq!(served, documented);

@@ -4,6 +4,7 @@
 mod fake;
 mod harness;
 
+mod access;
 mod bad_input;
 mod browsers;
 mod children;

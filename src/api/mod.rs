@@ -1,6 +1,7 @@
 //! Speaks HTTP: the route table, in the order of `openapi.yaml`, and the layers around it.
 
 mod access;
+mod attempts;
 mod drip;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -10,6 +11,7 @@ mod repeats;
 mod runs;
 mod servers;
 mod status;
+mod tokens;
 mod tools;
 mod wire;
 
@@ -29,11 +31,12 @@ use crate::app::App;
 use crate::error::Error;
 use crate::serve::Full;
 
-use access::authorize;
 pub use access::{Access, Scope};
+use access::{Door, admit, authorize};
 pub use guard::Bodies;
 pub use origin::{EveryPage, Origins};
 pub use runs::Runs;
+pub use tokens::{Token, TokenError, Tokens, parse as parse_tokens};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const CROSS_ORIGIN_RESOURCE_POLICY: HeaderName = HeaderName::from_static("cross-origin-resource-policy");
@@ -80,10 +83,12 @@ pub fn routes() -> Vec<Route> {
 }
 
 /// The routes with everything around them: what listed pages need to read any answer outermost, then request id and log,
-/// then panics, then which pages may come in, then the handlers.
+/// then panics, then which pages may come in, then who may, then the handlers.
 pub fn router(app: App) -> Router {
+    let routes = routes();
+    let door = Door::new(app.tokens.clone(), &routes);
     let mut router = Router::new();
-    for Route { path, handler, .. } in routes() {
+    for Route { path, handler, .. } in routes {
         let bare = path.trim_end_matches('/');
         router = router.route(bare, handler.clone()).route(&format!("{bare}/"), handler);
     }
@@ -91,6 +96,8 @@ pub fn router(app: App) -> Router {
     let router = router
         .fallback(|| async { Error::NoRoute })
         .method_not_allowed_fallback(|| async { Error::MethodNotAllowed })
+        // Around all of the above, what is no route too: whoever may not come in learns nothing.
+        .layer(from_fn_with_state(door, admit))
         .layer(from_fn_with_state(app.origins.clone(), origin::check))
         .layer(CatchPanicLayer::custom(|_| Error::Internal("a handler panicked".into()).into_response()))
         .layer(from_fn(identify))
@@ -133,6 +140,7 @@ async fn identify(request: Request, next: Next) -> Response {
         request.id = %id,
         http.method = start_of(request.method().as_str()),
         http.path = start_of(request.uri().path()),
+        caller.name = tracing::field::Empty,
     );
     let started = std::time::Instant::now();
     async {

@@ -5,27 +5,27 @@
 //! the same. A request with neither header is a run of its own.
 
 use axum::extract::FromRequestParts;
+use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderName};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::error::Error;
 
+use super::access::{Caller, X_BARE_PASSWORD};
 use super::guard::ToolId;
+pub use super::tokens::Digest;
 
 pub const IDEMPOTENCY_KEY: &str = "idempotency-key";
 const RETRY_COUNT: &str = "x-stainless-retry-count";
-const X_BARE_PASSWORD: HeaderName = HeaderName::from_static("x-bare-password");
 /// The longest key, in characters.
 const MAX_KEY: usize = 255;
 
-pub type Digest = [u8; 32];
-
 /// What a request says about being one of several.
 pub struct Repeat {
-    /// The credentials as they were sent. Callers are told apart by it, and nobody can read them from it.
+    /// The caller's token, or the credentials as they were sent to a Portolan without tokens. Callers are told apart by
+    /// it, and nobody can read them from it.
     caller: Digest,
     way: Option<Way>,
 }
@@ -64,7 +64,8 @@ impl<S: Send + Sync> FromRequestParts<S> for Repeat {
             Some(key) => Some(Way::Key(key)),
             None => tries(headers).map(Way::Tries),
         };
-        Ok(Self { caller: caller(headers), way })
+        let known = parts.extensions.get::<Caller>().and_then(Caller::id);
+        Ok(Self { caller: known.unwrap_or_else(|| credentials(headers)), way })
     }
 }
 
@@ -100,7 +101,7 @@ pub fn key_taken() -> Error {
     Error::invalid(place(), "This Idempotency-Key was used for a run with other arguments; each run needs its own key.")
 }
 
-fn caller(headers: &HeaderMap) -> Digest {
+fn credentials(headers: &HeaderMap) -> Digest {
     let mut hash = Sha256::new();
     for name in [AUTHORIZATION, X_BARE_PASSWORD] {
         for value in headers.get_all(&name) {

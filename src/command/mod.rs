@@ -3,6 +3,7 @@
 
 pub mod key;
 pub mod rotate_keys;
+pub mod token;
 
 use std::fmt::Display;
 use std::io::Write;

@@ -10,6 +10,7 @@ mod stream;
 
 use std::convert::Infallible;
 use std::io;
+use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -53,6 +54,10 @@ const ACCEPT_COMPLAINTS: Duration = Duration::from_secs(1);
 #[error("as many requests as may be are in flight")]
 pub struct Full;
 
+/// The address that a connection comes from, among the extensions of its requests: a client's, or a proxy's.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer(pub IpAddr);
+
 /// Answers requests on `listener` with `router` until `shutdown`. Then it takes no new connection, closes the idle ones,
 /// ends event streams, lets each other request finish, and returns when all have, or when the drain time has passed.
 pub async fn serve(listener: TcpListener, router: Router, entry: &Entry, shutdown: CancellationToken) {
@@ -62,13 +67,13 @@ pub async fn serve(listener: TcpListener, router: Router, entry: &Entry, shutdow
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut shortage = Shortage::default();
     // Accepted, but not let in: every place is taken, and all are Portolan's turn.
-    let mut door: Option<TcpStream> = None;
+    let mut door: Option<(TcpStream, Peer)> = None;
     loop {
         tokio::select! {
             accepted = listener.accept(), if door.is_none() && shortage.until.is_none() => match accepted {
-                Ok((stream, _)) => {
+                Ok((stream, address)) => {
                     shortage.pause = Duration::ZERO;
-                    door = Some(stream);
+                    door = Some((stream, Peer(address.ip())));
                 }
                 Err(error) if is_of_one_connection(&error) => {}
                 Err(error) => {
@@ -86,9 +91,9 @@ pub async fn serve(listener: TcpListener, router: Router, entry: &Entry, shutdow
         }
         if door.is_some()
             && connections.ensure_room()
-            && let Some(stream) = door.take()
+            && let Some((stream, peer)) = door.take()
         {
-            connections.add(&tasks, |guest| connection(stream, guest, router.clone(), shutdown.clone()));
+            connections.add(&tasks, |guest| connection(stream, peer, guest, router.clone(), shutdown.clone()));
         }
     }
     drop((listener, door));
@@ -148,12 +153,12 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-async fn connection(stream: TcpStream, guest: Guest, router: Router, shutdown: CancellationToken) {
+async fn connection(stream: TcpStream, peer: Peer, guest: Guest, router: Router, shutdown: CancellationToken) {
     // Best effort: without the first answers are only later, without the second they may take more memory.
     let _ = stream.set_nodelay(true);
     let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER);
     let connection = guest.connection();
-    let service = service_fn(|request| answer(connection.clone(), router.clone(), request));
+    let service = service_fn(|request| answer(connection.clone(), peer, router.clone(), request));
     let mut serving = pin!(
         http1::Builder::new()
             // The limits of `connections` are finer.
@@ -176,6 +181,7 @@ async fn connection(stream: TcpStream, guest: Guest, router: Router, shutdown: C
 
 async fn answer(
     connection: Arc<Connection>,
+    peer: Peer,
     router: Router,
     request: Request<Incoming>,
 ) -> Result<Response<Answer>, Infallible> {
@@ -186,6 +192,7 @@ async fn answer(
     }
     let mut request =
         request.map(|body| if whole { Body::empty() } else { Body::new(Arriving::new(body, connection.clone())) });
+    request.extensions_mut().insert(peer);
     if !connection.try_admit() {
         request.extensions_mut().insert(Full);
     }

@@ -114,6 +114,11 @@ impl Portolan {
         Remote::new(&self.url)
     }
 
+    /// This Portolan with a token for each request.
+    pub(crate) fn remote_with(&self, token: &str) -> Remote {
+        Remote::with_token(&self.url, token)
+    }
+
     /// The folder of everything that this test keeps on disk: what names it on its command line belongs to this test.
     pub(crate) fn folder(&self) -> &Path {
         self.folder.path()
@@ -226,9 +231,13 @@ impl Drop for Portolan {
 
 /// An HTTP client for tests.
 pub(crate) fn client() -> reqwest::Client {
+    client_builder().build().expect("an HTTP client")
+}
+
+fn client_builder() -> reqwest::ClientBuilder {
     // Portolan may have installed it already.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    reqwest::Client::builder().no_proxy().build().expect("an HTTP client")
+    reqwest::Client::builder().no_proxy()
 }
 
 /// A Portolan as its clients know it, be it a part of the test or a process of its own.
@@ -240,6 +249,13 @@ pub(crate) struct Remote {
 impl Remote {
     pub(crate) fn new(url: &str) -> Self {
         Self { url: url.to_owned(), client: client() }
+    }
+
+    pub(crate) fn with_token(url: &str, token: &str) -> Self {
+        let value = format!("Bearer {token}").parse().expect("a header can hold it");
+        let headers = [(reqwest::header::AUTHORIZATION, value)].into_iter().collect();
+        let client = client_builder().default_headers(headers).build().expect("an HTTP client");
+        Self { url: url.to_owned(), client }
     }
 
     pub(crate) fn request(&self, method: &str, path: &str) -> reqwest::RequestBuilder {

@@ -2,8 +2,8 @@
 //!
 //! Nothing passes that the document does not name: an undocumented status, media type or key of a body is a failure,
 //! and so is a required header that is missing. Some answers are documented once for the whole server instead of in each
-//! operation: 404 for a path without a template, 405 for a method that a template does not have, and what web pages and
-//! wrong hosts are told.
+//! operation: 404 for a path without a template, 405 for a method that a template does not have, 401 or 429 in place of
+//! either for who has no token, and what web pages and wrong hosts are told.
 //!
 //! Requests are held against it the other way round: a body that the server takes must be one that the document allows.
 
@@ -58,9 +58,19 @@ pub(crate) fn operations() -> Vec<(String, String)> {
     paths.flat_map(pairs).collect()
 }
 
+/// (method, path template, scope) of the document in document order; the scope is `None` where everybody may come in.
+pub(crate) fn scopes() -> Vec<(String, String, Option<String>)> {
+    let paths = OPENAPI.paths.iter();
+    let scope =
+        |path: &'static Path, one: &'static Operation| (one.method.clone(), path.template.clone(), one.scope.clone());
+    paths.flat_map(|path| path.operations.iter().map(move |one| scope(path, one))).collect()
+}
+
 struct Openapi {
     /// In document order.
     paths: Vec<Path>,
+    unauthorized: Answer,
+    too_many_attempts: Answer,
     not_found: Answer,
     method_not_allowed: Answer,
     /// What any request may be told, by status.
@@ -76,6 +86,8 @@ struct Path {
 struct Operation {
     /// In upper case.
     method: String,
+    /// None when the operation asks for no token at all.
+    scope: Option<String>,
     /// None when the document has no body for it, and whatever is sent is ignored.
     body: Option<RequestBody>,
     /// By status.
@@ -107,6 +119,8 @@ impl Openapi {
         let paths = document.children("/paths").into_iter().map(|(template, at)| Path::read(&document, template, &at));
         Self {
             paths: paths.collect(),
+            unauthorized: Answer::read(&document, "/components/responses/Unauthorized"),
+            too_many_attempts: Answer::read(&document, "/components/responses/TooManyAttempts"),
             not_found: Answer::read(&document, "/components/responses/NotFound"),
             method_not_allowed: Answer::read(&document, "/components/responses/MethodNotAllowed"),
             refusals: [(400, "HostUnclear"), (403, "PageRefused")]
@@ -129,12 +143,19 @@ impl Openapi {
         }
         let Some(path) = self.find(path) else {
             return match status {
+                401 => self.unauthorized.allows(method, headers, body),
+                429 => self.too_many_attempts.allows(method, headers, body),
                 404 => self.not_found.allows(method, headers, body),
                 405 => self.method_not_allowed.allows(method, headers, body),
-                _ => Err("no path of the document matches, so the status must be 404 or 405".into()),
+                _ => Err("no path of the document matches, so the status must be 401, 404, 405 or 429".into()),
             };
         };
         let Some(Operation { answers, .. }) = path.operation(method) else {
+            match status {
+                401 => return self.unauthorized.allows(method, headers, body),
+                429 => return self.too_many_attempts.allows(method, headers, body),
+                _ => {}
+            }
             if status != 405 {
                 return Err(format!("{} has no {method}, so the status must be 405", path.template));
             }
@@ -206,7 +227,10 @@ impl Operation {
             required: known.get("required") == Some(&Value::Bool(true)),
             schema: document.validator(&format!("{body}/content/application~1json/schema")),
         });
-        Self { method: method.to_uppercase(), body, answers: answers.collect() }
+        let scope = document.get(&format!("{at}/x-portolan-scope")).and_then(Value::as_str).map(str::to_owned);
+        let open = document.get(&format!("{at}/security")).is_some_and(|wanted| wanted == &serde_json::json!([]));
+        assert!(scope.is_none() == open, "{method} {at} of openapi.yaml needs a scope, or asks for no token");
+        Self { method: method.to_uppercase(), scope, body, answers: answers.collect() }
     }
 }
 
@@ -481,7 +505,7 @@ mod tests {
     #[test]
     fn a_status_must_be_documented() {
         assert_eq!(allows("GET", SERVER, 404, &[], &error("not_found")), Ok(()));
-        refused(allows("GET", SERVER, 400, &[], &error("not_found")), "200, 404, 500, 503 only");
+        refused(allows("GET", SERVER, 400, &[], &error("not_found")), "200, 401, 403, 404, 429, 500, 503 only");
         refused(allows("GET", SERVER, 405, &[("allow", "GET")], &error("method_not_allowed")), "only");
         refused(allows("GET", SERVER, 404, &[], &error("gone")), "/code");
     }
@@ -563,14 +587,14 @@ mod tests {
             assert_eq!(allows("GET", path, 200, &[], &ready), Ok(()), "{path}");
         }
         for path in ["/v1/ready//", "//v1/ready", "/v1", "/", ""] {
-            refused(allows("GET", path, 200, &[], &ready), "404 or 405");
+            refused(allows("GET", path, 200, &[], &ready), "401, 404, 405 or 429");
             assert_eq!(allows("GET", path, 404, &[], &error("not_found")), Ok(()), "{path}");
         }
     }
 
     #[test]
     fn an_empty_segment_is_no_parameter() {
-        refused(allows("GET", "/v1/mcp-servers//tools", 200, &[], &json!([])), "404 or 405");
+        refused(allows("GET", "/v1/mcp-servers//tools", 200, &[], &json!([])), "401, 404, 405 or 429");
     }
 
     #[test]
@@ -637,10 +661,11 @@ mod tests {
     #[test]
     fn each_operation_documents_what_it_can_answer() {
         for path in &OPENAPI.paths {
-            for Operation { method, body, answers } in &path.operations {
+            for Operation { method, scope, body, answers } in &path.operations {
                 let asks_database = path.template.starts_with("/v1/") && path.template != "/v1/health/";
                 let needed = [500].into_iter().chain(asks_database.then_some(503));
                 let needed = needed.chain(path.template.contains('{').then_some(404));
+                let needed = needed.chain(scope.as_ref().map(|_| [401, 403, 429]).into_iter().flatten());
                 let needed = needed.chain(body.as_ref().map(|_| [400, 413, 415, 422]).into_iter().flatten());
                 for status in needed {
                     assert!(answers.contains_key(&status), "{method} {} lacks {status}", path.template);
@@ -739,6 +764,11 @@ mod tests {
             let example = document.get(at).expect("it is there");
             let Some(code) = example.get("code").and_then(Value::as_str) else { return };
             let (error, text) = match code {
+                "unauthorized" => (Error::Unauthorized, &example["detail"]),
+                "forbidden" => (Error::Forbidden, &example["detail"]),
+                "too_many_attempts" => {
+                    (Error::Guessing { retry_after: std::time::Duration::from_secs(1) }, &example["detail"])
+                }
                 "not_found" => (Error::NoServer, &example["detail"]),
                 "method_not_allowed" => (Error::MethodNotAllowed, &example["detail"]),
                 "host_unclear" => (Error::HostUnclear, &example["detail"]),
