@@ -86,7 +86,9 @@ fn status(answer: &str) -> u16 {
 /// A request as it stands on the wire. `fields` are whole lines.
 fn wire(method: &str, target: &str, fields: &str, body: &str) -> String {
     let length = if body.is_empty() { String::new() } else { format!("{JSON}content-length: {}\r\n", body.len()) };
-    format!("{method} {target} HTTP/1.1\r\nhost: h\r\nconnection: close\r\n{fields}{length}\r\n{body}")
+    // Who names a host in the target must name the same one in the header.
+    let host = target.strip_prefix("http://").and_then(|rest| rest.split('/').next()).unwrap_or("h");
+    format!("{method} {target} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n{fields}{length}\r\n{body}")
 }
 
 fn bearer(token: &str) -> String {
