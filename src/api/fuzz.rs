@@ -5,6 +5,7 @@ use axum::response::IntoResponse;
 use crate::error::Error;
 
 use super::guard;
+use super::parse_tokens;
 use super::wire::{CreateServer, UpdateServer, run_arguments};
 
 /// A body of a create, an update and a run: whatever is wrong is said without a panic, and a body that is taken has no
@@ -32,6 +33,13 @@ pub fn body(data: &[u8]) {
     }
 }
 
+/// A tokens file: read without a panic, and without a token or a name twice.
+pub fn tokens(data: &[u8]) {
+    let Ok(tokens) = parse_tokens(data) else { return };
+    let names: std::collections::HashSet<_> = tokens.iter().map(|token| &token.name).collect();
+    assert_eq!(names.len(), tokens.len());
+}
+
 fn refused(error: Error) {
     assert!(matches!(error, Error::Invalid(_)), "{error:?}");
     assert!(error.into_response().status().is_client_error());
@@ -42,5 +50,6 @@ mod tests {
     #[test]
     fn the_corpus_holds() {
         crate::corpus::replay("body", super::body);
+        crate::corpus::replay("tokens", super::tokens);
     }
 }

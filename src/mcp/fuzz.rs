@@ -15,7 +15,7 @@ use super::budget::{Budget, Held};
 use super::events::{Event, Events};
 use super::lines::{Line, Lines};
 use super::message::{self, Inbound};
-use super::{Room, json_schema, listing, message::id_of_a_part, result};
+use super::{Room, address, fields, json_schema, listing, message::id_of_a_part, result, scope, server_url};
 
 /// The largest line and event of these targets, and all the room there is.
 const MAX: usize = 4096;
@@ -101,6 +101,23 @@ fn list(result: &RawValue) {
     }
 }
 
+/// The URL of a server: one that is taken is taken again as the parser writes it, is http or https, has a host, and no
+/// address that nobody may connect to. And the same bytes as name and value of a header field.
+pub fn url(data: &[u8]) {
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    if let Ok(url) = server_url(text) {
+        assert!(matches!(url.scheme(), "http" | "https") && url.has_host());
+        assert!(address::literal(&url).is_none_or(|address| scope(address).is_ok()));
+        assert_eq!(server_url(url.as_str()), Ok(url), "it reads as itself");
+    }
+    if let Ok(name) = fields::field_name(text) {
+        assert!(name.as_str().bytes().all(|byte| byte.is_ascii_graphic() && byte != b':'));
+    }
+    if fields::field_value(text).is_ok() {
+        assert!(text.bytes().all(|byte| byte == b'\t' || byte == b' ' || byte.is_ascii_graphic()));
+    }
+}
+
 /// The first byte says how the others are cut.
 fn chunked(data: &[u8]) -> (usize, &[u8]) {
     data.split_first().map_or((1, data), |(first, rest)| (usize::from(*first).max(1), rest))
@@ -128,5 +145,6 @@ mod tests {
     fn the_corpus_holds() {
         crate::corpus::replay("events", super::events);
         crate::corpus::replay("lines", super::lines);
+        crate::corpus::replay("url", super::url);
     }
 }
