@@ -46,6 +46,10 @@ pub enum Error {
     NoServer,
     #[error("This MCP server has no tool with this id.")]
     NoTool,
+    #[error("{}", held(.is_new))]
+    ToolHeld { is_new: bool },
+    #[error("The definition of this tool has another hash now; look at it again before you approve it.")]
+    ToolChanged,
     #[error("An MCP server with this name exists already; choose another name.")]
     NameTaken,
     #[error("The request body is larger than {limit} bytes, the most that this path takes.")]
@@ -82,6 +86,17 @@ fn summary(issues: &[Issue]) -> String {
         [only] => only.msg.clone(),
         [first, rest @ ..] => format!("{} ({} more problems are listed in errors.)", first.msg, rest.len()),
     }
+}
+
+fn held(is_new: &bool) -> String {
+    let why = match is_new {
+        true => "This tool came after its server was registered",
+        false => "The definition of this tool changed",
+    };
+    format!(
+        "{why} and is held until an admin has looked at it and approved it with \
+         POST /v1/mcp-servers/{{mcp_server_id}}/tools/{{tool_id}}/approve."
+    )
 }
 
 /// The longest `Retry-After`, in seconds, whatever a server asks for: an SDK may sleep all of it with its caller.
@@ -127,6 +142,8 @@ impl Error {
             Self::HostNotAllowed => (StatusCode::FORBIDDEN, "host_not_allowed"),
             Self::PageNotAllowed => (StatusCode::FORBIDDEN, "origin_not_allowed"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Self::ToolHeld { .. } => (StatusCode::FORBIDDEN, "tool_held"),
+            Self::ToolChanged => (StatusCode::CONFLICT, "tool_changed"),
             Self::NameTaken => (StatusCode::CONFLICT, "name_taken"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
             Self::BodyIncomplete => (StatusCode::BAD_REQUEST, "body_incomplete"),
@@ -188,7 +205,12 @@ impl Error {
         let mut response = (status, Json(body)).into_response();
         let headers = response.headers_mut();
         match self {
-            Self::NameTaken | Self::Refresh { .. } | Self::Connect(_) | Self::Internal(_) => {
+            Self::ToolHeld { .. }
+            | Self::ToolChanged
+            | Self::NameTaken
+            | Self::Refresh { .. }
+            | Self::Connect(_)
+            | Self::Internal(_) => {
                 headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
             }
             Self::Overload { retry_after, .. } => {
@@ -268,6 +290,8 @@ mod tests {
             Error::PageNotAllowed,
             Error::NoServer,
             Error::NoTool,
+            Error::ToolHeld { is_new: true },
+            Error::ToolChanged,
             Error::NameTaken,
             Error::BodyTooLarge { limit: 1 },
             Error::BodyIncomplete,
@@ -289,6 +313,7 @@ mod tests {
                 Error::Full { repeatable } => repeatable,
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
+                Error::ToolHeld { .. } | Error::ToolChanged => false,
                 Error::HostUnclear | Error::HostNotAllowed | Error::PageNotAllowed => false,
                 Error::Forbidden
                 | Error::Invalid(_)

@@ -26,9 +26,9 @@
 //! | `egress`, `mirror` | what goes out, and arguments as header fields |
 //! | `child`, `keeper` | a process of ours, and that none outlives us |
 //! | `error` | why a server cannot be used |
-//! | `listing`, `schema` | tools |
+//! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
-//! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory) |
+//! | [`store`] | speaks SQL: one file per table; `changes` (what a new list of tools means), `known` (tools that were read before, in memory) |
 //!
 //! # Who may import whom
 //!

@@ -16,5 +16,6 @@ mod process;
 mod repeats;
 mod runs;
 mod servers;
+mod tool_changes;
 mod tools;
 mod transports;

@@ -9,6 +9,7 @@ mod egress;
 mod error;
 mod events;
 mod exchange;
+mod hidden;
 mod http;
 mod json;
 pub mod keeper;
@@ -39,11 +40,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{Era, Server, Skipped, State, Tool, ToolChanges};
+use crate::model::{Era, Flagged, Offered, Server, Skipped, State, Tool, ToolChanges};
 use crate::store::Store;
 
 pub use budget::Held;
 pub use error::{Error, SyncError};
+pub use hidden::flags;
 pub use listing::definition;
 pub use schema::{Room, json_schema};
 
@@ -232,7 +234,9 @@ impl Mcp {
         let (listed, era) = self.list(server, agent, now).await?;
         let (offered, skipped) = accept(&listed.tools);
         let notice = notice(&skipped);
-        let synced = self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered).await?;
+        let hold = self.settings.tools.holds();
+        let synced =
+            self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered, hold).await?;
         let Some(mut changes) = synced else {
             let exists = self.store.server(&server.id).await?.is_some();
             return Err(if exists { Error::Reconfigured } else { Error::Deleted }.into());
@@ -243,9 +247,15 @@ impl Mcp {
             tools.updated = changes.updated.len(),
             tools.deleted = changes.deleted.len(),
             tools.skipped = skipped.len(),
+            tools.held = changes.held.len(),
             "tools synced"
         );
+        for changed in &changes.changed {
+            let (old, new) = (&changed.old, &changed.new);
+            tracing::warn!(server.id, tool.hash.old = old, tool.hash.new = new, "the definition of a tool changed");
+        }
         changes.skipped = skipped;
+        changes.flagged = flagged(&offered);
         Ok(changes)
     }
 
@@ -397,6 +407,14 @@ impl Mcp {
 struct Failed {
     error: CallError,
     again: bool,
+}
+
+/// How many tools with hidden characters a sync names.
+const MAX_FLAGGED: usize = 100;
+
+fn flagged(offered: &[Offered]) -> Vec<Flagged> {
+    let flagged = offered.iter().map(|tool| Flagged { name: tool.name.clone(), flags: flags(&tool.definition) });
+    flagged.filter(|tool| !tool.flags.is_empty()).take(MAX_FLAGGED).collect()
 }
 
 /// What a status says of tools that were not kept.

@@ -466,6 +466,22 @@ fn is_header_value(value: &Secret) -> bool {
     HeaderValue::from_str(value).is_ok() && value.is_ascii() && value.len() <= MAX_VALUE_BYTES
 }
 
+/// The hash that an approval is for; without one it is for whatever definition there is.
+pub fn approved_hash(mut body: Map<String, Value>) -> Result<Option<String>, Error> {
+    let wrong = |key: &str, msg: &str| Err(Error::invalid(vec![json!("body"), json!(shown(key))], msg));
+    let hash = match body.shift_remove("hash") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(hash)) if hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
+            Some(hash.to_ascii_lowercase())
+        }
+        Some(_) => return wrong("hash", "This must be the definition_hash of the tool, 64 hexadecimal digits."),
+    };
+    match body.keys().next() {
+        None => Ok(hash),
+        Some(key) => wrong(key, "Unknown field."),
+    }
+}
+
 /// The body of a run: `{"args": {…}}`, `{}`, or nothing.
 pub fn run_arguments(mut body: Map<String, Value>) -> Result<Map<String, Value>, Error> {
     let arguments = match body.shift_remove("args") {
