@@ -261,6 +261,40 @@ pub struct Upstream {
     /// Split each argument of a stdio server at white space, as Letta did; for rows written for Letta
     #[arg(long, env = "PORTOLAN_LEGACY_ARG_SPLIT", global = true)]
     pub legacy_arg_split: bool,
+    #[command(flatten)]
+    pub tools: Tools,
+}
+
+/// What servers offer.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Tools")]
+pub struct Tools {
+    /// What to do about tools that are not what they were when their server was registered, or came later: report it, or
+    /// also hold them back until an admin approves them
+    #[arg(
+        long,
+        env = "PORTOLAN_TOOL_CHANGES",
+        value_enum,
+        default_value = "report",
+        global = true,
+        value_name = "POLICY"
+    )]
+    pub tool_changes: ToolPolicy,
+}
+
+impl Tools {
+    /// Whether tools are held that nobody has approved.
+    pub fn holds(&self) -> bool {
+        self.tool_changes == ToolPolicy::Hold
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ToolPolicy {
+    /// Every definition is used as it comes; what changed is in the answer of a refresh and in the tool
+    Report,
+    /// A definition that nobody has approved is not run
+    Hold,
 }
 
 /// Which addresses Portolan connects to.

@@ -56,6 +56,10 @@ pub enum Error {
     NoServer,
     #[error("This MCP server has no tool with this id.")]
     NoTool,
+    #[error("{}", held(.is_new))]
+    ToolHeld { is_new: bool },
+    #[error("The definition of this tool has another hash now; look at it again before you approve it.")]
+    ToolChanged,
     #[error("An MCP server with this name exists already; choose another name.")]
     NameTaken,
     /// Its connection cannot be opened, and is not written over: it may be whole once its key is back.
@@ -95,6 +99,17 @@ fn summary(issues: &[Issue]) -> String {
         [only] => only.msg.clone(),
         [first, rest @ ..] => format!("{} ({} more problems are listed in errors.)", first.msg, rest.len()),
     }
+}
+
+fn held(is_new: &bool) -> String {
+    let why = match is_new {
+        true => "This tool came after its server was registered",
+        false => "The definition of this tool changed",
+    };
+    format!(
+        "{why} and is held until an admin has looked at it and approved it with \
+         POST /v1/mcp-servers/{{mcp_server_id}}/tools/{{tool_id}}/approve."
+    )
 }
 
 /// The longest `Retry-After`, in seconds, whatever a server asks for: an SDK may sleep all of it with its caller.
@@ -144,6 +159,8 @@ impl Error {
             Self::Disabled(mcp::Error::NoTemplate) => (StatusCode::FORBIDDEN, "stdio_not_in_templates"),
             Self::Disabled(_) => (StatusCode::FORBIDDEN, "stdio_disabled"),
             Self::MethodNotAllowed => (StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed"),
+            Self::ToolHeld { .. } => (StatusCode::FORBIDDEN, "tool_held"),
+            Self::ToolChanged => (StatusCode::CONFLICT, "tool_changed"),
             Self::NameTaken => (StatusCode::CONFLICT, "name_taken"),
             Self::Sealed(_) => (StatusCode::CONFLICT, "config_sealed"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
@@ -213,7 +230,13 @@ impl Error {
                 headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(*retry_after)));
                 headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
             }
-            Self::NameTaken | Self::Sealed(_) | Self::Refresh { .. } | Self::Connect(_) | Self::Internal(_) => {
+            Self::ToolHeld { .. }
+            | Self::ToolChanged
+            | Self::NameTaken
+            | Self::Sealed(_)
+            | Self::Refresh { .. }
+            | Self::Connect(_)
+            | Self::Internal(_) => {
                 headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
             }
             Self::Overload { retry_after, .. } => {
@@ -296,6 +319,8 @@ mod tests {
             Error::Disabled(mcp::Error::StdioOff),
             Error::NoServer,
             Error::NoTool,
+            Error::ToolHeld { is_new: true },
+            Error::ToolChanged,
             Error::NameTaken,
             Error::Sealed(Unreadable::NoKey),
             Error::BodyTooLarge { limit: 1 },
@@ -318,6 +343,7 @@ mod tests {
                 Error::Full { repeatable } => repeatable,
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
+                Error::ToolHeld { .. } | Error::ToolChanged => false,
                 Error::HostUnclear | Error::HostNotAllowed | Error::PageNotAllowed => false,
                 Error::Forbidden
                 | Error::Disabled(_)

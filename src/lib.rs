@@ -30,10 +30,10 @@
 //! | `confine`, `reach` | what a command gives up before it is one; which files it may reach |
 //! | `homes`, `users`, `order` | its private folders; the user it runs as; what these processes tell each other |
 //! | `error` | why a server cannot be used |
-//! | `listing`, `schema` | tools |
+//! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
-//! | [`store`] | speaks SQL: one file per table; `known` (tools that were read before, in memory), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
+//! | [`store`] | speaks SQL: one file per table; `changes` (what a new list of tools means), `known` (tools that were read before, in memory), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
 //! | [`command`] | what the program does besides serving, one file per command |
 //!
 //! # Who may import whom

@@ -3,12 +3,14 @@
 //! Nothing in here speaks HTTP, MCP or SQL. A [`Secret`] leaves this form only through
 //! [`Secret::expose`], so that every place that reads one can be found.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 
 use chrono::{DateTime, Utc};
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize, Serializer};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use sqlx::FromRow;
 
@@ -318,6 +320,35 @@ pub struct Tool {
     pub position: i64,
     /// The MCP tool definition, byte for byte as the server sent it (JSON).
     pub definition: String,
+    /// Its [`definition_hash`]; rows of an older version have none.
+    pub definition_hash: Option<String>,
+    /// `None` while the definition may be used under every policy; else the hash of what was last approved, empty when
+    /// nothing ever was.
+    pub approved_hash: Option<String>,
+    /// The last changes of the definition, newest first: a JSON array of `{at, old, new, what}`.
+    pub changes: String,
+}
+
+impl Tool {
+    /// The hash of its definition.
+    pub fn hash(&self) -> Cow<'_, str> {
+        match &self.definition_hash {
+            Some(hash) => hash.into(),
+            None => definition_hash(&self.definition).into(),
+        }
+    }
+}
+
+/// SHA-256, in hexadecimal, of a tool definition in canonical JSON: the order of keys, white space and the spelling of
+/// texts do not count, everything else does.
+pub fn definition_hash(definition: &str) -> String {
+    match serde_json::from_str::<Value>(definition) {
+        Ok(mut value) => {
+            value.sort_all_objects();
+            sha256_hex(&value.to_string())
+        }
+        Err(_) => sha256_hex(definition),
+    }
 }
 
 /// A tool and its server; the server's `tool_count` is not counted here.
@@ -340,6 +371,27 @@ pub struct Offered {
 pub struct Changed {
     pub name: String,
     pub what: Vec<String>,
+    /// The hashes of both.
+    pub old: String,
+    pub new: String,
+    /// It is not run until it is approved.
+    pub held: bool,
+}
+
+/// A text of a tool that holds characters which people do not see, or see in another place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Flag {
+    /// `control`, `bidi`, `zero_width`, `tag`, `variation_selector` or `private_use`.
+    pub kind: &'static str,
+    /// Where in the definition: a JSON pointer (RFC 6901), with such characters written as `\u{…}`.
+    pub at: String,
+}
+
+/// A tool with such texts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Flagged {
+    pub name: String,
+    pub flags: Vec<Flag>,
 }
 
 /// A tool that a server offers and Portolan cannot keep.
@@ -358,4 +410,7 @@ pub struct ToolChanges {
     pub unchanged: u64,
     pub skipped: Vec<Skipped>,
     pub changed: Vec<Changed>,
+    /// The tools that are not run until they are approved, changed by this sync or before.
+    pub held: Vec<String>,
+    pub flagged: Vec<Flagged>,
 }

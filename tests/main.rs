@@ -17,5 +17,6 @@ mod process;
 mod repeats;
 mod runs;
 mod servers;
+mod tool_changes;
 mod tools;
 mod transports;

@@ -26,7 +26,11 @@ async fn a_tool_is_lettas_to_the_letter() {
     assert_eq!(keys(add), keys(&expected), "key order");
     assert_eq!(keys(&add["json_schema"]), keys(&expected["json_schema"]));
     let mut shown = add.clone();
-    let definition = shown["metadata_"]["mcp"].as_object_mut().unwrap().shift_remove("definition").unwrap();
+    let mcp = shown["metadata_"]["mcp"].as_object_mut().unwrap();
+    let definition = mcp.shift_remove("definition").unwrap();
+    for ours in ["definition_hash", "changes", "held", "flags"] {
+        mcp.shift_remove(ours).unwrap();
+    }
     assert_eq!(shown, expected);
     assert_eq!(definition["inputSchema"]["title"], "addArguments");
     let retrieved =
@@ -46,7 +50,10 @@ async fn paging_is_followed_to_its_end() {
     assert_eq!(names(&tools), names(&all), "the server's order");
     assert_eq!(script.methods().iter().filter(|method| *method == "tools/list").count(), 6);
     let again = portolan.refresh(id).await.expect(200);
-    assert_eq!(again, json!({"deleted":[],"updated":[],"added":[],"unchanged":250,"skipped":[],"changed":[]}));
+    assert_eq!(
+        again,
+        json!({"deleted":[],"updated":[],"added":[],"unchanged":250,"skipped":[],"changed":[],"held":[],"flagged":[]})
+    );
     portolan.stop().await;
 }
 
@@ -90,12 +97,20 @@ async fn a_refresh_says_what_changed_and_keeps_ids() {
     let mut a = tool("a");
     a["description"] = json!("does it better");
     script.set(&json!({"tools": [tool("d"), b, a]}));
-    let refreshed = portolan.refresh(id).await.expect(200);
+    let mut refreshed = portolan.refresh(id).await.expect(200);
+    for changed in refreshed["changed"].as_array_mut().unwrap() {
+        let hashes = ["old", "new"].map(|key| changed.as_object_mut().unwrap().shift_remove(key).unwrap());
+        assert_ne!(hashes[0], hashes[1]);
+    }
     assert_eq!(
         refreshed,
         json!({
             "deleted": ["c"], "updated": ["b", "a"], "added": ["d"], "unchanged": 0, "skipped": [],
-            "changed": [{"name": "b", "what": ["outputSchema", "title"]}, {"name": "a", "what": ["description"]}],
+            "changed": [
+                {"name": "b", "what": ["outputSchema", "title"], "held": false},
+                {"name": "a", "what": ["description"], "held": false},
+            ],
+            "held": [], "flagged": [],
         })
     );
     let after = portolan.tools(id).await;

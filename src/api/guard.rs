@@ -101,13 +101,28 @@ impl FromRequest<App> for RunBody {
     type Rejection = Error;
 
     async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
-        let is_json = is_json(&request);
-        let body = read(request, MAX_RUN_BODY, app).await?;
-        match (body.bytes.is_empty(), is_json) {
-            (true, _) => Ok(Self(Map::new())),
-            (false, true) => object(&body.bytes).map(Self),
-            (false, false) => Err(Error::UnsupportedMediaType),
-        }
+        object_if_any(request, MAX_RUN_BODY, app).await.map(Self)
+    }
+}
+
+/// A JSON body that may be missing, which is an empty object.
+pub struct OptionalBody(pub Map<String, Value>);
+
+impl FromRequest<App> for OptionalBody {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
+        object_if_any(request, MAX_BODY, app).await.map(Self)
+    }
+}
+
+async fn object_if_any(request: Request, limit: usize, app: &App) -> Result<Map<String, Value>, Error> {
+    let is_json = is_json(&request);
+    let body = read(request, limit, app).await?;
+    match (body.bytes.is_empty(), is_json) {
+        (true, _) => Ok(Map::new()),
+        (false, true) => object(&body.bytes),
+        (false, false) => Err(Error::UnsupportedMediaType),
     }
 }
 

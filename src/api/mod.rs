@@ -74,6 +74,7 @@ pub fn routes() -> Vec<Route> {
         route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools", READ, tools::list),
         route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}", READ, tools::retrieve),
         route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/run", RUN, tools::run),
+        route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/approve", ADMIN, tools::approve),
         route(Method::GET, "/v1/health/", Open, status::health),
         route(Method::GET, "/v1/ready", Open, status::ready),
         route(Method::GET, "/openapi.yaml", Open, status::openapi),

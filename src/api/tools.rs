@@ -1,4 +1,4 @@
-//! `/v1/mcp-servers/{mcp_server_id}/tools`: list, retrieve, run.
+//! `/v1/mcp-servers/{mcp_server_id}/tools`: list, retrieve, run, approve.
 
 use std::sync::Arc;
 
@@ -15,10 +15,10 @@ use crate::mcp::Room;
 use crate::model::ServerTool;
 
 use super::drip;
-use super::guard::{RunBody, ServerId, ToolId};
+use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
 use super::repeats::Repeat;
 use super::runs::Sent;
-use super::wire::{ToolExecutionResult, ToolObject, run_arguments, tools_array};
+use super::wire::{ToolExecutionResult, ToolObject, approved_hash, run_arguments, tools_array};
 
 /// The answer is that of a run which another request asked for (CONTRACT row 16).
 const X_PORTOLAN_REPEATED: HeaderName = HeaderName::from_static("x-portolan-repeated");
@@ -27,14 +27,20 @@ pub async fn list(State(app): State<App>, ServerId(id): ServerId) -> Result<Resp
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
     let tools = app.store.tools(&id).await?;
     // A server's schemas can be thousands and hostile: no other request waits while they are mapped.
-    let array = spawn_blocking(move || tools_array(&server, &tools)).await;
+    let hold = app.settings.upstream.tools.holds();
+    let array = spawn_blocking(move || tools_array(&server, &tools, hold)).await;
     let array = array.map_err(|broken| Error::Internal(broken.into()))?;
     Ok(([(CONTENT_TYPE, "application/json")], array).into_response())
 }
 
 pub async fn retrieve(State(app): State<App>, ids: ToolId) -> Result<Response, Error> {
     let found = find(&app, &ids).await?;
-    Ok(Json(ToolObject::new(&found.server, &found.tool, &mut Room::default())).into_response())
+    Ok(object(&app, &found))
+}
+
+fn object(app: &App, found: &ServerTool) -> Response {
+    let hold = app.settings.upstream.tools.holds();
+    Json(ToolObject::new(&found.server, &found.tool, hold, &mut Room::default())).into_response()
 }
 
 pub async fn run(
@@ -48,6 +54,9 @@ pub async fn run(
     let running = app.clone();
     let work = |sent: Sent| async move {
         let found = find(&running, &ids).await?;
+        if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
+            return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
+        }
         let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &sent).await?;
         Ok(ToolExecutionResult::from(outcome).json())
     };
@@ -63,6 +72,24 @@ pub async fn run(
         response.headers_mut().insert(X_PORTOLAN_REPEATED, HeaderValue::from_static("true"));
     }
     Ok(response)
+}
+
+/// What an admin has seen may be run (`--tool-changes hold`).
+pub async fn approve(State(app): State<App>, ids: ToolId, OptionalBody(body): OptionalBody) -> Result<Response, Error> {
+    let hash = approved_hash(body)?;
+    find(&app, &ids).await?;
+    let approving = app.clone();
+    app.to_the_end(async move {
+        let ToolId { server_id, tool_id } = &ids;
+        let approved = approving.store.approve_tool(server_id, tool_id, hash.as_deref()).await?;
+        let found = find(&approving, &ids).await?;
+        if !approved {
+            return Err(Error::ToolChanged);
+        }
+        tracing::info!(server.id = server_id, tool.id = tool_id, "tool approved");
+        Ok(object(&approving, &found))
+    })
+    .await
 }
 
 async fn find(app: &App, ToolId { server_id, tool_id }: &ToolId) -> Result<Arc<ServerTool>, Error> {

@@ -15,6 +15,7 @@ mod exchange;
 mod fields;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod hidden;
 mod homes;
 mod http;
 mod json;
@@ -50,7 +51,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{Connector, Era, Server, Skipped, State, Tool, ToolChanges};
+use crate::model::{Connector, Era, Flagged, Offered, Server, Skipped, State, Tool, ToolChanges};
 use crate::store::Store;
 
 pub use address::{Forbidden, Scope, UrlError, scope, server_url};
@@ -59,6 +60,7 @@ pub use confine::become_child;
 pub use egress::{Destination, Egress, TlsError, Trust};
 pub use error::{Error, SyncError};
 pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_value};
+pub use hidden::flags;
 pub use keeper::keep_child;
 pub use listing::definition;
 pub use order::{BECOME, KEEP};
@@ -242,7 +244,9 @@ impl Mcp {
         let (listed, era) = self.list(server, agent, now).await?;
         let (offered, skipped) = accept(&listed.tools);
         let notice = notice(&skipped);
-        let synced = self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered).await?;
+        let hold = self.settings.tools.holds();
+        let synced =
+            self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered, hold).await?;
         let Some(mut changes) = synced else {
             let exists = self.store.server(&server.id).await?.is_some();
             return Err(if exists { Error::Reconfigured } else { Error::Deleted }.into());
@@ -253,9 +257,15 @@ impl Mcp {
             tools.updated = changes.updated.len(),
             tools.deleted = changes.deleted.len(),
             tools.skipped = skipped.len(),
+            tools.held = changes.held.len(),
             "tools synced"
         );
+        for changed in &changes.changed {
+            let (old, new) = (&changed.old, &changed.new);
+            tracing::warn!(server.id, tool.hash.old = old, tool.hash.new = new, "the definition of a tool changed");
+        }
         changes.skipped = skipped;
+        changes.flagged = flagged(&offered);
         Ok(changes)
     }
 
@@ -439,6 +449,14 @@ impl Mcp {
 struct Failed {
     error: CallError,
     again: bool,
+}
+
+/// How many tools with hidden characters a sync names.
+const MAX_FLAGGED: usize = 100;
+
+fn flagged(offered: &[Offered]) -> Vec<Flagged> {
+    let flagged = offered.iter().map(|tool| Flagged { name: tool.name.clone(), flags: flags(&tool.definition) });
+    flagged.filter(|tool| !tool.flags.is_empty()).take(MAX_FLAGGED).collect()
 }
 
 /// What a status says of tools that were not kept.

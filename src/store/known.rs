@@ -140,7 +140,7 @@ impl Drop for Change<'_> {
 fn size(ServerTool { server, tool }: &ServerTool) -> usize {
     let config = server.config.0.as_ref().map_or(0, |connector| to_text(connector).len());
     let error = server.error.as_ref().map_or(0, String::len);
-    OVERHEAD + config + error + server.server_name.len() + tool.name.len() + tool.definition.len()
+    OVERHEAD + config + error + server.server_name.len() + tool.name.len() + tool.definition.len() + tool.changes.len()
 }
 
 #[cfg(test)]
@@ -172,6 +172,9 @@ mod tests {
             name: String::new(),
             position: 0,
             definition: definition.to_owned(),
+            definition_hash: None,
+            approved_hash: None,
+            changes: String::new(),
         };
         Arc::new(ServerTool { server, tool })
     }

@@ -3,6 +3,7 @@
 //! A lookup that finds nothing is `None`, never an error. Every text that goes in has been checked for NUL at the door:
 //! SQLite would keep one, PostgreSQL refuses it.
 
+mod changes;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod keys;

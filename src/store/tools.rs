@@ -1,25 +1,27 @@
 //! The table `tools`.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
-use serde_json::{Map, Value};
+use chrono::{DateTime, Utc};
 use sqlx::FromRow;
 
-use crate::model::{Changed, Era, Offered, ServerTool, State, Tool, ToolChanges, sha256_hex};
+use crate::model::{Era, Offered, ServerTool, State, Tool, ToolChanges, sha256_hex};
 
+use super::changes::{Plan, Trust};
 use super::sealing::ServerRow;
 use super::{Error, Store, now, on_db};
 
 /// The columns of [`Tool`], as `tools` has them.
 macro_rules! columns {
     () => {
-        "tools.id AS tool_id, server_id, name, position, definition"
+        "tools.id AS tool_id, server_id, name, position, definition, definition_hash, approved_hash, changes"
     };
 }
 
-/// Tools inserted by one statement; six values each, and SQLite takes 32,766.
+/// Tools inserted by one statement; nine values each, and SQLite takes 32,766.
 const ROWS_AT_ONCE: usize = 500;
+/// How many tools that are gone are remembered of one server, the last ones.
+const MAX_GONE: i64 = 1_000;
 
 const LIST: &str = concat!("SELECT ", columns!(), " FROM tools WHERE server_id = $1 ORDER BY position");
 
@@ -64,8 +66,9 @@ impl Store {
     }
 
     /// Makes the tools of a server equal to `offered` (names unique, in the server's order) and notes that it is ready,
-    /// with a `notice` for its status, in one transaction. A tool keeps its id as long as its name is offered. `None` when
-    /// the server is gone or its configuration is no longer `revision`; then nothing is changed.
+    /// with a `notice` for its status, in one transaction. A tool keeps its id as long as its name is offered. With `hold`,
+    /// what is not as it was approved waits for [`Store::approve_tool`]; without it, all that is offered is approved. `None`
+    /// when the server is gone or its configuration is no longer `revision`; then nothing is changed.
     pub async fn sync_tools(
         &self,
         server_id: &str,
@@ -73,50 +76,87 @@ impl Store {
         era: Option<Era>,
         notice: Option<&str>,
         offered: &[Offered],
+        hold: bool,
     ) -> Result<Option<ToolChanges>, Error> {
         // The first statement also takes the server's row lock (on SQLite: the write lock) against a second sync.
+        const LOCK: &str =
+            "UPDATE servers SET revision = revision WHERE id = $1 AND revision = $2 RETURNING last_synced_at";
         const READY: &str = "UPDATE servers SET state = $3, error = $6, era = $4, last_synced_at = $5 \
-                             WHERE id = $1 AND revision = $2 RETURNING id";
+                             WHERE id = $1 AND revision = $2";
         const DELETE: &str = "DELETE FROM tools WHERE id = $1";
-        const UPDATE: &str = "UPDATE tools SET position = $2, definition = $3 WHERE id = $1";
-        const INSERT: &str = "INSERT INTO tools (id, server_id, name, name_digest, position, definition) ";
+        const UPDATE: &str = "UPDATE tools SET position = $2, definition = $3, definition_hash = $4, approved_hash = $5, \
+                              changes = $6 WHERE id = $1";
+        const INSERT: &str = "INSERT INTO tools (id, server_id, name, name_digest, position, definition, definition_hash, \
+                              approved_hash, changes) ";
+        const GONE: &str =
+            "SELECT name_digest, definition_hash, approved_hash, changes FROM gone_tools WHERE server_id = $1";
+        const LEAVE: &str = "INSERT INTO gone_tools (server_id, name_digest, definition_hash, approved_hash, changes, gone_at) \
+                             VALUES ($1, $2, $3, $4, $5, $6)";
+        const RETURN: &str = "DELETE FROM gone_tools WHERE server_id = $1 AND name_digest = $2";
+        const FORGET: &str = "DELETE FROM gone_tools WHERE server_id = $1 AND name_digest NOT IN (SELECT name_digest FROM \
+                              gone_tools WHERE server_id = $1 ORDER BY gone_at DESC, name_digest LIMIT $2)";
+        let now = now();
         let write = async {
             on_db!(self, write pool => {
                 let mut transaction = pool.begin().await?;
-                let ready: Option<(String,)> = sqlx::query_as(READY)
+                let found: Option<(Option<DateTime<Utc>>,)> =
+                    sqlx::query_as(LOCK).bind(server_id).bind(revision).fetch_optional(&mut *transaction).await?;
+                let Some((last_synced_at,)) = found else { return Ok(None) };
+                sqlx::query(READY)
                     .bind(server_id)
                     .bind(revision)
                     .bind(State::Ready.as_str())
                     .bind(era.map(Era::as_str))
-                    .bind(now())
+                    .bind(now)
                     .bind(self.sealed_error(server_id, notice))
-                    .fetch_optional(&mut *transaction)
+                    .execute(&mut *transaction)
                     .await?;
-                if ready.is_none() {
-                    return Ok(None);
-                }
                 let current: Vec<Tool> = sqlx::query_as(LIST).bind(server_id).fetch_all(&mut *transaction).await?;
-                let plan = Plan::new(&current, offered);
+                let gone = sqlx::query_as(GONE).bind(server_id).fetch_all(&mut *transaction).await?;
+                let trust = Trust { is_first: last_synced_at.is_none(), hold };
+                let plan = Plan::new(&current, gone, offered, trust, now);
+                for digest in &plan.returned {
+                    sqlx::query(RETURN).bind(server_id).bind(digest).execute(&mut *transaction).await?;
+                }
                 for tool in &plan.delete {
                     sqlx::query(DELETE).bind(&tool.id).execute(&mut *transaction).await?;
+                    sqlx::query(LEAVE)
+                        .bind(server_id)
+                        .bind(sha256_hex(&tool.name))
+                        .bind(tool.hash())
+                        .bind(&tool.approved_hash)
+                        .bind(&tool.changes)
+                        .bind(now)
+                        .execute(&mut *transaction)
+                        .await?;
                 }
-                for (tool, position, offered) in &plan.update {
+                if !plan.delete.is_empty() {
+                    sqlx::query(FORGET).bind(server_id).bind(MAX_GONE).execute(&mut *transaction).await?;
+                }
+                for (tool, row) in &plan.update {
                     sqlx::query(UPDATE)
                         .bind(&tool.id)
-                        .bind(position)
-                        .bind(&offered.definition)
+                        .bind(row.position)
+                        .bind(&row.offered.definition)
+                        .bind(&row.hash)
+                        .bind(&row.approved_hash)
+                        .bind(&row.changes)
                         .execute(&mut *transaction)
                         .await?;
                 }
                 for rows in plan.insert.chunks(ROWS_AT_ONCE) {
                     let mut insert = sqlx::QueryBuilder::new(INSERT);
-                    insert.push_values(rows, |mut row, (position, offered)| {
-                        row.push_bind(format!("tool-{}", uuid::Uuid::new_v4()))
+                    insert.push_values(rows, |mut values, row| {
+                        values
+                            .push_bind(format!("tool-{}", uuid::Uuid::new_v4()))
                             .push_bind(server_id)
-                            .push_bind(&offered.name)
-                            .push_bind(sha256_hex(&offered.name))
-                            .push_bind(*position)
-                            .push_bind(&offered.definition);
+                            .push_bind(&row.offered.name)
+                            .push_bind(sha256_hex(&row.offered.name))
+                            .push_bind(row.position)
+                            .push_bind(&row.offered.definition)
+                            .push_bind(&row.hash)
+                            .push_bind(&row.approved_hash)
+                            .push_bind(&row.changes);
                     });
                     insert.build().execute(&mut *transaction).await?;
                 }
@@ -126,89 +166,21 @@ impl Store {
         };
         self.known.during(server_id, write).await
     }
-}
 
-/// The rows a sync writes, and what its answer says of them.
-struct Plan<'a> {
-    delete: Vec<&'a Tool>,
-    update: Vec<(&'a Tool, i64, &'a Offered)>,
-    insert: Vec<(i64, &'a Offered)>,
-    changes: ToolChanges,
-}
-
-impl<'a> Plan<'a> {
-    fn new(current: &'a [Tool], offered: &'a [Offered]) -> Self {
-        let mut plan = Self { delete: vec![], update: vec![], insert: vec![], changes: ToolChanges::default() };
-        let mut known: HashMap<&str, &Tool> = current.iter().map(|tool| (tool.name.as_str(), tool)).collect();
-        for (position, offered) in (0..).zip(offered) {
-            let Some(tool) = known.remove(offered.name.as_str()) else {
-                plan.changes.added.push(offered.name.clone());
-                plan.insert.push((position, offered));
-                continue;
-            };
-            let what = differences(&tool.definition, &offered.definition);
-            if tool.position != position || tool.definition != offered.definition {
-                plan.update.push((tool, position, offered));
-            }
-            if what.is_empty() {
-                plan.changes.unchanged += 1;
-            } else {
-                plan.changes.updated.push(offered.name.clone());
-                plan.changes.changed.push(Changed { name: offered.name.clone(), what });
-            }
-        }
-        plan.delete = current.iter().filter(|tool| known.contains_key(tool.name.as_str())).collect();
-        plan.changes.deleted = plan.delete.iter().map(|tool| tool.name.clone()).collect();
-        plan
-    }
-}
-
-/// The top-level keys whose values differ between two tool definitions; spelling and key order do not count.
-fn differences(old: &str, new: &str) -> Vec<String> {
-    if old == new {
-        return vec![];
-    }
-    let read = |text| serde_json::from_str::<Map<String, Value>>(text).unwrap_or_default();
-    let (old, new) = (read(old), read(new));
-    let mut keys: Vec<_> = new.keys().chain(old.keys().filter(|key| !new.contains_key(*key))).collect();
-    keys.retain(|key| old.get(*key) != new.get(*key));
-    keys.into_iter().cloned().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn tool(name: &str, position: i64, definition: &str) -> Tool {
-        Tool {
-            id: format!("tool-{name}"),
-            server_id: "mcp_server-1".to_owned(),
-            name: name.to_owned(),
-            position,
-            definition: definition.to_owned(),
-        }
-    }
-
-    fn offered(name: &str, definition: &str) -> Offered {
-        Offered { name: name.to_owned(), definition: definition.to_owned() }
-    }
-
-    #[test]
-    fn differences_name_the_keys_that_changed() {
-        assert_eq!(differences(r#"{"a":1,"b":{"x":1,"y":2}}"#, r#"{"b":{"y":2,"x":1}, "a":1}"#), Vec::<String>::new());
-        assert_eq!(differences(r#"{"a":1,"b":2}"#, r#"{"a":2,"c":3}"#), ["a", "c", "b"]);
-    }
-
-    #[test]
-    fn a_plan_follows_the_servers_order_and_keeps_ids() {
-        let current = [tool("gone", 0, "{}"), tool("same", 1, r#"{"a":1}"#), tool("new text", 2, r#"{"a":1}"#)];
-        let listing = [offered("new text", r#"{"a":2}"#), offered("fresh", "{}"), offered("same", r#"{"a":1}"#)];
-        let plan = Plan::new(&current, &listing);
-        assert_eq!(plan.changes.added, ["fresh"]);
-        assert_eq!(plan.changes.updated, ["new text"]);
-        assert_eq!(plan.changes.deleted, ["gone"]);
-        assert_eq!(plan.changes.unchanged, 1);
-        let moved: Vec<_> = plan.update.iter().map(|(tool, position, _)| (tool.id.as_str(), *position)).collect();
-        assert_eq!(moved, [("tool-new text", 0), ("tool-same", 2)]);
+    /// Approves a tool as it is now, or only if its definition has this `hash`; `false` when it has another one by then, or
+    /// is gone.
+    pub async fn approve_tool(&self, server_id: &str, tool_id: &str, hash: Option<&str>) -> Result<bool, Error> {
+        const FIND: &str = concat!("SELECT ", columns!(), " FROM tools WHERE id = $1 AND server_id = $2");
+        const APPROVE: &str =
+            "UPDATE tools SET approved_hash = NULL WHERE id = $1 AND server_id = $2 AND definition = $3";
+        let write = async {
+            on_db!(self, write pool => {
+                let tool: Option<Tool> = sqlx::query_as(FIND).bind(tool_id).bind(server_id).fetch_optional(pool).await?;
+                let Some(tool) = tool.filter(|tool| hash.is_none_or(|hash| tool.hash() == hash)) else { return Ok(false) };
+                let approve = sqlx::query(APPROVE).bind(tool_id).bind(server_id).bind(&tool.definition);
+                Ok::<_, sqlx::Error>(approve.execute(pool).await?.rows_affected() > 0)
+            })
+        };
+        Ok(self.known.during(server_id, write).await?)
     }
 }

@@ -95,6 +95,20 @@ impl Portolan {
         Self { url, app, client, shutdown, serving, database, folder }
     }
 
+    /// Stops gracefully and starts again, with other settings, on what it kept.
+    pub(crate) async fn reopen(mut self, change: impl FnOnce(&mut Settings)) -> Self {
+        self.shutdown.cancel();
+        let serving = self.serving.take().expect("it serves");
+        assert!(serving.await.expect("it does not panic"), "a session or a task was left");
+        let settings = settings(self.folder.path(), &self.database, change);
+        self.app = App::open(settings).await.expect("Portolan starts");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        self.url = format!("http://{}", listener.local_addr().expect("it is bound"));
+        self.shutdown = CancellationToken::new();
+        self.serving = Some(tokio::spawn(self.app.clone().serve(listener, self.shutdown.clone())));
+        self
+    }
+
     /// Whether other processes may use its database.
     pub(crate) fn shares_its_database(&self) -> bool {
         self.database.postgres.is_some()

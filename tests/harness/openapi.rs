@@ -473,7 +473,7 @@ mod tests {
         assert_eq!(all[0], ("POST".into(), SERVERS.into()));
         assert_eq!(all[1], ("GET".into(), SERVERS.into()));
         assert_eq!(all.last(), Some(&("GET".into(), "/docs/{file}".into())));
-        assert_eq!(all.len(), 14);
+        assert_eq!(all.len(), 15);
     }
 
     #[test]
@@ -774,6 +774,8 @@ mod tests {
                 "host_unclear" => (Error::HostUnclear, &example["detail"]),
                 "host_not_allowed" => (Error::HostNotAllowed, &example["detail"]),
                 "origin_not_allowed" => (Error::PageNotAllowed, &example["detail"]),
+                "tool_held" => (Error::ToolHeld { is_new: false }, &example["detail"]),
+                "tool_changed" => (Error::ToolChanged, &example["detail"]),
                 "name_taken" => (Error::NameTaken, &example["detail"]),
                 "body_incomplete" => (Error::BodyIncomplete, &example["detail"]),
                 "body_too_large" => (Error::BodyTooLarge { limit: 1024 * 1024 }, &example["detail"]),
@@ -792,7 +794,7 @@ mod tests {
             assert_eq!(*text, error.to_string(), "{at}");
             codes.insert(code.to_owned());
         });
-        assert_eq!(codes.len(), 15, "{codes:?}");
+        assert_eq!(codes.len(), 17, "{codes:?}");
     }
 
     #[test]

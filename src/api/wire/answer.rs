@@ -1,5 +1,6 @@
 //! What a client reads: Letta's keys in Letta's order, nulls present, then what Portolan adds.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,8 +9,8 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use crate::mcp::{Held, Outcome, Room, definition, json_schema};
-use crate::model::{Connector, Secret, SecretMap, Server, ServerType, State, Stdio, Tool, clear, sha256_hex};
+use crate::mcp::{Held, Outcome, Room, definition, flags, json_schema};
+use crate::model::{Connector, Flag, Secret, SecretMap, Server, ServerType, State, Stdio, Tool, clear, sha256_hex};
 
 /// Letta's default user, which every tool was made by.
 const USER: &str = "user-00000000-0000-4000-8000-000000000000";
@@ -58,7 +59,7 @@ fn clear_option<S: serde::Serializer>(secret: &&Option<Secret>, out: S) -> Resul
 #[derive(Serialize)]
 struct Status<'a> {
     state: State,
-    error: Option<std::borrow::Cow<'a, str>>,
+    error: Option<Cow<'a, str>>,
     tool_count: i64,
     last_synced_at: Option<String>,
     confinement: Option<Arc<[String]>>,
@@ -151,11 +152,16 @@ struct Origin<'a> {
     server_name: &'a str,
     server_id: &'a str,
     definition: Option<&'a RawValue>,
+    definition_hash: Cow<'a, str>,
+    changes: Option<&'a RawValue>,
+    held: bool,
+    flags: Vec<Flag>,
 }
 
 impl<'a> ToolObject<'a> {
-    /// What the answer has room for is counted in `room`, shared by all tools of one answer.
-    pub fn new(server: &'a Server, tool: &'a Tool, room: &mut Room) -> Self {
+    /// What the answer has room for is counted in `room`, shared by all tools of one answer. `hold` says that what is not
+    /// approved is not run.
+    pub fn new(server: &'a Server, tool: &'a Tool, hold: bool, room: &mut Room) -> Self {
         let parts = definition(tool);
         // What Letta stores as the code of every MCP tool; its own clients show it.
         let source_code = format!(
@@ -186,6 +192,10 @@ impl<'a> ToolObject<'a> {
                     server_name: &server.server_name,
                     server_id: &server.id,
                     definition: serde_json::from_str(&tool.definition).ok(),
+                    definition_hash: tool.hash(),
+                    changes: serde_json::from_str(&tool.changes).ok(),
+                    held: hold && tool.approved_hash.is_some(),
+                    flags: flags(&tool.definition),
                 },
                 tool_hash: hash[..12].to_owned(),
             },
@@ -196,14 +206,14 @@ impl<'a> ToolObject<'a> {
 
 /// The tools of a server as a JSON array, written one by one: all of them at once as values would take several times the
 /// memory.
-pub fn tools_array(server: &Server, tools: &[Tool]) -> Vec<u8> {
+pub fn tools_array(server: &Server, tools: &[Tool], hold: bool) -> Vec<u8> {
     let mut room = Room::default();
     let mut array = vec![b'['];
     for tool in tools {
         if array.len() > 1 {
             array.push(b',');
         }
-        serde_json::to_writer(&mut array, &ToolObject::new(server, tool, &mut room)).expect("a tool is JSON");
+        serde_json::to_writer(&mut array, &ToolObject::new(server, tool, hold, &mut room)).expect("a tool is JSON");
     }
     array.push(b']');
     array

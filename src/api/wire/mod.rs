@@ -4,4 +4,4 @@ mod answer;
 mod request;
 
 pub use answer::{ServerObject, ToolExecutionResult, ToolObject, tools_array};
-pub use request::{CreateServer, UpdateServer, run_arguments};
+pub use request::{CreateServer, UpdateServer, approved_hash, run_arguments};

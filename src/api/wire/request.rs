@@ -421,6 +421,22 @@ fn check_headers(remote: &Remote, at: impl Fn(&'static str) -> Vec<&'static str>
     }
 }
 
+/// The hash that an approval is for; without one it is for whatever definition there is.
+pub fn approved_hash(mut body: Map<String, Value>) -> Result<Option<String>, Error> {
+    let wrong = |key: &str, msg: &str| Err(Error::invalid(vec![json!("body"), json!(shown(key))], msg));
+    let hash = match body.shift_remove("hash") {
+        None | Some(Value::Null) => None,
+        Some(Value::String(hash)) if hash.len() == 64 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) => {
+            Some(hash.to_ascii_lowercase())
+        }
+        Some(_) => return wrong("hash", "This must be the definition_hash of the tool, 64 hexadecimal digits."),
+    };
+    match body.keys().next() {
+        None => Ok(hash),
+        Some(key) => wrong(key, "Unknown field."),
+    }
+}
+
 /// The body of a run: `{"args": {…}}`, `{}`, or nothing.
 pub fn run_arguments(mut body: Map<String, Value>) -> Result<Map<String, Value>, Error> {
     let arguments = match body.shift_remove("args") {
