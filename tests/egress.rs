@@ -43,7 +43,7 @@ impl Trap {
     }
 
     /// Asserts that nobody came, and that it would have been noticed.
-    fn is_untouched(self) {
+    fn assert_untouched(self) {
         let came = self.0.accept();
         assert!(came.is_err(), "somebody connected to the forbidden address {}", self.addr());
         let _somebody = TcpStream::connect(self.addr()).unwrap();
@@ -53,7 +53,9 @@ impl Trap {
 
 /// Names that a test gives addresses, and how often each was looked up.
 #[derive(Clone, Default)]
-struct Zone(Arc<Mutex<HashMap<String, (Vec<IpAddr>, usize)>>>);
+struct Zone(Arc<Mutex<Names>>);
+
+type Names = HashMap<String, (Vec<IpAddr>, usize)>;
 
 impl Zone {
     fn set(&self, name: &str, addresses: &[&str]) {
@@ -420,7 +422,7 @@ async fn no_spelling_of_a_denied_address_gets_a_connection_at_create() {
     }
     let after = portolan.get("/v1/mcp-servers/").await.expect(200).as_array().unwrap().len();
     assert_eq!(after, stored, "nothing is stored for a 422");
-    trap.is_untouched();
+    trap.assert_untouched();
     portolan.stop().await;
 }
 
@@ -449,7 +451,7 @@ async fn no_spelling_of_a_denied_address_gets_a_connection_at_patch() {
     let back = json!({"config": {"mcp_server_type": "streamable_http", "server_url": http.url}});
     portolan.patch(&path, &back).await.expect(200);
     portolan.refresh(server["id"].as_str().unwrap()).await.expect(200);
-    trap.is_untouched();
+    trap.assert_untouched();
     portolan.stop().await;
 }
 
@@ -567,7 +569,7 @@ async fn no_redirect_leads_to_a_forbidden_address_or_another_origin() {
     let few: Vec<_> = urls.iter().step_by(9).cloned().collect();
     none_is_reached(&portolan, "sse", &few, "The server").await;
     assert_eq!(elsewhere.connections(), 0, "a token left its origin");
-    trap.is_untouched();
+    trap.assert_untouched();
 
     // The allowed twin: 307 and 308 on one origin, with the token.
     let script = json!({"redirect": "/moved/mcp", "require_header": ["authorization", "Bearer hunter2"]});
@@ -605,7 +607,7 @@ async fn no_endpoint_event_leads_away() {
     let urls: Vec<_> = texts.iter().map(|text| pointer.endpoint(text)).collect();
     none_is_reached(&portolan, "sse", &urls, "The server").await;
     assert_eq!(elsewhere.connections(), 0, "a token left its origin");
-    trap.is_untouched();
+    trap.assert_untouched();
 
     // The allowed twins: relative to the stream, and absolute on its origin.
     for endpoint in ["relative", "root", "absolute"] {
@@ -702,7 +704,7 @@ async fn what_a_server_supplies_is_on_its_origin_or_public_and_https() {
     // Another port of the same host is another origin.
     let beside = format!("http://{}:{}/", by.host_str().unwrap(), by.port().unwrap() ^ 1);
     assert_eq!(refusal(&open, &beside, supplied).await, Some(Forbidden::NotHttps));
-    trap.is_untouched();
+    trap.assert_untouched();
     // The allowed twins: the origin itself, what the administrator lists, and that a public address passes the check.
     assert_eq!(refusal(&open, by.join("/authorize").unwrap().as_str(), supplied).await, None);
     let listing = egress(&["--egress-allow", "127.0.0.0/8"], &zone);
@@ -767,7 +769,7 @@ async fn names_lead_only_to_their_allowed_addresses() {
     assert!(http.connections() > 0);
     let unknown = portolan.create("unknown", json!({"server_url": "http://unknown.test/mcp"})).await;
     assert_eq!(unknown["status"]["error"], "The server cannot be used: the name is not known.");
-    trap.is_untouched();
+    trap.assert_untouched();
     portolan.stop().await;
 }
 
@@ -813,7 +815,7 @@ async fn a_name_that_changes_its_mind_reaches_nothing() {
     portolan.refresh(id).await.expect(200);
     assert_eq!(portolan.run(id, "echo", json!({"message": "d"})).await["func_return"], "d");
     assert!(again.connections() > 0);
-    trap.is_untouched();
+    trap.assert_untouched();
     portolan.stop().await;
 }
 
@@ -841,7 +843,7 @@ async fn a_name_that_alternates_is_never_followed_to_the_forbidden_address() {
     }
     assert!(ready > 0, "the allowed address is reached");
     assert!(http.connections() > 0);
-    trap.is_untouched();
+    trap.assert_untouched();
     portolan.stop().await;
 }
 
@@ -859,7 +861,7 @@ async fn portolan_does_not_connect_to_itself() {
     urls.extend(["self.test", "other.test", "[::1]"].map(|host| format!("http://{host}:{own}/mcp")));
     none_is_reached(&portolan, "streamable_http", &urls, &format!("{REFUSED}Portolan itself listens there.")).await;
     none_is_reached(&portolan, "sse", &urls[..9], &format!("{REFUSED}Portolan itself listens there.")).await;
-    trap.is_untouched();
+    trap.assert_untouched();
     // Another port of the same address is another server.
     let http = fake::http::serve(Fake::new(Script::default()));
     zone.set("self.test", &["127.0.0.1"]);
@@ -950,6 +952,6 @@ async fn strict_takes_public_https_and_what_is_listed() {
     let url = format!("https://listed.test:{trapped}/mcp");
     let server = portolan.create("another port", json!({ "server_url": url })).await;
     assert_eq!(server["status"]["error"], format!("{REFUSED}{not_public}."));
-    trap.is_untouched();
+    trap.assert_untouched();
     portolan.stop().await;
 }

@@ -9,6 +9,7 @@ mod children;
 mod egress;
 mod endurance;
 mod entry;
+mod headers;
 mod house;
 mod known;
 mod misbehaviour;
