@@ -18,7 +18,8 @@ use reqwest::Url;
 use serde_json::{Value, json};
 
 use crate::fake::{self, Fake, Running, Script};
-use crate::harness::Portolan;
+use crate::harness::{Database, Portolan, client};
+use crate::process::{Program, command};
 
 const REFUSED: &str = "This address may not be connected to: ";
 /// What `--egress-deny` has in these tests.
@@ -954,4 +955,40 @@ async fn strict_takes_public_https_and_what_is_listed() {
     assert_eq!(server["status"]["error"], format!("{REFUSED}{not_public}."));
     trap.assert_untouched();
     portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn proxies_of_the_environment_are_not_used_and_the_settings_are_read_from_it() {
+    let trap = Trap::denied();
+    let proxy = format!("http://{}", trap.addr());
+    let http = fake::http::serve(Fake::new(Script::default()));
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    let mut command = command(folder.path(), database.url().as_deref());
+    for name in ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"] {
+        command.env(name, &proxy).env(name.to_lowercase(), &proxy);
+    }
+    command.env("NO_PROXY", "").env("PORTOLAN_EGRESS", "strict");
+    command
+        .env("PORTOLAN_EGRESS_ALLOW", "localhost, 127.0.0.1:1")
+        .env("PORTOLAN_EGRESS_DENY", "127.66.0.0/16,fd00::/8");
+    let mut program = Program::start(command);
+    let register = async |name: &str, url: &str| -> Value {
+        let body = json!({"server_name": name, "config": {"server_url": url}});
+        let answer = client().post(format!("{}/v1/mcp-servers/", program.url)).json(&body).send().await.unwrap();
+        answer.json::<Value>().await.unwrap()["status"].clone()
+    };
+    let port = http.addr.port();
+    let listed = register("listed", &format!("http://localhost:{port}/mcp")).await;
+    assert_eq!(listed["state"], "ready", "{listed}");
+    let unlisted = register("unlisted", &http.url).await;
+    assert_eq!(unlisted["error"], format!("{REFUSED}{}.", Forbidden::NotHttps));
+    let denied = register("denied", &format!("https://127.66.0.1:{}/", trap.addr().port())).await;
+    assert_eq!(denied["error"], format!("{REFUSED}{}.", Forbidden::Denied));
+    let own = register("own", &program.url.replace("127.0.0.1", "localhost")).await;
+    assert_eq!(own["error"], format!("{REFUSED}{}.", Forbidden::Own));
+    program.signal("-TERM");
+    assert_eq!(program.exit_code(), Some(0));
+    trap.assert_untouched();
+    database.remove().await;
 }
