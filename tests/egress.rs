@@ -14,6 +14,7 @@ use clap::Parser;
 use http::Method;
 use portolan::config::{Cli, Lookup, Settings};
 use portolan::mcp::{Egress, Forbidden, Trust};
+use portolan::model::{Connector, Remote};
 use reqwest::Url;
 use serde_json::{Value, json};
 
@@ -893,6 +894,38 @@ async fn portolan_does_not_connect_to_its_database() {
     let http = fake::http::serve(Fake::new(Script::default()));
     let url = format!("http://data.test:{}/mcp", http.addr.port());
     assert_eq!(portolan.create("twin", json!({ "server_url": url })).await["status"]["state"], "ready");
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stored_url_is_judged_again_when_it_is_used() {
+    // As a row of another version, or of another hand, may hold it.
+    let portolan = Portolan::start_with(deny).await;
+    let http = fake::http::serve(Fake::new(Script::default()));
+    let unusable = "The server_url is not one that can be used; set it again with PATCH.";
+    let rows = [
+        ("http://169.254.169.254/mcp".to_owned(), Some(format!("{REFUSED}{}.", Forbidden::Metadata))),
+        ("http://[::127.0.0.1]/mcp".to_owned(), Some(format!("{REFUSED}{}.", Forbidden::Hidden))),
+        ("http://a@b@127.0.0.1/mcp".to_owned(), Some(unusable.to_owned())),
+        ("ftp://127.0.0.1/".to_owned(), Some(unusable.to_owned())),
+        (http.url.clone(), None),
+    ];
+    for (number, (server_url, error)) in rows.into_iter().enumerate() {
+        let remote = Remote { server_url, auth_header: None, auth_token: None, custom_headers: None };
+        for connector in [Connector::StreamableHttp(remote.clone()), Connector::Sse(remote)] {
+            if error.is_none() && matches!(connector, Connector::Sse(_)) {
+                continue;
+            }
+            let id = format!("mcp_server-{}", uuid::Uuid::new_v4());
+            let name = format!("{number} {connector:?}");
+            portolan.app.store.create_server(&id, &name, &connector).await.unwrap();
+            let answer = portolan.refresh(&id).await;
+            match &error {
+                Some(error) => assert_eq!(answer.expect(404)["detail"]["error"], *error),
+                None => drop(answer.expect(200)),
+            }
+        }
+    }
     portolan.stop().await;
 }
 

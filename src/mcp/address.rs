@@ -171,10 +171,7 @@ fn is_name(name: &str) -> bool {
 }
 
 /// Whether this host is one that nobody connects to.
-///
-/// # Errors
-/// Why it is.
-pub fn check_host(url: &Url) -> Result<(), Forbidden> {
+fn check_host(url: &Url) -> Result<(), Forbidden> {
     if let Some(address) = literal(url) {
         return scope(address).map(drop);
     }
