@@ -180,6 +180,37 @@ async fn a_body_has_a_number_of_values() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_body_has_a_depth_and_its_keys_a_length() {
+    let portolan = Portolan::start().await;
+    let (server, script) = portolan.create_stdio("s", &json!({})).await;
+    let id = server["id"].as_str().unwrap();
+    let run = format!("/v1/mcp-servers/{id}/tools/{}/run", portolan.tool_id(id, "count").await);
+    let deep = |more: usize| (0..more).fold(json!(0), |inner, _| json!([inner]));
+    let keyed = |length: usize| json!({"args": {"x": {"k".repeat(length): 1}}});
+    // The body and `args` are two more, and the fake server reads 127 as well.
+    for body in [json!({"args": {"x": deep(120)}}), keyed(32 * 1024)] {
+        portolan.post(&run, &body).await.expect(200);
+    }
+    for (path, body, reason) in [
+        (&run[..], json!({"args": {"x": deep(126)}}), "The request body is nested too deeply (line 1 column "),
+        (&run, keyed(32 * 1024 + 1), "A key has more than 32768 bytes (line 1 column "),
+        (
+            "/v1/mcp-servers/",
+            json!({"server_name": deep(127)}),
+            "The request body is nested too deeply (line 1 column ",
+        ),
+        ("/v1/mcp-servers/", json!({"k".repeat(40_000): SECRET}), "A key has more than 32768 bytes (line 1 column "),
+    ] {
+        let refused = portolan.post(path, &body).await;
+        assert!(refused.text.len() < 1000 && !refused.text.contains(SECRET));
+        let refused = refused.expect(422);
+        assert!(refused["detail"].as_str().unwrap().starts_with(reason), "{refused}");
+    }
+    assert_eq!(script.methods().iter().filter(|method| *method == "tools/call").count(), 2);
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn bad_changes_are_refused_by_place_and_change_nothing() {
     let portolan = Portolan::start().await;
     let remote = portolan.create("n", json!({"server_url": "http://127.0.0.1:1/"})).await;

@@ -31,6 +31,8 @@ const FREE: usize = 16 * 1024;
 /// The most values in a body, those within others too: each takes a hundred bytes and more, fifty times what the
 /// shortest takes in the body, and many runs may wait with their arguments.
 const MAX_VALUES: usize = 100_000;
+/// The longest key of an object in a body, in bytes: as long as the longest value that a configuration takes.
+const MAX_KEY: usize = 32 * 1024;
 /// How many bytes of a body buy another second for the rest of it, so that 4 MiB may take nine minutes on a slow line;
 /// but at no time may more than `--body-timeout` pass without any.
 const BYTES_PER_SECOND: f64 = 8192.0;
@@ -236,6 +238,8 @@ fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {
                 None if reason.starts_with(TOO_MANY) => {
                     format!("The request body has more than {MAX_VALUES} values, counting those within others.")
                 }
+                None if reason.starts_with(TOO_LONG) => format!("A key has more than {MAX_KEY} bytes ({place})."),
+                None if reason.starts_with(TOO_DEEP) => format!("The request body is nested too deeply ({place})."),
                 None => format!("The request body is not valid JSON ({place})."),
             }))
         }
@@ -282,8 +286,12 @@ pub fn shown(key: &str) -> String {
 
 const DUPLICATE: &str = "duplicate key ";
 const TOO_MANY: &str = "too many values";
+const TOO_LONG: &str = "key too long";
+/// serde_json's own words, for more than 127 objects and arrays within each other.
+const TOO_DEEP: &str = "recursion limit exceeded";
 
-/// A JSON value of at most [`MAX_VALUES`] in which no object has a key twice: with two, client and server could each mean
+/// A JSON value of at most [`MAX_VALUES`], 127 deep, in which no key is longer than [`MAX_KEY`] and no object has one
+/// twice: with two, client and server could each mean
 /// another one.
 struct Strict(Value);
 
@@ -354,6 +362,9 @@ impl<'de> Visitor<'de> for StrictSeed<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
         let mut map = Map::new();
         while let Some(key) = entries.next_key::<String>()? {
+            if key.len() > MAX_KEY {
+                return Err(A::Error::custom(TOO_LONG));
+            }
             let value = entries.next_value_seed(self)?;
             if map.contains_key(&key) {
                 return Err(A::Error::custom(format!("{DUPLICATE}{}", shown(&key))));

@@ -163,11 +163,15 @@ pub fn plain(name: &str) -> &str {
     name.strip_suffix('.').unwrap_or(name)
 }
 
+/// Whether every resolver takes this for the same name (RFC 1123 §2.1, and underscores as containers have them).
+fn is_name(name: &str) -> bool {
+    let is_letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    let mut labels = plain(name).split('.');
+    name.len() <= 254 && labels.all(|label| (1..=63).contains(&label.len()) && label.bytes().all(is_letter))
+}
+
 /// Whether this host is one that nobody connects to.
-///
-/// # Errors
-/// Why it is.
-pub fn check_host(url: &Url) -> Result<(), Forbidden> {
+fn check_host(url: &Url) -> Result<(), Forbidden> {
     if let Some(address) = literal(url) {
         return scope(address).map(drop);
     }
@@ -208,7 +212,7 @@ pub fn server_url(text: &str) -> Result<Url, UrlError> {
     };
     // Other letters are for names of other languages; those that turn into ASCII imitate a name or an address.
     let imitates = !host.is_ascii() && !url.host_str().is_some_and(|host| host.contains("xn--"));
-    if host.contains('%') || imitates || url.port() == Some(0) {
+    if host.contains('%') || imitates || !url.domain().is_none_or(is_name) || url.port() == Some(0) {
         return Err(UrlError::Ambiguous);
     }
     check_host(&url)?;

@@ -25,7 +25,7 @@ use url::{Host, Url};
 use crate::config::{self, Allowed, Lookup, Profile};
 
 use super::Error;
-use super::address::{Forbidden, Scope, check_host, literal, meant, plain, scope, server_url};
+use super::address::{Forbidden, Scope, UrlError, literal, meant, plain, scope, server_url};
 
 /// How many redirects are followed in a row.
 const MAX_REDIRECTS: usize = 3;
@@ -91,6 +91,8 @@ impl Egress {
         let no_tls = |error: rustls::Error| TlsError(error.to_string());
         let tls = rustls::ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
         let tls = tls.and_then(|tls| tls.with_platform_verifier()).map_err(no_tls)?;
+        let mut tls = tls.with_no_client_auth();
+        tls.alpn_protocols = vec!["http/1.1".into()];
         let rules = Rules {
             is_strict: settings.egress == Profile::Strict,
             allow: settings.egress_allow.clone(),
@@ -99,12 +101,7 @@ impl Egress {
             listener: OnceLock::new(),
             database,
         };
-        Ok(Self(Arc::new(Shared {
-            rules: Arc::new(rules),
-            connect_timeout,
-            tls: tls.with_no_client_auth(),
-            clients: Mutex::default(),
-        })))
+        Ok(Self(Arc::new(Shared { rules: Arc::new(rules), connect_timeout, tls, clients: Mutex::default() })))
     }
 
     /// Portolan listens on this port, and connects to itself no more.
@@ -118,13 +115,11 @@ impl Egress {
     /// # Errors
     /// [`Error::Url`], [`Error::Forbidden`]: nothing was sent.
     pub async fn to(&self, url: &str, trust: Trust<'_>) -> Result<Destination, Error> {
-        let url = server_url(url).map_err(|_| Error::Url)?;
-        self.reach(url, trust).await
-    }
-
-    async fn reach(&self, url: Url, trust: Trust<'_>) -> Result<Destination, Error> {
+        let url = server_url(url).map_err(|error| match error {
+            UrlError::Forbidden(forbidden) => forbidden.into(),
+            UrlError::Syntax | UrlError::Ambiguous => Error::Url,
+        })?;
         let rules = &self.0.rules;
-        check_host(&url)?;
         let reach = rules.reach(&url, trust);
         let port = url.port_or_known_default().unwrap_or_default();
         if let Some(address) = literal(&url) {
@@ -146,6 +141,7 @@ impl Egress {
         let names = Names { rules: self.0.rules.clone(), reach, port_of_ours };
         let built = reqwest::Client::builder()
             .user_agent(concat!("portolan/", env!("CARGO_PKG_VERSION")))
+            .http1_only()
             .tls_backend_preconfigured(self.0.tls.clone())
             .dns_resolver(names)
             .redirect(same_origin_redirects())
