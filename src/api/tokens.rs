@@ -122,8 +122,12 @@ impl Set {
             admin(TOKEN, token)?;
         }
         if let Some(file) = &settings.token_file {
-            let text =
-                String::from_utf8(contents(TOKEN_FILE, file)?).map_err(|_| TokenError::Unsendable(TOKEN_FILE))?;
+            let bytes = contents(TOKEN_FILE, file)?;
+            // Its lines are no secrets, and one of them would open everything.
+            if parse(&bytes).is_ok_and(|tokens| !tokens.is_empty()) {
+                return Err(TokenError::TokensFile);
+            }
+            let text = String::from_utf8(bytes).map_err(|_| TokenError::Unsendable(TOKEN_FILE))?;
             admin(TOKEN_FILE, &text.trim().to_owned().into())?;
         }
         if let Some(password) = &settings.letta_server_password {
