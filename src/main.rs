@@ -1,5 +1,6 @@
 //! The command line: parse it, run one command, set the exit code.
 
+use std::convert::Infallible;
 use std::future::pending;
 use std::io::Write;
 use std::process::ExitCode;
@@ -61,9 +62,12 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
         env!("CARGO_PKG_VERSION"),
         app.store.describe(),
     );
+    if app.tokens.current().is_none() {
+        tracing::info!("no token is set: every program on this machine may come in");
+    }
     let mut signals = Signals::listen()?;
-    let reloading =
-        reload_tokens(app.tokens.clone(), if reloads { Some(listen_for(SignalKind::hangup())?) } else { None });
+    let hangup = if reloads { Some(listen_for(SignalKind::hangup())?) } else { None };
+    let reloading = reload_tokens(app.tokens.clone(), hangup);
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let shutdown = CancellationToken::new();
@@ -75,7 +79,7 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     };
     tokio::select! {
         clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned()) },
-        () = reloading => unreachable!("it waits for the next signal"),
+        never = reloading => match never {},
         () = stopping => Err("Stopped at once by a second signal.".to_owned()),
     }
 }
@@ -105,7 +109,7 @@ fn fit_open_files(connections: &mut usize) {
 
 /// Reads the tokens again on each SIGHUP. Without a file to read, the signal means what it always does: the terminal is
 /// gone, and so is Portolan.
-async fn reload_tokens(tokens: Tokens, hangup: Option<Signal>) {
+async fn reload_tokens(tokens: Tokens, hangup: Option<Signal>) -> Infallible {
     let Some(mut hangup) = hangup else { return pending().await };
     while hangup.recv().await.is_some() {
         let reloading = tokens.clone();
