@@ -1,5 +1,6 @@
 //! The command line: parse it, run one command, set the exit code.
 
+use std::convert::Infallible;
 use std::future::pending;
 use std::io::Write;
 use std::process::ExitCode;
@@ -85,6 +86,9 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
             file.display()
         );
     }
+    if app.tokens.current().is_none() {
+        tracing::info!("no token is set: every program on this machine may come in");
+    }
     let mut signals = Signals::listen()?;
     let reloading = reload(app.tokens.clone(), app.store.clone(), listen_for(SignalKind::hangup())?);
     // Whoever started this may have closed the pipe; that is no reason not to serve.
@@ -98,8 +102,8 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     };
     tokio::select! {
         clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned()) },
+        never = reloading => match never {},
         () = stopping => Err("Stopped at once by a second signal.".to_owned()),
-        () = reloading => Ok(()),
     }
 }
 
@@ -142,7 +146,7 @@ fn fit_open_files(connections: &mut usize) {
 }
 
 /// Reads the tokens and the keys again at each SIGHUP.
-async fn reload(tokens: Tokens, store: Store, mut hangup: Signal) {
+async fn reload(tokens: Tokens, store: Store, mut hangup: Signal) -> Infallible {
     while hangup.recv().await.is_some() {
         let reloading = tokens.clone();
         match tokio::task::spawn_blocking(move || reloading.reload()).await {

@@ -1,6 +1,10 @@
 //! Who may come in: nobody without a token once there are tokens, and nobody further than the token's scope.
 
+use std::fs::Permissions;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use axum::http::Method;
@@ -15,7 +19,8 @@ use tokio::net::TcpSocket;
 use tokio::time::timeout;
 
 use crate::fake::{self, Fake};
-use crate::harness::{Answer, PATIENCE, Portolan, Remote, Script, fake_mcp};
+use crate::harness::{Answer, Database, PATIENCE, Portolan, Remote, Script, eventually, fake_mcp};
+use crate::process::{Program, command, refusal};
 
 const ADMIN: &str = "ptl_admin-DAw2Zb8iEwJ0mYw5cUuV1o7x";
 const RUN: &str = "ptl_run-kq0Zb8iEwJ0mYw5cUuV1o7xs3";
@@ -65,6 +70,8 @@ fn authority(portolan: &Portolan) -> String {
 /// What comes back for a request as it stands, sent from `from`, until the connection ends.
 async fn exchange(portolan: &Portolan, from: Ipv4Addr, request: String) -> String {
     let to: SocketAddr = authority(portolan).parse().unwrap();
+    // The right host; what stands in a body has its length already.
+    let request = request.replacen("host: h\r\n", &format!("host: {to}\r\n"), 1);
     let socket = TcpSocket::new_v4().unwrap();
     socket.bind((from, 0).into()).unwrap();
     let mut stream = socket.connect(to).await.expect("it listens");
@@ -108,7 +115,7 @@ fn spellings(path: &str, authority: &str) -> Vec<(String, bool)> {
         format!("{bare}?"),
         format!("{bare}#/v1/health"),
         format!("http://{authority}{bare}"),
-        format!("http://elsewhere.example/{}", &bare[1..]),
+        format!("http://localhost{bare}/"),
     ];
     let other = [
         format!("{bare}//"),
@@ -310,7 +317,7 @@ async fn what_is_no_route_is_nothing_for_strangers_either() {
             }
         }
     }
-    for target in ["*", "http://h", "http://h/", "elsewhere.example:80"] {
+    for target in ["*", "http://localhost", "http://localhost/", "localhost:80"] {
         for method in ["OPTIONS", "GET", "CONNECT"] {
             for (fields, expected) in [(String::new(), 401), (bearer(READ), 404)] {
                 let answer = exchange(&portolan, somewhere(), wire(method, target, &fields, "")).await;
@@ -624,7 +631,7 @@ fn smuggled(kept: &Kept<'_>, remote: &str, token: &str) -> Vec<String> {
             all.push(as_is("POST", "/v1/health", &format!("{header}: {method}\r\n"), body));
         }
     }
-    let tricks = spellings(SERVERS, "h").into_iter().chain(spellings(remote, "h"));
+    let tricks = spellings(SERVERS, "localhost").into_iter().chain(spellings(remote, "localhost"));
     all.extend(
         tricks.flat_map(|(target, _)| [as_is("POST", &target, "", &create), as_is("PATCH", &target, "", &change)]),
     );
@@ -661,4 +668,202 @@ async fn no_narrow_token_gets_a_command_started() {
     admin.send("PATCH", &format!("{remote}/refresh"), None).await.expect(200);
     assert_eq!(kept.bait.starts(), 2);
     portolan.stop().await;
+}
+
+/// The program with what it logs in a file.
+fn logged(folder: &Path, database: Option<&str>) -> (Command, PathBuf) {
+    let log = folder.join("log");
+    let mut start = command(folder, database);
+    start.stderr(std::fs::File::create(&log).unwrap()).env("PORTOLAN_LOG", "debug");
+    (start, log)
+}
+
+/// `portolan token new`; its standard output and standard error.
+fn token_new(folder: &Path, arguments: &[&str]) -> Result<(String, String), String> {
+    let mut start = command(folder, None);
+    let output = start.args(["token", "new"]).args(arguments).stderr(Stdio::piped()).output().unwrap();
+    let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8(bytes).unwrap());
+    if output.status.success() { Ok((out, err)) } else { Err(err) }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_that_it_makes_let_in_and_hangup_reads_them_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    let file = folder.path().join("tokens");
+    let file = file.to_str().unwrap();
+    let make = |name: &str, scope: &str| {
+        let (token, told) = token_new(folder.path(), &["--scope", scope, name, "--file", file]).unwrap();
+        assert!(told.contains(file) && told.contains("SIGHUP") && !told.contains(token.trim()), "{told}");
+        token.trim_end_matches('\n').to_owned()
+    };
+    let (admin, first) = (make("boss", "admin"), make("first", "read"));
+    assert_eq!(std::fs::metadata(file).unwrap().permissions().mode() & 0o777, 0o600);
+    for token in [&admin, &first] {
+        assert!(token.starts_with("ptl_") && token.len() == 47, "{token}");
+        assert!(!std::fs::read_to_string(file).unwrap().contains(token));
+    }
+    // Without a file the line is told; it is one of the file's form.
+    let (printed, told) = token_new(folder.path(), &["printed", "--scope", "run"]).unwrap();
+    assert!(told.contains(&line("printed", "run", printed.trim())) && !told.contains(printed.trim()), "{told}");
+    for (arguments, part) in [
+        (&["first", "--scope", "run", "--file", file][..], "of this name already"),
+        (&["hunter 2", "--scope", "run"], "has a name that is not"),
+        (&["", "--scope", "run"], "has a name that is not"),
+        (&["n", "--scope", "root"], "read, run or admin"),
+        (&["n"], "--scope"),
+        (&["n", "--scope", "run", "--file", "/nonexistent/tokens"], "Cannot add to"),
+    ] {
+        let error = token_new(folder.path(), arguments).unwrap_err();
+        assert!(error.contains(part) && !error.contains("ptl_"), "{error}");
+    }
+
+    let (mut start, log) = logged(folder.path(), database.url().as_deref());
+    start.env("PORTOLAN_TOKENS_FILE", file);
+    let mut program = Program::start(start);
+    let asks = async |token: &str| {
+        let answer = Remote::with_token(&program.url, token).send("GET", SERVERS, None).await;
+        answer.status
+    };
+    let said = |text: &str| std::fs::read_to_string(&log).unwrap().matches(text).count();
+    assert_eq!((asks(&admin).await, asks(&first).await, asks(WRONG).await), (200, 200, 401));
+    let second = make("second", "read");
+    assert_eq!(asks(&second).await, 401, "not before the signal");
+    program.signal("-HUP");
+    eventually("the tokens are read again", || said("tokens read again") == 1).await;
+    assert_eq!((asks(&first).await, asks(&second).await), (200, 200));
+    // One that is removed is worth nothing.
+    let without: String = std::fs::read_to_string(file)
+        .unwrap()
+        .lines()
+        .filter(|line| !line.starts_with("first:"))
+        .collect::<Vec<_>>()
+        .join("\n");
+    std::fs::write(file, &without).unwrap();
+    program.signal("-HUP");
+    eventually("the tokens are read again", || said("tokens read again") == 2).await;
+    assert_eq!((asks(&admin).await, asks(&first).await, asks(&second).await), (200, 401, 200));
+    // A bad file changes nothing, and the log says which line, and not what it is.
+    std::fs::write(file, format!("{without}\nhunter2-in-clear\n")).unwrap();
+    program.signal("-HUP");
+    eventually("the file is refused", || said("stay as they were") == 1).await;
+    std::fs::remove_file(file).unwrap();
+    program.signal("-HUP");
+    eventually("the file is missed", || said("stay as they were") == 2).await;
+    assert_eq!((asks(&admin).await, asks(&first).await, asks(&second).await), (200, 401, 200));
+    assert!(said("Line 3 of the tokens file") == 1 && said("hunter2") == 0);
+    // Without any token nobody comes in, which is not the same as having had none.
+    assert_eq!(said("other users of this machine"), 0);
+    std::fs::write(file, "# none\n").unwrap();
+    std::fs::set_permissions(file, Permissions::from_mode(0o644)).unwrap();
+    program.signal("-HUP");
+    eventually("nobody may come in", || said("nobody may come in") == 1).await;
+    assert_eq!((asks(&admin).await, Remote::new(&program.url).send("GET", SERVERS, None).await.status), (401, 401));
+    assert_eq!(said("other users of this machine"), 1);
+    // The log names callers and guessers, and no token.
+    assert!(said(r#"caller.name="boss""#) > 0 && said(r#"caller.name="second""#) > 0);
+    assert_eq!(said("wrong tokens"), 1, "once a minute");
+    for token in [&admin, &first, &second, WRONG] {
+        assert_eq!(said(&token[4..20]), 0);
+    }
+    program.signal("-TERM");
+    assert_eq!(program.exit_code(), Some(0));
+    database.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn beyond_loopback_it_starts_with_a_token_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    let start = |listen: &str| {
+        let mut start = command(folder.path(), database.url().as_deref());
+        start.env("PORTOLAN_LISTEN", listen);
+        start
+    };
+    // Not every machine has IPv6.
+    let ipv6 = std::net::TcpListener::bind("[::1]:0").is_ok();
+    let can_be = |listen: &&str| ipv6 || !listen.starts_with('[');
+    for listen in ["0.0.0.0:0", "[::]:0", "[::ffff:0.0.0.0]:0"].into_iter().filter(can_be) {
+        let (code, text) = refusal(start(listen));
+        assert_eq!(code, Some(1), "{listen}");
+        assert_eq!(text.trim_end().lines().count(), 1, "one sentence: {text}");
+        for part in ["PORTOLAN_TOKEN", "--tokens-file", "portolan token new", "--listen 127.0.0.1:"] {
+            assert!(text.contains(part), "{listen}: {text}");
+        }
+        assert!(!folder.path().join("portolan-data").exists(), "nothing was made");
+    }
+    for (listen, variable) in [("0.0.0.0:0", "PORTOLAN_TOKEN"), ("[::]:0", "LETTA_SERVER_PASSWORD")] {
+        if !can_be(&listen) {
+            continue;
+        }
+        let mut guarded = start(listen);
+        guarded.env(variable, ADMIN);
+        let mut program = Program::start(guarded);
+        let port = program.url.rsplit(':').next().unwrap().to_owned();
+        let url =
+            if listen.starts_with('[') { format!("http://[::1]:{port}") } else { format!("http://127.0.0.1:{port}") };
+        assert_eq!(Remote::new(&url).send("GET", SERVERS, None).await.status, 401);
+        assert_eq!(Remote::with_token(&url, ADMIN).send("GET", SERVERS, None).await.status, 200);
+        program.signal("-TERM");
+        assert_eq!(program.exit_code(), Some(0));
+    }
+    // What is loopback under another name.
+    for listen in ["localhost:0", "127.1.2.3:0", "[::1]:0", "[::ffff:127.0.0.1]:0"].into_iter().filter(can_be) {
+        let mut program = Program::start(start(listen));
+        assert_eq!(Remote::new(&program.url).send("GET", SERVERS, None).await.status, 200, "{listen}");
+        program.signal("-TERM");
+        assert_eq!(program.exit_code(), Some(0));
+    }
+    database.remove().await;
+}
+
+#[test]
+fn tokens_that_cannot_be_used_are_one_clear_sentence() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, text: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let good = line("a", "admin", ADMIN);
+    for (variable, value, part) in [
+        ("PORTOLAN_TOKEN", String::new(), "PORTOLAN_TOKEN is empty"),
+        ("LETTA_SERVER_PASSWORD", String::new(), "LETTA_SERVER_PASSWORD is empty"),
+        ("PORTOLAN_TOKEN", "hunter2-hunter2-hunter2\n".to_owned(), "No request could carry PORTOLAN_TOKEN"),
+        ("LETTA_SERVER_PASSWORD", " hunter2".to_owned(), "No request could carry LETTA_SERVER_PASSWORD"),
+        ("PORTOLAN_TOKEN_FILE", file("empty", b" \n"), "PORTOLAN_TOKEN_FILE is empty"),
+        ("PORTOLAN_TOKEN_FILE", file("two", b"hunter2\nhunter2"), "No request could carry PORTOLAN_TOKEN_FILE"),
+        ("PORTOLAN_TOKEN_FILE", file("bytes", b"hunter2\xff"), "No request could carry PORTOLAN_TOKEN_FILE"),
+        ("PORTOLAN_TOKEN_FILE", file("lines", good.as_bytes()), "is a tokens file"),
+        ("PORTOLAN_TOKEN_FILE", "/nonexistent".to_owned(), "Cannot read the file"),
+        ("PORTOLAN_TOKENS_FILE", "/nonexistent".to_owned(), "Cannot read the file"),
+        ("PORTOLAN_TOKENS_FILE", folder.path().to_str().unwrap().to_owned(), "it is no file"),
+        ("PORTOLAN_TOKENS_FILE", file("huge", &vec![b'#'; 1024 * 1024 + 1]), "larger than a mebibyte"),
+        ("PORTOLAN_TOKENS_FILE", file("none", b"# nobody\n"), "has no token"),
+        ("PORTOLAN_TOKENS_FILE", file("raw", b"hunter2"), "Line 1 of the tokens file is not of the form"),
+        ("PORTOLAN_TOKENS_FILE", file("twice", (good.clone() + &good).as_bytes()), "Line 2 of the tokens file"),
+    ] {
+        let mut start = command(folder.path(), None);
+        start.env(variable, &value).env("PORTOLAN_LOG", "error");
+        let (code, text) = refusal(start);
+        assert_eq!(code, Some(1), "{variable} {part}: {text}");
+        assert!(text.contains(part) && !text.contains("hunter2"), "{variable} {part}: {text}");
+        assert_eq!(text.trim_end().lines().count(), 1, "one sentence: {text}");
+    }
+    // A short one works, and is warned of; the help shows no value.
+    let (mut start, log) = logged(folder.path(), None);
+    start.env("PORTOLAN_TOKEN", "hunter2").env("LETTA_SERVER_PASSWORD", "pw");
+    let mut program = Program::start(start);
+    program.signal("-TERM");
+    assert_eq!(program.exit_code(), Some(0));
+    let log = std::fs::read_to_string(log).unwrap();
+    assert_eq!(log.matches("can be guessed").count(), 1, "{log}");
+    assert!(!log.contains("hunter2"));
+    let mut help = command(folder.path(), None);
+    help.arg("--help").env("PORTOLAN_TOKEN", "hunter2").env("LETTA_SERVER_PASSWORD", "hunter2");
+    let help = help.output().unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    assert!(
+        help.contains("PORTOLAN_TOKENS_FILE") && help.contains("LETTA_SERVER_PASSWORD") && !help.contains("hunter2")
+    );
 }

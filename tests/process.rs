@@ -65,7 +65,7 @@ impl Drop for Program {
 }
 
 /// Exit code and standard error of a start that fails.
-fn refusal(mut command: Command) -> (Option<i32>, String) {
+pub(crate) fn refusal(mut command: Command) -> (Option<i32>, String) {
     let output = command.stderr(Stdio::piped()).output().unwrap();
     assert!(output.stdout.is_empty());
     (output.status.code(), String::from_utf8(output.stderr).unwrap())

@@ -3,6 +3,7 @@
 //! Of each only the SHA-256 is kept. The file has a line `name:scope:sha256` for each token; blank lines and those that
 //! begin with `#` say nothing. It is read strictly, and as a whole: one wrong line and none of it counts.
 
+use std::fmt;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -32,11 +33,18 @@ const PASSWORD: &str = "LETTA_SERVER_PASSWORD";
 const TOKENS_FILE: &str = "PORTOLAN_TOKENS_FILE";
 
 /// A token as Portolan knows it.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Token {
     pub name: String,
     pub scope: Scope,
     pub digest: Digest,
+}
+
+impl fmt::Debug for Token {
+    /// Without the digest: a weak token could be found from it.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.name, self.scope.as_str())
+    }
 }
 
 /// Why tokens cannot be used; each message is one sentence for the administrator, and repeats nothing of a file.
@@ -122,8 +130,12 @@ impl Set {
             admin(TOKEN, token)?;
         }
         if let Some(file) = &settings.token_file {
-            let text =
-                String::from_utf8(contents(TOKEN_FILE, file)?).map_err(|_| TokenError::Unsendable(TOKEN_FILE))?;
+            let bytes = contents(TOKEN_FILE, file)?;
+            // Its lines are no secrets, and one of them would open everything.
+            if parse(&bytes).is_ok_and(|tokens| !tokens.is_empty()) {
+                return Err(TokenError::TokensFile);
+            }
+            let text = String::from_utf8(bytes).map_err(|_| TokenError::Unsendable(TOKEN_FILE))?;
             admin(TOKEN_FILE, &text.trim().to_owned().into())?;
         }
         if let Some(password) = &settings.letta_server_password {
@@ -287,6 +299,7 @@ mod tests {
             None
         );
         assert_eq!(parse(b"").unwrap(), []);
+        assert_eq!(format!("{:?}", all[0]), "a (read)");
         // `printf one | sha256sum`
         assert_eq!(all[0].line(), "a:read:7692c3ad3540bb803c020b3aee66cd8887123234ea0c6e7143c0add73ff431ed");
     }

@@ -4,8 +4,9 @@ import assert from "node:assert/strict";
 import { after, before, describe, test } from "node:test";
 import Letta, { ConflictError, InternalServerError, NotFoundError, UnprocessableEntityError } from "@letta-ai/letta-client";
 import { Portolan, Upstream } from "./processes.mjs";
-// In this process, because both make servers in one database.
+// In this process, because all make servers in one database.
 import "./repeats.mjs";
+import "./tokens.mjs";
 
 const KINDS = ["stdio", "sse", "streamable_http"];
 const NAMES = ["echo", "add", "fail", "texts", "image", "structured", "empty", "whoami"];
