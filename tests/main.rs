@@ -6,6 +6,7 @@ mod harness;
 
 mod bad_input;
 mod children;
+mod confinement;
 mod endurance;
 mod entry;
 mod house;

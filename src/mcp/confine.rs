@@ -4,12 +4,13 @@
 //! fork and its exec, where hardly anything may be done. Whoever cannot be confined as asked is not started.
 
 use std::io::{self, BufReader, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use rustix::fs::Mode;
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask};
 
 use super::order::{Order, Report, line, read_line, receive_pipes};
@@ -20,6 +21,7 @@ const USUAL_FILES: u64 = 1024;
 
 /// Does what the order on standard input says; returns only if that is not possible, and has said so.
 pub fn become_child() {
+    leave_files_behind();
     #[cfg(target_os = "linux")]
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     let Ok(keeper) = io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from) else { return };
@@ -30,6 +32,20 @@ pub fn become_child() {
     };
     if let Ok(report) = line(&report) {
         let _ = (&keeper).write_all(&report);
+    }
+}
+
+/// Whoever started Portolan may have left files open in it; the command is not to have them. Before this process hides
+/// itself, which hides the list from it, too.
+#[expect(unsafe_code, reason = "files that are known by their numbers alone")]
+fn leave_files_behind() {
+    let listed = std::fs::read_dir("/dev/fd").into_iter().flatten().flatten();
+    let listed: Vec<i32> = listed.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    let all = if listed.is_empty() { (3..USUAL_FILES as i32).collect() } else { listed };
+    for number in all.into_iter().filter(|number| *number > 2) {
+        // SAFETY: the number is used for this one call, in a process of one thread, and a number of no file is an error.
+        let file = unsafe { BorrowedFd::borrow_raw(number) };
+        let _ = fcntl_setfd(file, FdFlags::CLOEXEC);
     }
 }
 
