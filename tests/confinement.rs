@@ -547,9 +547,12 @@ impl Before {
     }
 }
 
+/// Arguments, and a variable of the environment.
+type Spelling = (&'static [&'static str], Option<(&'static str, &'static str)>);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_way_in_starts_a_command_where_they_are_off() {
-    let spellings: [(&[&str], Option<(&str, &str)>); 8] = [
+    let spellings: [Spelling; 8] = [
         (&["--stdio", "off"], None),
         (&["--stdio", "OFF"], None),
         (&[], Some(("PORTOLAN_STDIO", "off"))),
