@@ -139,7 +139,7 @@ pub fn prepare(order: &Order) -> io::Result<()> {
 }
 
 /// Removes a file, or a folder with all that is in it, also where its owner took away the right to.
-fn remove(path: &Path) -> io::Result<()> {
+pub fn remove(path: &Path) -> io::Result<()> {
     let first = remove_once(path);
     if matches!(&first, Err(error) if error.kind() == io::ErrorKind::PermissionDenied) {
         open_up(path);

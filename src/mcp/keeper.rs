@@ -105,7 +105,7 @@ async fn keep() -> io::Result<()> {
         }
     }
     let status = end_all(child, status).await?;
-    let _ = std::fs::remove_dir_all(tmp);
+    let _ = homes::remove(&tmp);
     drop(deaf);
     to.write_all(&line(&Report::Ended(status.map(WaitStatus::as_raw)))?).await
 }
