@@ -72,7 +72,8 @@ impl App {
         let url = settings.storage.database_url.as_ref().map(|url| url.expose());
         let store = Store::open(url, folder).await?;
         let tracker = TaskTracker::new();
-        let children = Children::new(settings.children.clone(), folder.join("children"), sealed(&settings))?;
+        let children =
+            Children::new(settings.children.clone(), folder.join("children"), sealed(&settings), tracker.clone())?;
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), children, tracker.clone())?;
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);

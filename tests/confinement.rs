@@ -379,6 +379,8 @@ async fn commands_can_run_as_another_user() {
         assert!(said.contains("needs root"), "{said}");
         return;
     }
+    let said = refusal(folder.path(), &["--child-user", "65534"]);
+    assert!(said.contains("--child-dir"), "the data folder is for its owner alone: {said}");
     let children = folder.path().join("children");
     std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let host = Host::start(&["--child-user", "65534:65533", "--child-dir", &children.display().to_string()]).await;

@@ -10,7 +10,7 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use rustix::fs::Mode;
-use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask};
 
 use super::order::{Order, Report, line, read_line, receive_pipes};
@@ -25,10 +25,10 @@ pub fn become_child() {
     #[cfg(target_os = "linux")]
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     let Ok(keeper) = io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from) else { return };
-    let error = enter(&keeper);
-    let report = match error.get_ref() {
-        Some(inner) if inner.is::<NoLandlock>() => Report::Unconfined,
-        _ => super::keeper::failure(&error),
+    let report = match enter(&keeper) {
+        Ok(refused) => Report::Failed(refused.raw_os_error().unwrap_or(Errno::INVAL.raw_os_error())),
+        Err(error) if error.get_ref().is_some_and(|inner| inner.is::<NoLandlock>()) => Report::Unconfined,
+        Err(error) => Report::Unprepared(error.to_string()),
     };
     if let Ok(report) = line(&report) {
         let _ = (&keeper).write_all(&report);
@@ -54,18 +54,15 @@ fn leave_files_behind() {
 #[error("this kernel has no Landlock")]
 struct NoLandlock;
 
-fn enter(keeper: &UnixStream) -> io::Error {
-    let becoming = || -> io::Result<io::Error> {
-        let pipes = receive_pipes(keeper)?;
-        let order: Order = read_line(&mut BufReader::new(keeper))?.ok_or(io::ErrorKind::UnexpectedEof)?;
-        let level = confine(&order)?;
-        (&*keeper).write_all(&line(&Report::Confined(level))?)?;
-        let [stdin, stdout, stderr] = pipes;
-        let mut command = Command::new(&order.program);
-        command.args(&order.args).env_clear().envs(order.env.iter().map(|(name, value)| (name, value)));
-        Ok(command.stdin(stdin).stdout(stdout).stderr(stderr).exec())
-    };
-    becoming().unwrap_or_else(|error| error)
+/// Becomes the command; returns what the system said if it would not have it.
+fn enter(mut keeper: &UnixStream) -> io::Result<io::Error> {
+    let [stdin, stdout, stderr] = receive_pipes(keeper)?;
+    let order: Order = read_line(&mut BufReader::new(keeper))?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    let level = confine(&order)?;
+    keeper.write_all(&line(&Report::Confined(level))?)?;
+    let mut command = Command::new(&order.program);
+    command.args(&order.args).env_clear().envs(order.env.iter().map(|(name, value)| (name, value)));
+    Ok(command.stdin(stdin).stdout(stdout).stderr(stderr).exec())
 }
 
 /// Gives up all that is not the command's; says what that is.
