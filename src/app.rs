@@ -100,7 +100,8 @@ impl App {
         let store = open_store(&settings).await?;
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
-        let children = Children::new(settings.children.clone(), folder.join("children"), sealed(&settings))?;
+        let children =
+            Children::new(settings.children.clone(), folder.join("children"), sealed(&settings), tracker.clone())?;
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);

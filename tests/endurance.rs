@@ -13,7 +13,7 @@ use crate::fake::script::with_tools;
 use crate::fake::{self, Fake, Running};
 use crate::harness::{
     Answer, Database, FakeProgram, Portolan, Remote, Script, client, eventually, fake_mcp, kill, patiently,
-    processes_naming, sockets_to, zombies_of,
+    processes_naming, scripts, sockets_to, zombies_of,
 };
 use crate::process::{self, Program};
 
@@ -969,7 +969,7 @@ async fn no_child_survives_the_kill_of_portolan() {
         ("with a process beside", json!({}), Some("tail -n 0 -f $SCRIPT & $FAKE")),
         ("stubborn behind a shell", json!({"stubborn": true}), Some("trap '' TERM; $FAKE; true")),
     ] {
-        let file = Script(folder.path().join(format!("{}.json", name.replace(' ', "-"))));
+        let file = Script(scripts(folder.path()).join(format!("{}.json", name.replace(' ', "-"))));
         file.set(&script);
         let path = file.0.to_string_lossy().into_owned();
         let config = match shell {

@@ -710,7 +710,7 @@ async fn a_hundred_calls_outlive_a_stop() {
     let mut runs = JoinSet::new();
     let mut scripts = Vec::new();
     for number in 0..10 {
-        let script = folder.path().join(format!("{number}.json"));
+        let script = crate::harness::scripts(folder.path()).join(format!("{number}.json"));
         std::fs::write(&script, "{}").unwrap();
         let run = register(&client, &program.url, &format!("server {number}"), &script).await;
         scripts.push(script);
@@ -763,7 +763,7 @@ async fn a_second_signal_takes_the_children_along() {
     let database = Database::new().await;
     let mut program = Program::start(command(folder.path(), database.url().as_deref()));
     let client = client();
-    let script = folder.path().join("stubborn.json");
+    let script = crate::harness::scripts(folder.path()).join("stubborn.json");
     std::fs::write(&script, json!({"stubborn": true}).to_string()).unwrap();
     let run = register(&client, &program.url, "stubborn", &script).await;
     let running = tokio::spawn(client.post(&run).json(&json!({"args": {"ms": 600_000}})).send());
@@ -856,7 +856,7 @@ async fn crowd(count: usize) {
     start.args(["--max-requests", &(count / 4).to_string()]);
     let mut program = Program::start(start);
     let client = client();
-    let script = folder.path().join("script.json");
+    let script = crate::harness::scripts(folder.path()).join("script.json");
     std::fs::write(&script, "{}").unwrap();
     let run = register(&client, &program.url, "beside", &script).await;
     let mut slow = JoinSet::new();

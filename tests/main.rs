@@ -8,6 +8,7 @@ mod access;
 mod bad_input;
 mod browsers;
 mod children;
+mod confinement;
 mod egress;
 mod endurance;
 mod entry;

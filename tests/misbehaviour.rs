@@ -1288,7 +1288,7 @@ async fn what_is_too_large_takes_no_room(stderr: usize) {
     let pid = program.child.id();
     let portolan = Remote::new(&program.url);
     let script = |name: &str, script: &Value| {
-        let script_file = harness::Script(folder.path().join(format!("{name}.json")));
+        let script_file = harness::Script(harness::scripts(folder.path()).join(format!("{name}.json")));
         script_file.set(script);
         script_file
     };

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::app::App;
 use crate::error::Error;
 use crate::mcp::{AgentId, SyncError};
-use crate::model::{Server, State as ServerState};
+use crate::model::{Server, ServerType, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
 use super::guard::{JsonBody, ServerId, UnusedBody};
@@ -33,7 +33,8 @@ pub async fn create(State(app): State<App>, headers: HeaderMap, JsonBody(body): 
 /// A server as its row has it, and as this process knows it.
 fn show<'a>(app: &App, server: &'a Server) -> ServerObject<'a> {
     let forbidden = server.config.0.as_ref().ok().and_then(|connector| app.mcp.check(connector).err());
-    ServerObject::from(server).here(forbidden.map(|why| why.to_string()), app.mcp.confinement(&server.id))
+    let confinement = app.mcp.confinement(&server.id).filter(|_| server.server_type == ServerType::Stdio);
+    ServerObject::from(server).here(forbidden.map(|why| why.to_string()), confinement)
 }
 
 async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Result<Server, Error> {

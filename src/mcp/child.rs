@@ -19,16 +19,17 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf, pipe};
 use tokio::process::{Child as Process, Command};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use crate::config::{self, Landlock};
 use crate::model::{Connector, Secret, Stdio as Config};
 
 use super::Error;
 use super::commands::{Commands, TemplatesError};
-use super::homes::{Homes, Residence};
+use super::homes::{self, Homes, Residence};
 use super::keeper::children_of;
 use super::order::{self, END, KEEP, Order, Reach, Report, TERMINATE, User};
-use super::users::{UserError, find_user};
+use super::users::{UserError, find_user, may_pass};
 
 /// What a child gets of Portolan's own environment; the rest comes from its configuration.
 const INHERITED: [&str; 4] = ["PATH", "LANG", "LC_ALL", "TZ"];
@@ -71,6 +72,11 @@ pub enum ChildrenError {
     User(#[from] UserError),
     #[error("Cannot make the folder for the private folders of commands: {0}.")]
     Folder(io::Error),
+    #[error(
+        "The user of --child-user cannot pass the folders above those of commands, as the data folder is closed to others; \
+         name another one with --child-dir."
+    )]
+    Closed,
 }
 
 /// A child that was started, and its pipes.
@@ -102,19 +108,32 @@ impl Drop for Known {
 
 impl Children {
     /// `folder` is where the private folders go without `--child-dir`; `sealed` are files and folders that no child may
-    /// ever reach.
+    /// ever reach. Work in the background goes on `tracker`.
     ///
     /// # Errors
     /// One sentence for the person who starts Portolan.
-    pub fn new(settings: config::Children, folder: PathBuf, mut sealed: Vec<PathBuf>) -> Result<Self, ChildrenError> {
-        let folder = settings.child_dir.clone().unwrap_or(folder);
-        let folder = std::path::absolute(folder).map_err(ChildrenError::Folder)?;
+    pub fn new(
+        settings: config::Children,
+        folder: PathBuf,
+        mut sealed: Vec<PathBuf>,
+        tracker: TaskTracker,
+    ) -> Result<Self, ChildrenError> {
         let commands = Commands::read(&settings)?;
         let user = settings.child_user.as_deref().map(find_user).transpose()?;
+        let folder = settings.child_dir.clone().unwrap_or(folder);
+        homes::make(&folder, user).map_err(ChildrenError::Folder)?;
+        let folder = folder.canonicalize().map_err(ChildrenError::Folder)?;
+        if let Some(user) = user
+            && !folder.ancestors().all(|above| may_pass(user, above))
+        {
+            return Err(ChildrenError::Closed);
+        }
         let wrapper: Vec<String> =
             settings.child_wrapper.iter().flat_map(|wrapper| wrapper.split_whitespace()).map(str::to_owned).collect();
         sealed.push(folder.clone());
         sealed.extend(settings.stdio_templates.clone());
+        let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
+        let sealed = sealed.into_iter().map(absolute).collect();
         let is_asked_for = match settings.child_landlock {
             Landlock::Required => true,
             // Landlock takes away the right to mount, which is what such commands do.
@@ -127,7 +146,7 @@ impl Children {
             homes: homes_of_users(),
             allowed: settings.child_paths.clone(),
         });
-        let (homes, keepers, levels) = (Homes::new(folder), Mutex::default(), Mutex::default());
+        let (homes, keepers, levels) = (Homes::new(folder, tracker), Mutex::default(), Mutex::default());
         Ok(Self(Arc::new(Shared { settings, commands, homes, user, wrapper, reach, keepers, levels })))
     }
 
@@ -148,6 +167,11 @@ impl Children {
     pub fn forget(&self, server_id: &str) {
         self.0.levels.lock().expect("no code panics while it holds the levels").remove(server_id);
         self.0.homes.remove(server_id);
+    }
+
+    /// Whether any server has folders here.
+    pub fn have_folders(&self) -> bool {
+        !self.0.homes.is_empty()
     }
 
     /// Removes the folders of servers that are not among these. May take a while.
@@ -182,7 +206,10 @@ impl Children {
         order::send_pipes(&control, [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]).map_err(cannot)?;
         // The child alone holds its ends, so that the end of one is seen.
         drop((stdin, stdout, stderr));
-        let (keeper, known) = self.spawn(theirs).map_err(cannot)?;
+        let (keeper, known) = self.spawn(theirs).map_err(|error| {
+            tracing::error!(%error, "the keeper of a command cannot be started");
+            Error::Spawn(io::ErrorKind::Other)
+        })?;
         control.set_nonblocking(true).map_err(cannot)?;
         let (reports, mut words) = tokio::net::UnixStream::from_std(control).map_err(cannot)?.into_split();
         let mut reports = BufReader::new(reports).lines();
@@ -195,12 +222,20 @@ impl Children {
                     Report::Started => return Ok(Ok(level)),
                     Report::Failed(errno) => return Err(io::Error::from_raw_os_error(errno)),
                     Report::Unconfined => return Ok(Err(Error::Unconfined)),
-                    Report::Ended(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                    Report::Unprepared(reason) => return Err(io::Error::other(reason)),
+                    Report::Ended(..) => return Err(io::ErrorKind::UnexpectedEof.into()),
                 }
             }
         };
         let late = |_| io::Error::from(io::ErrorKind::TimedOut);
         let started = timeout_at(deadline, starting).await.map_err(late).flatten();
+        // What the system says of a command has a number; the rest is about Portolan, and for its administrator.
+        if let Err(error) = &started
+            && error.raw_os_error().is_none()
+            && error.kind() != io::ErrorKind::TimedOut
+        {
+            tracing::error!(server.id = server_id, %error, "a command cannot be started as it should");
+        }
         let mut level = started.map_err(cannot)??;
         if !self.0.wrapper.is_empty() {
             level.push("wrapper".to_owned());
@@ -315,17 +350,16 @@ pub async fn supervise(mut kept: Kept, children: &Children, end: &CancellationTo
         let _ = words.write_all(&[END]).await;
         ended = timeout(KILL_TIMEOUT, next(reports)).await.ok();
     }
-    let status = match ended {
-        Some(Ok(Report::Ended(status))) => status.map(ExitStatus::from_raw),
+    let (status, all) = match ended {
+        Some(Ok(Report::Ended(status, all))) => (status.map(ExitStatus::from_raw), all),
         _ => {
             tracing::error!("the keeper of a command was lost");
             let _ = kept.keeper.start_kill();
-            None
+            (None, false)
         }
     };
-    let lost = status.is_none();
     let _ = timeout(KILL_TIMEOUT, kept.keeper.wait()).await;
-    if lost {
+    if !all {
         let children = children.clone();
         let _ = tokio::task::spawn_blocking(move || children.sweep()).await;
     }

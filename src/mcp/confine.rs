@@ -4,12 +4,13 @@
 //! fork and its exec, where hardly anything may be done. Whoever cannot be confined as asked is not started.
 
 use std::io::{self, BufReader, Write};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 use rustix::fs::Mode;
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask};
 
 use super::order::{Order, Report, line, read_line, receive_pipes};
@@ -20,16 +21,31 @@ const USUAL_FILES: u64 = 1024;
 
 /// Does what the order on standard input says; returns only if that is not possible, and has said so.
 pub fn become_child() {
+    leave_files_behind();
     #[cfg(target_os = "linux")]
     let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
     let Ok(keeper) = io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from) else { return };
-    let error = enter(&keeper);
-    let report = match error.get_ref() {
-        Some(inner) if inner.is::<NoLandlock>() => Report::Unconfined,
-        _ => super::keeper::failure(&error),
+    let report = match enter(&keeper) {
+        Ok(refused) => Report::Failed(refused.raw_os_error().unwrap_or(Errno::INVAL.raw_os_error())),
+        Err(error) if error.get_ref().is_some_and(|inner| inner.is::<NoLandlock>()) => Report::Unconfined,
+        Err(error) => Report::Unprepared(error.to_string()),
     };
     if let Ok(report) = line(&report) {
         let _ = (&keeper).write_all(&report);
+    }
+}
+
+/// Whoever started Portolan may have left files open in it; the command is not to have them. Before this process hides
+/// itself, which hides the list from it, too.
+#[expect(unsafe_code, reason = "files that are known by their numbers alone")]
+fn leave_files_behind() {
+    let listed = std::fs::read_dir("/dev/fd").into_iter().flatten().flatten();
+    let listed: Vec<i32> = listed.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    let all = if listed.is_empty() { (3..USUAL_FILES as i32).collect() } else { listed };
+    for number in all.into_iter().filter(|number| *number > 2) {
+        // SAFETY: the number is used for this one call, in a process of one thread, and a number of no file is an error.
+        let file = unsafe { BorrowedFd::borrow_raw(number) };
+        let _ = fcntl_setfd(file, FdFlags::CLOEXEC);
     }
 }
 
@@ -38,18 +54,15 @@ pub fn become_child() {
 #[error("this kernel has no Landlock")]
 struct NoLandlock;
 
-fn enter(keeper: &UnixStream) -> io::Error {
-    let becoming = || -> io::Result<io::Error> {
-        let pipes = receive_pipes(keeper)?;
-        let order: Order = read_line(&mut BufReader::new(keeper))?.ok_or(io::ErrorKind::UnexpectedEof)?;
-        let level = confine(&order)?;
-        (&*keeper).write_all(&line(&Report::Confined(level))?)?;
-        let [stdin, stdout, stderr] = pipes;
-        let mut command = Command::new(&order.program);
-        command.args(&order.args).env_clear().envs(order.env.iter().map(|(name, value)| (name, value)));
-        Ok(command.stdin(stdin).stdout(stdout).stderr(stderr).exec())
-    };
-    becoming().unwrap_or_else(|error| error)
+/// Becomes the command; returns what the system said if it would not have it.
+fn enter(mut keeper: &UnixStream) -> io::Result<io::Error> {
+    let [stdin, stdout, stderr] = receive_pipes(keeper)?;
+    let order: Order = read_line(&mut BufReader::new(keeper))?.ok_or(io::ErrorKind::UnexpectedEof)?;
+    let level = confine(&order)?;
+    keeper.write_all(&line(&Report::Confined(level))?)?;
+    let mut command = Command::new(&order.program);
+    command.args(&order.args).env_clear().envs(order.env.iter().map(|(name, value)| (name, value)));
+    Ok(command.stdin(stdin).stdout(stdout).stderr(stderr).exec())
 }
 
 /// Gives up all that is not the command's; says what that is.

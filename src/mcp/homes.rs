@@ -10,6 +10,8 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use tokio_util::task::TaskTracker;
+
 use crate::model::sha256_hex;
 
 use super::order::{Order, User};
@@ -18,6 +20,7 @@ use super::order::{Order, User};
 #[derive(Clone)]
 pub struct Homes {
     folder: PathBuf,
+    tracker: TaskTracker,
     lived_in: Arc<Mutex<HashMap<String, Lived>>>,
 }
 
@@ -35,8 +38,13 @@ pub struct Residence {
 }
 
 impl Homes {
-    pub fn new(folder: PathBuf) -> Self {
-        Self { folder, lived_in: Arc::default() }
+    /// What takes long goes on `tracker`.
+    pub fn new(folder: PathBuf, tracker: TaskTracker) -> Self {
+        Self { folder, tracker, lived_in: Arc::default() }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        fs::read_dir(&self.folder).is_ok_and(|mut entries| entries.next().is_none())
     }
 
     fn lived_in(&self) -> MutexGuard<'_, HashMap<String, Lived>> {
@@ -101,25 +109,36 @@ impl Drop for Residence {
         lived_in.remove(&self.name);
         drop(lived_in);
         if deleted {
-            // A home may hold many files: not on a thread that serves.
+            // A home may hold many files: not on a thread that serves. Without a runtime, nobody is being served.
             let (homes, name) = (self.homes.clone(), self.name.clone());
-            std::thread::spawn(move || homes.clear(&name));
+            match tokio::runtime::Handle::try_current() {
+                Ok(runtime) => drop(homes.tracker.clone().spawn_blocking_on(move || homes.clear(&name), &runtime)),
+                Err(_) => homes.clear(&name),
+            }
         }
     }
+}
+
+/// A user of the child's own must be able to pass, and to see nothing.
+fn mode(user: Option<User>) -> u32 {
+    if user.is_some() { 0o711 } else { 0o700 }
+}
+
+/// Makes a folder in which there will be private ones; one that is there keeps the rights that it gives.
+pub fn make(folder: &Path, user: Option<User>) -> io::Result<()> {
+    let wanted = mode(user);
+    DirBuilder::new().mode(wanted).recursive(true).create(folder)?;
+    let mode = fs::metadata(folder)?.permissions().mode() & 0o7777;
+    if mode & wanted != wanted {
+        fs::set_permissions(folder, fs::Permissions::from_mode(mode | wanted))?;
+    }
+    Ok(())
 }
 
 /// Makes the folders of a child, for its user alone, and empties the second.
 pub fn prepare(order: &Order) -> io::Result<()> {
     let own = order.home.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    let all = own.parent().ok_or(io::ErrorKind::InvalidInput)?;
-    // A user of the child's own must be able to pass, and to see nothing.
-    let mode = if order.user.is_some() { 0o711 } else { 0o700 };
-    DirBuilder::new().mode(mode).recursive(true).create(own)?;
-    for folder in [all, own] {
-        if fs::metadata(folder)?.permissions().mode() & 0o777 & mode != mode {
-            fs::set_permissions(folder, fs::Permissions::from_mode(mode))?;
-        }
-    }
+    make(own, order.user)?;
     remove(&order.tmp)?;
     let owner = order.user.unwrap_or(User { uid: rustix::process::geteuid().as_raw(), gid: fs::metadata(own)?.gid() });
     // What a child put in the place of its home, or left as another user, is no home.
@@ -139,7 +158,7 @@ pub fn prepare(order: &Order) -> io::Result<()> {
 }
 
 /// Removes a file, or a folder with all that is in it, also where its owner took away the right to.
-fn remove(path: &Path) -> io::Result<()> {
+pub fn remove(path: &Path) -> io::Result<()> {
     let first = remove_once(path);
     if matches!(&first, Err(error) if error.kind() == io::ErrorKind::PermissionDenied) {
         open_up(path);
@@ -201,7 +220,7 @@ mod tests {
     #[test]
     fn folders_outlive_their_server_only_as_long_as_a_child_lives_in_them() {
         let folder = tempfile::tempdir().unwrap();
-        let homes = Homes::new(folder.path().to_owned());
+        let homes = Homes::new(folder.path().to_owned(), TaskTracker::new());
         let make = |residence: &Residence| fs::create_dir_all(residence.home()).unwrap();
         let (first, second) = (homes.enter("../../a"), homes.enter("../../a"));
         make(&first);
@@ -213,11 +232,7 @@ mod tests {
         assert!(second.home().exists());
         let home = second.home();
         drop(second);
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while home.parent().unwrap().exists() {
-            assert!(std::time::Instant::now() < deadline);
-            std::thread::yield_now();
-        }
+        assert!(!home.parent().unwrap().exists());
         let kept = homes.enter("kept");
         make(&kept);
         drop(kept);

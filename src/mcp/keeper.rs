@@ -69,25 +69,28 @@ async fn keep() -> io::Result<()> {
     drop(order);
     let (child, told) = match begun {
         Ok(begun) => begun,
-        Err(error) => return to.write_all(&line(&failure(&error))?).await,
+        Err(error) => return to.write_all(&line(&Report::Unprepared(error.to_string()))?).await,
     };
     let mut told = tokio::io::BufReader::new(told).lines();
     let mut level = None;
     let failed = loop {
         tokio::select! {
-            _ = from.read_u8() => return end_all(child, None).await.map(drop),
+            _ = from.read_u8() => {
+                end_all(child, None).await;
+                return Ok(());
+            }
             line = told.next_line() => match line?.map(|line| serde_json::from_str(&line)).transpose()? {
                 Some(report @ Report::Confined(_)) => level = Some(report),
                 Some(report) => break Some(report),
                 // The socket closed by itself with the start of the command.
                 None if level.is_some() => break None,
-                None => break Some(Report::Failed(rustix::io::Errno::IO.raw_os_error())),
+                None => break Some(Report::Unprepared("it ended before it was the command".to_owned())),
             },
         }
     };
     drop(told);
     if let Some(failed) = failed {
-        end_all(child, None).await?;
+        end_all(child, None).await;
         return to.write_all(&line(&failed)?).await;
     }
     let mut started = line(&level)?;
@@ -104,14 +107,10 @@ async fn keep() -> io::Result<()> {
             },
         }
     }
-    let status = end_all(child, status).await?;
-    let _ = std::fs::remove_dir_all(tmp);
+    let (status, all) = end_all(child, status).await;
+    let _ = homes::remove(&tmp);
     drop(deaf);
-    to.write_all(&line(&Report::Ended(status.map(WaitStatus::as_raw)))?).await
-}
-
-pub fn failure(error: &io::Error) -> Report {
-    Report::Failed(error.raw_os_error().unwrap_or(rustix::io::Errno::IO.raw_os_error()))
+    to.write_all(&line(&Report::Ended(status.map(WaitStatus::as_raw), all))?).await
 }
 
 /// Starts the process that becomes the child, and gives it its order and its pipes, of which no copy stays here.
@@ -142,8 +141,9 @@ fn reap(child: Pid) -> Option<WaitStatus> {
     status
 }
 
-/// Kills the child and all below this process until nobody is left: those that were started meanwhile, too.
-async fn end_all(child: Pid, mut status: Option<WaitStatus>) -> io::Result<Option<WaitStatus>> {
+/// Kills the child and all below this process until nobody is left: those that were started meanwhile, too. Returns how
+/// the child ended, and whether all are gone.
+async fn end_all(child: Pid, mut status: Option<WaitStatus>) -> (Option<WaitStatus>, bool) {
     let deadline = Instant::now() + END_TIMEOUT;
     if status.is_none() {
         let _ = kill_process_group(child, Signal::KILL);
@@ -153,10 +153,11 @@ async fn end_all(child: Pid, mut status: Option<WaitStatus>) -> io::Result<Optio
         status = status.or(reap(child));
         let left = below(std::process::id());
         // Without a list of them, the group and the child itself are all that can be reached.
-        if (left.is_empty() && status.is_some()) || Instant::now() > deadline {
+        let all = left.is_empty() && status.is_some();
+        if all || Instant::now() > deadline {
             // The leader may be gone and its group not.
             let _ = kill_process_group(child, Signal::KILL);
-            return Ok(status);
+            return (status, all);
         }
         for pid in left {
             let _ = kill_process(pid, Signal::KILL);

@@ -409,6 +409,9 @@ impl Mcp {
     fn tidy(&self) {
         let mcp = self.clone();
         self.tracker.spawn(async move {
+            if !mcp.children.have_folders() {
+                return;
+            }
             let Ok(servers) = mcp.store.servers().await else { return };
             let _ = tokio::task::spawn_blocking(move || {
                 mcp.children.keep_only(servers.iter().map(|server| &*server.id));

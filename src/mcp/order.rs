@@ -62,12 +62,14 @@ pub enum Report {
     Confined(Vec<String>),
     /// The command runs.
     Started,
-    /// There will be no child: what the system said (errno).
+    /// There will be no child: what the system said of the command (errno).
     Failed(i32),
+    /// There will be no child: what went wrong before, for the log.
+    Unprepared(String),
     /// There will be no child: the kernel has no Landlock, and it is required.
     Unconfined,
-    /// It is gone, and so are all that it started; its status as `wait` gives it.
-    Ended(Option<i32>),
+    /// It is gone; its status as `wait` gives it, and whether all that it started are gone, too.
+    Ended(Option<i32>, bool),
 }
 
 /// Portolan's words to a keeper, one byte each. The end of the socket means [`END`], too.

@@ -455,6 +455,15 @@ impl Fake {
                 }
                 Err(reason) => answer.refuse(-32603, &reason.to_string()),
             },
+            // What a shell says to a script, both outputs and the exit code.
+            "sh" => match std::process::Command::new("/bin/sh").args(["-c", string("script")]).output() {
+                Ok(said) => {
+                    let code = said.status.code().unwrap_or(-1);
+                    let [out, err] = [said.stdout, said.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+                    text(&json!({ "code": code, "out": out, "err": err }).to_string())
+                }
+                Err(reason) => answer.refuse(-32603, &reason.to_string()),
+            },
             "never" => self.later(from, answer.id, stream::once(pending())),
             // The given text in place of an answer, whatever it is.
             "raw" => Reply::Now(string("text").to_owned()),

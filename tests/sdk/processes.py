@@ -47,14 +47,14 @@ def stat(pid):
 
 
 def descendants(pid):
-    """Every live process below `pid`, as {pid: start time}, but for the one that Portolan keeps for its own death."""
+    """Every live process below `pid`, as {pid: start time}, but for those that keep them."""
     everyone = {int(entry): stat(entry) for entry in os.listdir("/proc") if entry.isdigit()}
     below, grew = {pid}, True
     while grew:
         more = {child for child, it in everyone.items() if it and it[1] in below and it[0] != "Z"} - below
         grew = bool(more)
         below |= more
-    below -= {pid, *(child for child in below if command_line(child).endswith(" keep-children"))}
+    below -= {pid, *(child for child in below if command_line(child).endswith(" keep-child"))}
     return {child: everyone[child][2] for child in below}
 
 

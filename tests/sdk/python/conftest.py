@@ -85,16 +85,24 @@ class State:
 NUMBERS = itertools.count()
 
 
+@pytest.fixture(scope="session")
+def shared(folder):
+    """A folder that fixture servers may use: beside Portolan's own, which no command reaches, nor what lies around it."""
+    it = folder / "shared"
+    it.mkdir()
+    return it
+
+
 @pytest.fixture
-def state(folder):
+def state(shared):
     """What the fixture servers list: of the shared kind, so every test begins with everything."""
-    it = State(folder / "state.json")
+    it = State(shared / "state.json")
     it.set()
     return it
 
 
 @pytest.fixture(scope="session")
-def upstreams(folder):
+def upstreams(shared):
     """The upstreams over sse and http, started when first asked for and kept: a test that asks twice gets two different ones."""
     running = {}
 
@@ -102,7 +110,7 @@ def upstreams(folder):
         key = (kind, require, number)
         if key not in running:
             transport = "http" if kind == "streamable_http" else kind
-            running[key] = processes.Upstream(transport, folder / "state.json", require)
+            running[key] = processes.Upstream(transport, shared / "state.json", require)
         return running[key]
 
     yield upstream

@@ -21,10 +21,12 @@ class Bench:
     """A Portolan with settings of its own, before a tool that counts how often it was called."""
 
     def __init__(self, folder, settings):
-        self.effects = folder / "effects"
+        shared = folder / "shared"
+        shared.mkdir()
+        self.effects = shared / "effects"
         self.portolan = processes.Portolan(folder, settings)
         self.pool = concurrent.futures.ThreadPoolExecutor()
-        args = [processes.FIXTURE, "stdio", "--state", str(folder / "state.json"), "--effects", str(self.effects)]
+        args = [processes.FIXTURE, "stdio", "--state", str(shared / "state.json"), "--effects", str(self.effects)]
         with Letta(base_url=self.portolan.url, api_key="any") as client:
             self.server = create(client, f"bench-{next(NUMBERS)}", "stdio", command=processes.tools_python(), args=args)
             tools = client.mcp_servers.tools.list(self.server.id)
