@@ -14,6 +14,7 @@
 //! | [`app`] | what handlers share; open, serve, drain, close |
 //! | [`serve`] | the accept loop and the drain; `connections` (whose turn it is, and for how long), `stream` (their bytes) |
 //! | [`model`] | plain data, also the table rows |
+//! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
 //! | [`api`] | speaks HTTP: route table, `access` (who may come in), `guard` (what may come in), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
@@ -45,9 +46,10 @@
 //! | `error` | `mcp`, `model`, `store`, `axum` |
 //! | `config` | `model` |
 //! | `model` | `sqlx` |
+//! | `secrets` | `model` |
 //! | `telemetry` | |
-//! | `api` | `app`, `config`, `error`, `mcp`, `model`, `serve`, `store`, `axum` |
-//! | `mcp` | `config`, `model`, `store` |
+//! | `api` | `app`, `config`, `error`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
+//! | `mcp` | `config`, `model`, `secrets`, `store` |
 //! | `store` | `model`, `sqlx` |
 //! | `command` | `app`, `config`, `store` |
 //!
@@ -68,6 +70,7 @@ pub mod config;
 pub mod error;
 pub mod mcp;
 pub mod model;
+pub mod secrets;
 pub mod serve;
 pub mod store;
 pub mod telemetry;

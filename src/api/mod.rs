@@ -4,6 +4,7 @@ mod access;
 mod drip;
 mod guard;
 mod repeats;
+mod reveal;
 mod runs;
 mod servers;
 mod status;

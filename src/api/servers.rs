@@ -16,17 +16,23 @@ use crate::model::{Server, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
 use super::guard::{JsonBody, ServerId};
+use super::reveal::Shown;
 use super::wire::{CreateServer, ServerObject, UpdateServer};
 
 /// How old a server may be to be taken for the outcome of an earlier try of the same create: an SDK gives up waiting
 /// after 60 s, and tries three times.
 const REPEATED_CREATE: TimeDelta = TimeDelta::minutes(5);
 
-pub async fn create(State(app): State<App>, headers: HeaderMap, JsonBody(body): JsonBody) -> Result<Response, Error> {
+pub async fn create(
+    State(app): State<App>,
+    headers: HeaderMap,
+    shown: Shown,
+    JsonBody(body): JsonBody,
+) -> Result<Response, Error> {
     let request = CreateServer::read(body)?;
     let creating = app.clone();
     let server = app.to_the_end(async move { register(&creating, &headers, &request).await }).await?;
-    Ok(Json(ServerObject::from(&server)).into_response())
+    Ok(Json(ServerObject::new(&server, shown)).into_response())
 }
 
 async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Result<Server, Error> {
@@ -71,19 +77,20 @@ async fn earlier_try(app: &App, headers: &HeaderMap, request: &CreateServer) -> 
     }))
 }
 
-pub async fn list(State(app): State<App>) -> Result<Response, Error> {
+pub async fn list(State(app): State<App>, shown: Shown) -> Result<Response, Error> {
     let servers = app.store.servers().await?;
-    Ok(Json(servers.iter().map(ServerObject::from).collect::<Vec<_>>()).into_response())
+    Ok(Json(servers.iter().map(|server| ServerObject::new(server, shown)).collect::<Vec<_>>()).into_response())
 }
 
-pub async fn retrieve(State(app): State<App>, ServerId(id): ServerId) -> Result<Response, Error> {
+pub async fn retrieve(State(app): State<App>, ServerId(id): ServerId, shown: Shown) -> Result<Response, Error> {
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
-    Ok(Json(ServerObject::from(&server)).into_response())
+    Ok(Json(ServerObject::new(&server, shown)).into_response())
 }
 
 pub async fn update(
     State(app): State<App>,
     ServerId(id): ServerId,
+    shown: Shown,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
     let request = UpdateServer::read(body)?;
@@ -102,7 +109,7 @@ pub async fn update(
         }
         Ok(server)
     });
-    Ok(Json(ServerObject::from(&server.await?)).into_response())
+    Ok(Json(ServerObject::new(&server.await?, shown)).into_response())
 }
 
 pub async fn delete(State(app): State<App>, ServerId(id): ServerId) -> Result<StatusCode, Error> {
