@@ -14,9 +14,10 @@
 //! | [`app`] | what handlers share; open, serve, drain, close |
 //! | [`serve`] | the accept loop and the drain; `connections` (whose turn it is, and for how long), `stream` (their bytes) |
 //! | [`model`] | plain data, also the table rows |
+//! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `wire` (Letta's JSON, in and out), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `reveal` (who sees secrets), `wire` (Letta's JSON, in and out; `mask`: what stands for a secret), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
 //! | `session` | handshake, list, call |
@@ -51,9 +52,10 @@
 //! | `config` | `model` |
 //! | `corpus` | |
 //! | `model` | `sqlx` |
+//! | `secrets` | `model` |
 //! | `telemetry` | |
-//! | `api` | `app`, `config`, `corpus`, `error`, `mcp`, `model`, `serve`, `store`, `axum` |
-//! | `mcp` | `config`, `corpus`, `model`, `store` |
+//! | `api` | `app`, `config`, `corpus`, `error`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
+//! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store` |
 //! | `store` | `corpus`, `model`, `sqlx` |
 //! | `command` | `api`, `app`, `config`, `model`, `store` |
 //!
@@ -77,6 +79,7 @@ mod corpus;
 pub mod error;
 pub mod mcp;
 pub mod model;
+pub mod secrets;
 pub mod serve;
 pub mod store;
 pub mod telemetry;

@@ -1,6 +1,6 @@
 //! Logs: one line per event on standard error, with dotted fields (`server.id`, `tool.name`).
 
-use tracing::Metadata;
+use tracing::{Level, Metadata};
 use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
@@ -22,9 +22,12 @@ pub fn init(filter: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// hyper and reqwest log addresses and header fields, whatever filter somebody sets: tokens
-/// stay out of the log.
+/// Portolan alone is logged, and what goes wrong in its database driver, whatever filter somebody sets: others log header
+/// fields, bodies and the values of statements, and secrets stay out of the log.
 fn is_discreet(metadata: &Metadata<'_>) -> bool {
-    let module = metadata.target().split("::").next().unwrap_or_default();
-    !matches!(module, "hyper" | "hyper_util" | "reqwest" | "rustls")
+    match metadata.target().split("::").next() {
+        Some("portolan") => true,
+        Some("sqlx") => *metadata.level() <= Level::WARN,
+        _ => false,
+    }
 }

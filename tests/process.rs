@@ -14,6 +14,7 @@ pub(crate) struct Program {
     pub(crate) child: Child,
     pub(crate) url: String,
     lines: [String; 3],
+    rest: std::io::Lines<BufReader<std::process::ChildStdout>>,
 }
 
 pub(crate) fn command(folder: &Path, database: Option<&str>) -> Command {
@@ -34,10 +35,15 @@ pub(crate) fn command(folder: &Path, database: Option<&str>) -> Command {
 impl Program {
     pub(crate) fn start(mut command: Command) -> Self {
         let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
-        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-        let lines = [(); 3].map(|()| lines.next().expect("three lines").unwrap());
+        let mut rest = BufReader::new(child.stdout.take().unwrap()).lines();
+        let lines = [(); 3].map(|()| rest.next().expect("three lines").unwrap());
         let url = lines[0].split(' ').next_back().unwrap().to_owned();
-        Self { child, url, lines }
+        Self { child, url, lines, rest }
+    }
+
+    /// What it has said on standard output beside its first lines, when it is known to have said all: it is ended.
+    pub(crate) fn rest(&mut self) -> Vec<String> {
+        self.rest.by_ref().map_while(Result::ok).collect()
     }
 
     pub(crate) fn signal(&self, signal: &str) {

@@ -199,7 +199,8 @@ async fn tokens_and_headers_are_answered_and_sent_exactly_as_given() {
         "mcp_server_type": "streamable_http", "server_url": fake.url,
         "auth_header": "X-API-Key", "auth_token": "abc", "custom_headers": {"X-One": "1", "X-Two": "zwei"},
     });
-    let server = portolan.create("headers", given.clone()).await;
+    let body = json!({ "server_name": "headers", "config": given });
+    let server = portolan.post("/v1/mcp-servers/?reveal=true", &body).await.expect(200);
     for (key, value) in given.as_object().unwrap() {
         assert_eq!(&server[key], value, "{key}");
     }
@@ -230,10 +231,10 @@ async fn tokens_and_headers_are_answered_and_sent_exactly_as_given() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_patch_keeps_what_it_does_not_name_and_switches_type_when_it_can() {
     let portolan = Portolan::start().await;
-    let server = portolan
-        .create("p", json!({"mcp_server_type":"sse","server_url":DEAD,"auth_header":"X-K","auth_token":"t","custom_headers":{"a":"b"}}))
-        .await;
-    let path = format!("/v1/mcp-servers/{}", server["id"].as_str().unwrap());
+    let config = json!({"mcp_server_type":"sse","server_url":DEAD,"auth_header":"X-K","auth_token":"t","custom_headers":{"a":"b"}});
+    let body = json!({ "server_name": "p", "config": config });
+    let server = portolan.post("/v1/mcp-servers/?reveal=true", &body).await.expect(200);
+    let path = format!("/v1/mcp-servers/{}?reveal=true", server["id"].as_str().unwrap());
     let without = |server: &Value| {
         let mut server = server.clone();
         server.as_object_mut().unwrap().retain(|key, _| !["updated_at", "status"].contains(&key.as_str()));

@@ -8,6 +8,7 @@ pub mod fuzz;
 mod guard;
 mod origin;
 mod repeats;
+mod reveal;
 mod runs;
 mod servers;
 mod status;

@@ -16,25 +16,31 @@ use crate::model::{Server, ServerType, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
 use super::guard::{JsonBody, ServerId, UnusedBody};
+use super::reveal::Shown;
 use super::wire::{CreateServer, ServerObject, UpdateServer};
 
 /// How old a server may be to be taken for the outcome of an earlier try of the same create: an SDK gives up waiting
 /// after 60 s, and tries three times.
 const REPEATED_CREATE: TimeDelta = TimeDelta::minutes(5);
 
-pub async fn create(State(app): State<App>, headers: HeaderMap, JsonBody(body): JsonBody) -> Result<Response, Error> {
+pub async fn create(
+    State(app): State<App>,
+    headers: HeaderMap,
+    shown: Shown,
+    JsonBody(body): JsonBody,
+) -> Result<Response, Error> {
     let request = CreateServer::read(body)?;
     app.mcp.check(&request.connector).map_err(Error::Disabled)?;
     let creating = app.clone();
     let server = app.to_the_end(async move { register(&creating, &headers, &request).await }).await?;
-    Ok(Json(show(&app, &server)).into_response())
+    Ok(Json(show(&app, &server, shown)).into_response())
 }
 
 /// A server as its row has it, and as this process knows it.
-fn show<'a>(app: &App, server: &'a Server) -> ServerObject<'a> {
+fn show<'a>(app: &App, server: &'a Server, shown: Shown) -> ServerObject<'a> {
     let forbidden = server.config.0.as_ref().ok().and_then(|connector| app.mcp.check(connector).err());
     let confinement = app.mcp.confinement(&server.id).filter(|_| server.server_type == ServerType::Stdio);
-    ServerObject::from(server).here(forbidden.map(|why| why.to_string()), confinement)
+    ServerObject::new(server, shown).here(forbidden.map(|why| why.to_string()), confinement)
 }
 
 async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Result<Server, Error> {
@@ -79,19 +85,20 @@ async fn earlier_try(app: &App, headers: &HeaderMap, request: &CreateServer) -> 
     }))
 }
 
-pub async fn list(State(app): State<App>) -> Result<Response, Error> {
+pub async fn list(State(app): State<App>, shown: Shown) -> Result<Response, Error> {
     let servers = app.store.servers().await?;
-    Ok(Json(servers.iter().map(|server| show(&app, server)).collect::<Vec<_>>()).into_response())
+    Ok(Json(servers.iter().map(|server| show(&app, server, shown)).collect::<Vec<_>>()).into_response())
 }
 
-pub async fn retrieve(State(app): State<App>, ServerId(id): ServerId) -> Result<Response, Error> {
+pub async fn retrieve(State(app): State<App>, ServerId(id): ServerId, shown: Shown) -> Result<Response, Error> {
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
-    Ok(Json(show(&app, &server)).into_response())
+    Ok(Json(show(&app, &server, shown)).into_response())
 }
 
 pub async fn update(
     State(app): State<App>,
     ServerId(id): ServerId,
+    shown: Shown,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
     let request = UpdateServer::read(body)?;
@@ -113,7 +120,7 @@ pub async fn update(
         }
         Ok(server)
     });
-    Ok(Json(show(&app, &server.await?)).into_response())
+    Ok(Json(show(&app, &server.await?, shown)).into_response())
 }
 
 pub async fn delete(State(app): State<App>, ServerId(id): ServerId, _: UnusedBody) -> Result<StatusCode, Error> {

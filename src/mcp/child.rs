@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::{self, Landlock};
 use crate::model::{Connector, Secret, Stdio as Config};
+use crate::secrets::scrub;
 
 use super::Error;
 use super::commands::{Commands, TemplatesError};
@@ -43,8 +44,6 @@ const ROUNDS: usize = 1_000;
 /// How much of standard error is kept, in bytes, and how much of its last line an error shows, in characters.
 const STDERR_KEPT: usize = 64 * 1024;
 const STDERR_SHOWN: usize = 300;
-/// Values of the environment shorter than this say nothing, and may be part of any word.
-const SHORTEST_SECRET: usize = 4;
 
 /// All children of this Portolan, and what each of them gets. Clones share everything.
 #[derive(Clone)]
@@ -369,26 +368,30 @@ pub async fn supervise(mut kept: Kept, children: &Children, end: &CancellationTo
 
 /// The last bytes of a child's standard error.
 #[derive(Default)]
-pub struct Stderr(VecDeque<u8>);
+pub struct Stderr {
+    kept: VecDeque<u8>,
+    /// Something came before that.
+    cut: bool,
+}
+
 impl Stderr {
     pub fn push(&mut self, bytes: &[u8]) {
-        self.0.extend(bytes);
-        let excess = self.0.len().saturating_sub(STDERR_KEPT);
-        self.0.drain(..excess);
+        self.kept.extend(bytes);
+        let excess = self.kept.len().saturating_sub(STDERR_KEPT);
+        self.kept.drain(..excess);
+        self.cut |= excess > 0;
     }
 
-    /// The last line, escaped, without the values that the server's own environment holds.
+    /// The last line, escaped, without the secrets that the server was given.
     pub fn last_line(&self, secrets: &[Secret]) -> Option<String> {
-        let bytes: Vec<u8> = self.0.iter().copied().collect();
+        let bytes: Vec<u8> = self.kept.iter().copied().collect();
         let text = String::from_utf8_lossy(&bytes);
-        let mut line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?.to_owned();
-        // Each line of each value, the longest first: a shorter one may be a part of it.
-        let mut values: Vec<&str> = secrets.iter().flat_map(|secret| secret.expose().lines()).map(str::trim).collect();
-        values.retain(|value| value.len() >= SHORTEST_SECRET);
-        values.sort_by_key(|value| std::cmp::Reverse(value.len()));
-        for value in values {
-            line = line.replace(value, "********");
+        let line = text.lines().rev().map(str::trim).find(|line| !line.is_empty())?;
+        // A line whose beginning is gone may begin within a secret, which is then not found.
+        if self.cut && text.trim() == line {
+            return None;
         }
+        let line = scrub(line, secrets);
         Some(line.chars().take(STDERR_SHOWN).flat_map(char::escape_debug).collect())
     }
 }

@@ -16,7 +16,8 @@ use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::model::{Secret, Stdio as Config};
+use crate::model::{Connector, Secret, Stdio as Config};
+use crate::secrets;
 
 use super::Error;
 use super::budget::{Held, Share};
@@ -55,7 +56,7 @@ struct Shared {
     /// The session is to end, or has.
     end: CancellationToken,
     bell: Bell,
-    /// What the child's environment holds and no error may show.
+    /// What the child was given and no error may show.
     secrets: Vec<Secret>,
     stall: Duration,
 }
@@ -106,7 +107,7 @@ impl StdioWire {
             exited: CancellationToken::new(),
             end,
             bell,
-            secrets: config.env.iter().flatten().map(|(_, value)| value.clone()).collect(),
+            secrets: secrets::of(&Connector::Stdio(config.clone())),
             stall: STALL.min(context.settings.run_timeout),
         });
         let lines = Lines::new(stdout, context.settings.max_message_bytes, Held::nothing(&share));

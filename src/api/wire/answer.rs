@@ -9,8 +9,11 @@ use serde::Serialize;
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use crate::api::reveal::Shown;
 use crate::mcp::{Held, Outcome, Room, definition, flags, json_schema};
-use crate::model::{Connector, Flag, Secret, SecretMap, Server, ServerType, State, Stdio, Tool, clear, sha256_hex};
+use crate::model::{Connector, Flag, Remote, Server, ServerType, State, Stdio, Tool, sha256_hex};
+
+use super::mask::masked;
 
 /// Letta's default user, which every tool was made by.
 const USER: &str = "user-00000000-0000-4000-8000-000000000000";
@@ -20,7 +23,7 @@ const USER: &str = "user-00000000-0000-4000-8000-000000000000";
 pub struct ServerObject<'a> {
     mcp_server_type: ServerType,
     #[serde(flatten)]
-    connector: ConnectorObject<'a>,
+    connector: ConnectorObject,
     id: &'a str,
     server_name: &'a str,
     r#type: ServerType,
@@ -29,31 +32,36 @@ pub struct ServerObject<'a> {
     status: Status<'a>,
 }
 
+/// Their keys are those of Letta, in Letta's order.
 #[derive(Serialize)]
 #[serde(untagged)]
-enum ConnectorObject<'a> {
-    Stdio {
-        command: &'a str,
-        args: &'a [String],
-        #[serde(serialize_with = "clear_map")]
-        env: &'a Option<SecretMap>,
-    },
-    Remote {
-        server_url: &'a str,
-        auth_header: Option<&'a str>,
-        #[serde(serialize_with = "clear_option")]
-        auth_token: &'a Option<Secret>,
-        #[serde(serialize_with = "clear_map")]
-        custom_headers: &'a Option<SecretMap>,
-    },
+enum ConnectorObject {
+    Stdio(Stdio),
+    Remote(Remote),
 }
 
-fn clear_map<S: serde::Serializer>(map: &&Option<SecretMap>, out: S) -> Result<S::Ok, S::Error> {
-    clear::option_map(map, out)
+impl From<Connector> for ConnectorObject {
+    fn from(connector: Connector) -> Self {
+        match connector {
+            Connector::Stdio(stdio) => Self::Stdio(stdio),
+            Connector::Sse(remote) | Connector::StreamableHttp(remote) => Self::Remote(remote),
+        }
+    }
 }
 
-fn clear_option<S: serde::Serializer>(secret: &&Option<Secret>, out: S) -> Result<S::Ok, S::Error> {
-    clear::option(secret, out)
+impl ConnectorObject {
+    /// What stands in place of a configuration that cannot be read.
+    fn empty(server_type: ServerType) -> Self {
+        match server_type {
+            ServerType::Stdio => Self::Stdio(Stdio { command: String::new(), args: vec![], env: None }),
+            ServerType::Sse | ServerType::StreamableHttp => Self::Remote(Remote {
+                server_url: String::new(),
+                auth_header: None,
+                auth_token: None,
+                custom_headers: None,
+            }),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -65,23 +73,19 @@ struct Status<'a> {
     confinement: Option<Arc<[String]>>,
 }
 
-impl<'a> From<&'a Server> for ServerObject<'a> {
-    fn from(server: &'a Server) -> Self {
-        let (state, error) = match &server.config.0 {
-            Ok(_) => (server.state, server.error.as_deref().map(Into::into)),
-            Err(unreadable) => (State::Unreachable, Some(unreadable.to_string().into())),
-        };
-        let connector = match (&server.config.0, server.server_type) {
-            (Ok(Connector::Stdio(Stdio { command, args, env })), _) => ConnectorObject::Stdio { command, args, env },
-            (Ok(Connector::Sse(remote) | Connector::StreamableHttp(remote)), _) => ConnectorObject::Remote {
-                server_url: &remote.server_url,
-                auth_header: remote.auth_header.as_deref(),
-                auth_token: &remote.auth_token,
-                custom_headers: &remote.custom_headers,
-            },
-            (Err(_), ServerType::Stdio) => ConnectorObject::Stdio { command: "", args: &[], env: &None },
-            (Err(_), ServerType::Sse | ServerType::StreamableHttp) => {
-                ConnectorObject::Remote { server_url: "", auth_header: None, auth_token: &None, custom_headers: &None }
+impl<'a> ServerObject<'a> {
+    pub fn new(server: &'a Server, shown: Shown) -> Self {
+        let (connector, state, error) = match &server.config.0 {
+            Ok(connector) => {
+                let connector = match shown {
+                    Shown::Masked => masked(connector),
+                    Shown::InClear => connector.clone(),
+                };
+                (connector.into(), server.state, server.error.as_deref().map(Into::into))
+            }
+            Err(unreadable) => {
+                let connector = ConnectorObject::empty(server.server_type);
+                (connector, State::Unreachable, Some(unreadable.to_string().into()))
             }
         };
         Self {

@@ -1,6 +1,7 @@
 //! Letta's JSON, exactly: what a client sends becomes a model, a model becomes what a client reads (docs/CONTRACT.md).
 
 mod answer;
+mod mask;
 mod request;
 
 pub use answer::{ServerObject, ToolExecutionResult, ToolObject, tools_array};

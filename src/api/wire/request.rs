@@ -10,6 +10,8 @@ use crate::error::{Error, Issue};
 use crate::mcp::{FieldPlace, faults, server_url};
 use crate::model::{Connector, Remote, Secret, SecretMap, Server, ServerType, Stdio};
 
+use super::mask;
+
 const MAX_NAME_CHARS: usize = 255;
 const MAX_COMMAND_CHARS: usize = 4096;
 const MAX_VALUE_BYTES: usize = 32 * 1024;
@@ -19,6 +21,10 @@ const MAX_ITEMS: usize = 256;
 const MAX_ISSUES: usize = 100;
 /// What is wrong with an entry of a list or map.
 const ENTRY: &str = "This must be a string of at most 32 KiB.";
+
+/// What is wrong with a mask.
+const STRAY_MASK: &str = "This is a mask, and nothing is stored that it stands for; give the value itself.";
+const MOVED_MASK: &str = "This is a mask, and the server_url has another origin than before; give the value itself.";
 
 /// The body of a create.
 pub struct CreateServer {
@@ -33,6 +39,7 @@ impl CreateServer {
         if name.is_none() && !reader.has_issue_at("server_name") {
             reader.issue(&["body", "server_name"], "This field is required.");
         }
+        fields.refuse_masks(&mut reader);
         let connector = fields.build(&mut reader);
         match (name, connector) {
             (Some(server_name), Some(connector)) if reader.issues.is_empty() => Ok(Self { server_name, connector }),
@@ -66,7 +73,9 @@ impl UpdateServer {
         }
         let mut reader = Reader::default();
         let current = server.config.0.as_ref().ok().cloned().map(ConnectorFields::from);
-        let connector = self.fields.over(current, server.server_type).build(&mut reader);
+        let (server_type, old) = self.fields.family(current, server.server_type);
+        let fields = self.fields.unmask(&old, &mut reader);
+        let connector = fields.over(old, server_type).build(&mut reader);
         match connector {
             Some(connector) if reader.issues.is_empty() => {
                 Ok(Some(connector).filter(|new| server.config.0.as_ref().ok() != Some(new)))
@@ -262,12 +271,16 @@ impl ConnectorFields {
         (name, fields)
     }
 
-    /// These fields over the present ones. Only a named type changes the type, and a stdio server that becomes a remote
-    /// one, or the reverse, starts with nothing of the old.
-    fn over(self, current: Option<Self>, current_type: ServerType) -> Self {
+    /// Which type a server of `current_type` gets, and which of its present fields it may keep. Only a named type changes
+    /// the type, and a stdio server that becomes a remote one, or the reverse, starts with nothing of the old.
+    fn family(&self, current: Option<Self>, current_type: ServerType) -> (ServerType, Self) {
         let server_type = self.server_type.unwrap_or(current_type);
         let same_family = (server_type == ServerType::Stdio) == (current_type == ServerType::Stdio);
-        let old = current.filter(|_| same_family).unwrap_or_default();
+        (server_type, current.filter(|_| same_family).unwrap_or_default())
+    }
+
+    /// These fields over the present ones.
+    fn over(self, old: Self, server_type: ServerType) -> Self {
         Self {
             shape: self.shape,
             server_type: Some(server_type),
@@ -279,6 +292,82 @@ impl ConnectorFields {
             auth_token: self.auth_token.or(old.auth_token),
             custom_headers: self.custom_headers.or(old.custom_headers),
         }
+    }
+
+    /// Where a field of these stands in the body.
+    fn at(&self, key: &'static str) -> Vec<&'static str> {
+        match self.shape {
+            Shape::Config => vec!["body", "config", key],
+            Shape::Flat => vec!["body", key],
+        }
+    }
+
+    /// What is new has no masks: they would stand for nothing (CONTRACT row 6).
+    fn refuse_masks(&self, reader: &mut Reader) {
+        if self.server_url.as_deref().is_some_and(mask::is_masked_url) {
+            reader.issue(&self.at("server_url"), STRAY_MASK);
+        }
+        if self.auth_token.as_ref().is_some_and(mask::is_mask) {
+            reader.issue(&self.at("auth_token"), STRAY_MASK);
+        }
+        for (key, map) in [("custom_headers", &self.custom_headers), ("env", &self.env)] {
+            for (name, _) in map.iter().flatten().filter(|(_, value)| mask::is_mask(value)) {
+                reader.issue_at(self.at(key), json!(shown(name)), STRAY_MASK);
+            }
+        }
+        let args = self.args.iter().flatten().enumerate();
+        for (place, _) in args.filter(|(_, arg)| mask::is_masked_arg(arg)) {
+            reader.issue_at(self.at("args"), json!(place), STRAY_MASK);
+        }
+    }
+
+    /// These fields with what their masks stand for in `old` (CONTRACT row 6).
+    fn unmask(mut self, old: &Self, reader: &mut Reader) -> Self {
+        let mut moved = false;
+        if let (Some(url), Some(stored)) = (&self.server_url, &old.server_url) {
+            moved = !mask::same_origin(url, stored);
+            if mask::is_masked_url(url) && !moved {
+                match mask::unmasked_url(url, stored) {
+                    Some(unmasked) => self.server_url = Some(unmasked),
+                    None => reader.issue(&self.at("server_url"), STRAY_MASK),
+                }
+            }
+        }
+        if self.server_url.as_deref().is_some_and(mask::is_masked_url) && !reader.has_issue_at("server_url") {
+            reader.issue(&self.at("server_url"), if moved { MOVED_MASK } else { STRAY_MASK });
+        }
+        let unmasked = |given: &Secret, stored: Option<&Secret>| match stored {
+            Some(_) if moved => Err(MOVED_MASK),
+            stored => stored.and_then(|stored| mask::unmasked_value(given, stored)).ok_or(STRAY_MASK),
+        };
+        if let Some(given) = self.auth_token.as_ref().filter(|token| mask::is_mask(token)) {
+            match unmasked(given, old.auth_token.as_ref()) {
+                Ok(token) => self.auth_token = Some(token),
+                Err(msg) => reader.issue(&self.at("auth_token"), msg),
+            }
+        }
+        let (headers, env) = (self.at("custom_headers"), self.at("env"));
+        for (name, value) in self.custom_headers.iter_mut().flatten().filter(|(_, value)| mask::is_mask(value)) {
+            let stored = old.custom_headers.iter().flatten().find(|(other, _)| other.eq_ignore_ascii_case(name));
+            match unmasked(value, stored.map(|(_, stored)| stored)) {
+                Ok(stored) => *value = stored,
+                Err(msg) => reader.issue_at(headers.clone(), json!(shown(name)), msg),
+            }
+        }
+        for (name, value) in self.env.iter_mut().flatten().filter(|(_, value)| mask::is_mask(value)) {
+            match unmasked(value, old.env.as_ref().and_then(|env| env.get(name))) {
+                Ok(stored) => *value = stored,
+                Err(msg) => reader.issue_at(env.clone(), json!(shown(name)), msg),
+            }
+        }
+        if let Some(args) = self.args.take() {
+            let (args, lost) = mask::unmasked_args(args, old.args.as_deref().unwrap_or_default());
+            for place in lost {
+                reader.issue_at(self.at("args"), json!(place), STRAY_MASK);
+            }
+            self.args = Some(args);
+        }
+        self
     }
 
     /// The connector these fields make, if they make one; a missing type is found from the fields (CONTRACT row 2).

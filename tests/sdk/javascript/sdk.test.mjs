@@ -11,6 +11,7 @@ import "./tokens.mjs";
 const KINDS = ["stdio", "sse", "streamable_http"];
 const NAMES = ["echo", "add", "fail", "texts", "image", "structured", "empty", "whoami"];
 const UNKNOWN = "mcp_server-00000000-0000-4000-8000-000000000000";
+const MASK = "********";
 const DEAD_URL = "http://127.0.0.1:1/mcp"; // nobody listens on port 1
 const UUID = "[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}";
 
@@ -235,18 +236,25 @@ for (const kind of ["sse", "streamable_http"]) {
   test(`${kind}: token and headers are kept and sent as given`, withUpstream(kind, {}, async ({ upstream, register }) => {
     const given = { auth_header: "X-API-Key", auth_token: "abc-1", custom_headers: { "X-Suite": "one", "X-Other": "two" } };
     const pick = ({ auth_header, auth_token, custom_headers }) => ({ auth_header, auth_token, custom_headers });
+    const shown = { ...given, auth_token: MASK, custom_headers: { "X-Suite": MASK, "X-Other": MASK } };
     const server = await register({ ...upstream.fields, ...given });
-    assert.deepEqual(pick(server), given);
-    assert.deepEqual(pick(await client.mcpServers.retrieve(server.id)), given);
-    assert.deepEqual(pick((await client.mcpServers.list()).find((it) => it.id === server.id)), given);
+    assert.deepEqual(pick(server), shown);
+    assert.deepEqual(pick(await client.mcpServers.retrieve(server.id)), shown);
+    assert.deepEqual(pick((await client.mcpServers.list()).find((it) => it.id === server.id)), shown);
+    assert.deepEqual(pick(await client.mcpServers.retrieve(server.id, { query: { reveal: true } })), given);
     let { headers } = await whoami(server);
     assert.deepEqual([headers["x-api-key"], headers["x-suite"], headers["x-other"]], ["abc-1", "one", "two"]);
 
     const kept = await client.mcpServers.update(
       server.id, { server_name: null, config: change(kind, { auth_token: null, custom_headers: null }) },
     );
-    assert.deepEqual(pick(kept), given);
+    assert.deepEqual(pick(kept), shown);
     assert.equal(kept.server_name, server.server_name);
+    // Sending back what was answered changes nothing: a mask means what is stored.
+    const { auth_token, custom_headers } = server;
+    await client.mcpServers.update(server.id, { config: change(kind, { auth_token, custom_headers }) });
+    ({ headers } = await whoami(server));
+    assert.deepEqual([headers["x-api-key"], headers["x-suite"], headers["x-other"]], ["abc-1", "one", "two"]);
     await client.mcpServers.update(server.id, { config: change(kind, { auth_token: "abc-2", custom_headers: { "X-Suite": "3" } }) });
     ({ headers } = await whoami(server));
     assert.deepEqual([headers["x-api-key"], headers["x-suite"], headers["x-other"]], ["abc-2", "3", undefined]);

@@ -8,6 +8,7 @@ import pytest
 from dialect import CLASS, FLAT, KINDS, create, kind_of, update
 
 UNKNOWN = "mcp_server-00000000-0000-4000-8000-000000000000"
+MASK = "********"
 DEAD_URL = "http://127.0.0.1:1/mcp"  # nobody listens on port 1
 SERVER_ID = re.compile(r"mcp_server-[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 NAMES = ["echo", "add", "fail", "texts", "image", "structured", "empty", "whoami"]
@@ -123,31 +124,34 @@ def test_change_of_args_moves_the_next_call(client, register, start):
 @pytest.mark.parametrize("kind", ["sse", "streamable_http"])
 def test_token_and_headers_are_kept_and_sent_as_given(client, register, start, kind):
     given = {"auth_header": "X-API-Key", "auth_token": "abc-1", "custom_headers": {"X-Suite": "one", "X-Other": "two"}}
+    shown = given | {"auth_token": MASK, "custom_headers": dict.fromkeys(given["custom_headers"], MASK)}
     server = register(kind, **given, **start(kind))
-    assert {key: getattr(server, key) for key in given} == given
+    assert {key: getattr(server, key) for key in given} == shown
     listed = next(it for it in client.mcp_servers.list() if it.id == server.id)
     for answered in (client.mcp_servers.retrieve(server.id), listed):
-        assert {key: getattr(answered, key) for key in given} == given
+        assert {key: getattr(answered, key) for key in given} == shown
+    revealed = client.mcp_servers.retrieve(server.id, extra_query={"reveal": "true"})
+    assert {key: getattr(revealed, key) for key in given} == given
     sent = whoami(client, server)["headers"]
     assert (sent["x-api-key"], sent["x-suite"], sent["x-other"]) == ("abc-1", "one", "two")
     assert "authorization" not in sent
 
-    # Sending back what was answered changes nothing.
+    # Sending back what was answered changes nothing: a mask means what is stored.
     same = update(client, server.id, kind, auth_token=server.auth_token, custom_headers=server.custom_headers)
-    assert {key: getattr(same, key) for key in given} == given
+    assert {key: getattr(same, key) for key in given} == shown
     assert whoami(client, server)["headers"]["x-api-key"] == "abc-1"
 
     # null keeps, also beside a change.
     kept = update(client, server.id, kind, auth_token=None, custom_headers=None)
-    assert {key: getattr(kept, key) for key in given} == given
+    assert {key: getattr(kept, key) for key in given} == shown
     changed = update(client, server.id, kind, auth_token="abc-2")
-    assert (changed.auth_token, changed.auth_header) == ("abc-2", "X-API-Key")
-    assert changed.custom_headers == given["custom_headers"]
+    assert (changed.auth_token, changed.auth_header) == (MASK, "X-API-Key")
+    assert changed.custom_headers == shown["custom_headers"]
     assert whoami(client, server)["headers"]["x-api-key"] == "abc-2"
 
     # A map replaces, {} and "" clear.
     replaced = update(client, server.id, kind, custom_headers={"X-Suite": "three"})
-    assert replaced.custom_headers == {"X-Suite": "three"}
+    assert replaced.custom_headers == {"X-Suite": MASK}
     sent = whoami(client, server)["headers"]
     assert sent["x-suite"] == "three" and "x-other" not in sent
     cleared = update(client, server.id, kind, custom_headers={}, auth_token="")
