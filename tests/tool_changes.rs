@@ -138,6 +138,9 @@ async fn a_changed_tool_is_held_until_an_admin_approves_it() {
     let refreshed = scene.offer(&[tool("new")]).await;
     assert_eq!((&refreshed["changed"][0]["held"], &refreshed["held"]), (&json!(true), &json!(["args"])));
     scene.is_held("args").await;
+    let path = format!("{}/run", scene.path("args").await);
+    let with_key = || scene.portolan.request("POST", &path).header("idempotency-key", "once").json(&json!({}));
+    Answer::of("POST", &path, with_key()).await.expect(403);
     assert_eq!(scene.offer(&[tool("new")]).await["held"], json!(["args"]), "another refresh does not release it");
     scene.is_held("args").await;
 
@@ -152,6 +155,8 @@ async fn a_changed_tool_is_held_until_an_admin_approves_it() {
     assert_eq!(now["changes"].as_array().unwrap().len(), 2);
     let approved = scene.approve("args", Some(&json!({ "hash": now["definition_hash"] }))).await.expect(200);
     assert_eq!(approved["metadata_"]["mcp"]["held"], false);
+    // What was not sent is not remembered.
+    assert_eq!(Answer::of("POST", &path, with_key()).await.expect(200)["status"], "success");
     scene.runs("args").await;
     scene.approve("args", None).await.expect(200);
     scene.runs("args").await;

@@ -23,7 +23,6 @@ pub fn flags(definition: &str) -> Vec<Flag> {
 
 fn search(value: &Value, place: &mut String, flags: &mut Vec<Flag>) {
     match value {
-        // The name of the tool; a property may be called so, too, but then this is no text.
         Value::String(text) => note(text, place == "/name", place, flags),
         Value::Array(items) => {
             for (index, item) in items.iter().enumerate() {
@@ -50,15 +49,14 @@ fn within(place: &mut String, step: &str, work: impl FnOnce(&mut String)) {
     place.truncate(length);
 }
 
-/// Adds each kind of such characters in `text` once. A name is stricter than a text: nothing that joins or breaks lines
-/// belongs there.
+/// Adds each kind of such characters in `text` once. A name, of the tool or a key, is stricter than a text: nothing that
+/// joins or breaks lines belongs there.
 fn note(text: &str, is_name: bool, place: &str, flags: &mut Vec<Flag>) {
-    let mut kinds: Vec<&'static str> = Vec::new();
-    let characters: Vec<char> = if text.is_ascii() && !text.contains(|c: char| c.is_ascii_control()) {
+    if text.bytes().all(|byte| byte.is_ascii_graphic() || byte == b' ') {
         return;
-    } else {
-        text.chars().collect()
-    };
+    }
+    let characters: Vec<char> = text.chars().collect();
+    let mut kinds: Vec<&'static str> = Vec::new();
     let mut at = 0;
     while let Some(&character) = characters.get(at) {
         let before = at.checked_sub(1).map(|at| characters[at]);

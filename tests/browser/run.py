@@ -165,80 +165,81 @@ class Target:
         assert self.servers() == ["known"], self.servers()
         assert self.runs() == 0, "a tool was run"
 
-    def stop(self):
-        self.portolan.stop()
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind:
+            # After a failure it shall only be gone.
+            Process.stop(self.portolan)
+        else:
+            self.portolan.stop()
         self.folder.cleanup()
 
 
 def pages_of_other_origins_do_nothing(pages):
     for host in ("127.0.0.1", "localhost"):
-        target = Target()
-        outcomes = visit(pages, f"http://{host}:{pages.port}/", target.settings)
-        print(f"   from http://{host}:{pages.port}: {outcomes}")
-        target.is_untouched()
-        assert "read" not in outcomes.values(), outcomes
-        assert outcomes["list script"] == "error", outcomes
-        # They reached Portolan: it was not the browser that kept all of them.
-        for what, least in MUST_BE_SEEN.items():
-            wait_until(f"{what} is refused {least} times: {target.refused()}", lambda: target.refused().get(what, 0) >= least)
-        target.is_untouched()
-        target.stop()
+        with Target() as target:
+            outcomes = visit(pages, f"http://{host}:{pages.port}/", target.settings)
+            print(f"   from http://{host}:{pages.port}: {outcomes}")
+            target.is_untouched()
+            assert "read" not in outcomes.values(), outcomes
+            assert outcomes["list script"] == "error", outcomes
+            # They reached Portolan: it was not the browser that kept all of them.
+            for what, least in MUST_BE_SEEN.items():
+                wait_until(f"{what} is refused {least} times", lambda: target.refused().get(what, 0) >= least)
+            target.is_untouched()
 
 
 def a_listed_page_comes_in(pages):
-    target = Target(PORTOLAN_CORS_ORIGINS=f"http://127.0.0.1:{pages.port}")
-    outcomes = visit(pages, f"http://127.0.0.1:{pages.port}/", target.settings)
-    print(f"   listed: {outcomes}")
-    for name in ("fetch json", "xhr json", "run", "refresh", "list", "delete"):
-        assert outcomes[name] == "read", (name, outcomes)
-    # "known" was deleted last; a body of another type registers nothing, whoever sends it.
-    assert {"fetch json", "xhr json"} <= set(target.servers()) <= {"fetch json", "xhr json", "beacon json"}, target.servers()
-    assert target.runs() == 3, "a fetch, one without an answer, and a form, but nothing from a sandbox"
-    target.stop()
+    listed = {"PORTOLAN_CORS_ORIGINS": f"http://127.0.0.1:{pages.port}"}
+    with Target(**listed) as target:
+        outcomes = visit(pages, f"http://127.0.0.1:{pages.port}/", target.settings)
+        print(f"   listed: {outcomes}")
+        for name in ("fetch json", "xhr json", "run", "refresh", "list", "delete"):
+            assert outcomes[name] == "read", (name, outcomes)
+        # "known" was deleted last; a body of another type registers nothing, whoever sends it.
+        assert {"fetch json", "xhr json"} <= set(target.servers()) <= {"fetch json", "xhr json", "beacon json"}, target.servers()
+        assert target.runs() == 3, "a fetch, one without an answer, and a form, but nothing from a sandbox"
     # The listed page is that one alone.
-    target = Target(PORTOLAN_CORS_ORIGINS=f"http://127.0.0.1:{pages.port}")
-    outcomes = visit(pages, f"http://localhost:{pages.port}/", target.settings)
-    target.is_untouched()
-    assert "read" not in outcomes.values(), outcomes
-    target.stop()
+    with Target(**listed) as target:
+        outcomes = visit(pages, f"http://localhost:{pages.port}/", target.settings)
+        target.is_untouched()
+        assert "read" not in outcomes.values(), outcomes
 
 
 def a_rebound_name_does_nothing(pages):
     """A page whose name leads to Portolan once it is loaded: to the browser they are one origin."""
-    for allowed in (False, True):
-        target = Target(**({"PORTOLAN_ALLOWED_HOSTS": "evil.test"} if allowed else {}))
-        page = f"http://127.0.0.1:{pages.port}"
-        switch = Switch(page)
-        pages.on_switch = lambda switch=switch, target=target: switch.to(target.url)
-        name = f"http://evil.test:{switch.url.rpartition(':')[2]}"
-        resolver = "--host-resolver-rules=MAP evil.test 127.0.0.1"
-        settings = target.settings | {"api": name, "own": f"{page}/switch"}
-        outcomes = visit(pages, f"{name}/", settings, resolver)
-        print(f"   from {name}, rebound{', listed' if allowed else ''}: {outcomes}")
-        if allowed:
-            for what in ("fetch json", "xhr json", "run", "refresh", "list", "delete"):
-                assert outcomes[what] == "read", (what, outcomes)
-            assert "fetch json" in target.servers() and target.runs() >= 2, (target.servers(), target.runs())
-        else:
-            target.is_untouched()
-            assert "read" not in outcomes.values(), outcomes
-            # It may read its own refusal: it is its own server's, as far as the browser knows.
-            for what in ("fetch json", "run", "list", "delete"):
-                assert outcomes[what] == "403 host_not_allowed", (what, outcomes)
-        target_url = f"http://evil.test:{target.url.rpartition(':')[2]}/v1/mcp-servers/"
-        shown = dump(target_url, resolver)
-        assert ("host_not_allowed" in shown) != allowed, shown
-        switch.stop()
-        target.stop()
-    pages.on_switch = lambda: None
+    page = f"http://127.0.0.1:{pages.port}"
+    resolver = "--host-resolver-rules=MAP evil.test 127.0.0.1"
+    for env in ({}, {"PORTOLAN_ALLOWED_HOSTS": "evil.test"}):
+        with Target(**env) as target:
+            switch = Switch(page)
+            pages.on_switch = lambda: switch.to(target.url)
+            name = f"http://evil.test:{switch.url.rpartition(':')[2]}"
+            outcomes = visit(pages, f"{name}/", target.settings | {"api": name, "own": f"{page}/switch"}, resolver)
+            switch.stop()
+            print(f"   from {name}, rebound, {env}: {outcomes}")
+            shown = dump(f"http://evil.test:{target.url.rpartition(':')[2]}/v1/mcp-servers/", resolver)
+            if env:
+                for what in ("fetch json", "xhr json", "run", "refresh", "list", "delete"):
+                    assert outcomes[what] == "read", (what, outcomes)
+                assert "fetch json" in target.servers() and target.runs() >= 2, (target.servers(), target.runs())
+                assert "host_not_allowed" not in shown, shown
+            else:
+                target.is_untouched()
+                assert "read" not in outcomes.values(), outcomes
+                # It may read its own refusal: to the browser, it is its own server's.
+                for what in ("fetch json", "run", "list", "delete"):
+                    assert outcomes[what] == "403 host_not_allowed", (what, outcomes)
+                assert "host_not_allowed" in shown, shown
 
 
-def a_user_may_look(pages):
-    """What is typed, and a link to the documentation; not a link to data."""
-    target = Target()
-    assert target.id in dump(f"{target.url}/v1/mcp-servers/")
-    assert "swagger" in dump(f"{target.url}/docs").lower()
-    target.stop()
+def a_user_may_look(_pages):
+    """What is typed in the address bar."""
+    with Target() as target:
+        assert target.id in dump(f"{target.url}/v1/mcp-servers/")
+        assert "swagger" in dump(f"{target.url}/docs").lower()
 
 
 def main():
