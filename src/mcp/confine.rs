@@ -71,10 +71,8 @@ fn confine(order: &Order) -> io::Result<Vec<String>> {
     setsid()?;
     umask(Mode::RWXG | Mode::RWXO);
     limit(order)?;
-    #[cfg(target_os = "linux")]
     give_up(order, &mut level)?;
     std::env::set_current_dir(&order.home)?;
-    #[cfg(target_os = "linux")]
     die_with_the_keeper()?;
     Ok(level)
 }
@@ -146,4 +144,16 @@ fn die_with_the_keeper() -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // It may have died before it was asked for; the socket then ends, and its end is the next thing that is tried.
     if getppid() == keeper { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+}
+
+// Elsewhere there is less to give up, and nobody to ask.
+
+#[cfg(not(target_os = "linux"))]
+fn give_up(_: &Order, _: &mut Vec<String>) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn die_with_the_keeper() -> io::Result<()> {
+    Ok(())
 }
