@@ -127,7 +127,7 @@ async fn keeper(host: &Host, id: &str) -> u32 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_has_what_is_its_own_and_no_more() {
-    let host = Host::start(&["--child-max-files", "2000"]).await;
+    let host = Host::start(&["--child-max-files", "2000", "--child-max-processes", "20000"]).await;
     let script = Script::new(host.folder.path(), &json!({ "tools": with_tools(&["sh", "env"]) }));
     let config = json!({"command": fake_mcp(), "args": ["stdio", script.0], "env": {"MINE": "a b"}});
     let server = host.remote.create("own", config).await;
@@ -149,6 +149,8 @@ async fn a_command_has_what_is_its_own_and_no_more() {
     assert_eq!(said.out, format!("{}\n0077\n700\n700\n700", own.join("home").display()), "{said:?}");
     let limits = host.sh(id, "ulimit -c; ulimit -Hc; ulimit -n; ulimit -Hn").await;
     assert_eq!(limits.out, "0\n0\n1024\n2000");
+    let processes = host.sh(id, "grep 'Max processes' /proc/self/limits | tr -s ' ' | cut -d' ' -f4").await.out;
+    assert!(processes.parse::<u64>().unwrap() <= 20_000, "{processes}");
     let status = host.sh(id, "cat /proc/self/status").await.out;
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).expect(name).trim().to_owned();
     assert_eq!(field("NoNewPrivs:"), "1");
@@ -304,7 +306,8 @@ async fn nothing_that_a_command_starts_is_left() {
             "change" => {
                 let url = json!({"config": {"mcp_server_type": "sse", "server_url": "http://127.0.0.1:1/sse"}});
                 let path = format!("/v1/mcp-servers/{id}");
-                drop(host.remote.send("PATCH", &path, Some(&url)).await.expect(200));
+                let server = host.remote.send("PATCH", &path, Some(&url)).await.expect(200);
+                assert_eq!(server["status"]["confinement"], Value::Null, "it is no command any more");
             }
             "child" => kill(child),
             "keeper" => kill(keeper),

@@ -126,12 +126,10 @@ fn give_up(order: &Order, level: &mut Vec<String>) -> io::Result<()> {
     let none = CapabilitySet::empty();
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
     level.push("capabilities".to_owned());
-    if let (Some(fence), Some(reach)) = (fence, &order.reach) {
-        match fence.close()? {
-            Some(closed) => level.extend(closed),
-            None if reach.required => return Err(io::Error::other(NoLandlock)),
-            None => {}
-        }
+    match fence.flatten().map(reach::Fence::close).transpose()?.flatten() {
+        Some(kept) => level.extend(kept),
+        None if order.reach.as_ref().is_some_and(|reach| reach.required) => return Err(io::Error::other(NoLandlock)),
+        None => {}
     }
     Ok(())
 }
