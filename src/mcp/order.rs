@@ -24,9 +24,11 @@ pub struct Order {
     pub args: Vec<String>,
     /// All of its environment.
     pub env: Vec<(String, String)>,
-    /// Its private folders: one that lasts, and one that is emptied at each start.
+    /// Its private folders: one that lasts, and one that goes with it.
     pub home: PathBuf,
     pub tmp: PathBuf,
+    /// No other child of the same server is known: what is left of earlier ones may go.
+    pub alone: bool,
     pub user: Option<User>,
     pub max_files: u64,
     pub max_processes: Option<u64>,

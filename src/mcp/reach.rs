@@ -259,6 +259,7 @@ mod tests {
             env: env.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect(),
             home: own.join("data/children/x/home"),
             tmp: own.join("data/children/x/tmp"),
+            alone: true,
             user: None,
             max_files: 16,
             max_processes: None,
