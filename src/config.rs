@@ -378,7 +378,8 @@ pub struct Children {
     /// Folder for the private folders of commands; without it, `children` in the data folder
     #[arg(long, env = "PORTOLAN_CHILD_DIR", global = true, value_name = "FOLDER")]
     pub child_dir: Option<PathBuf>,
-    /// User and group that commands run as, by name or number: needs root or CAP_SETUID and CAP_SETGID
+    /// User and group that commands run as, by name or number: needs root, or CAP_SETUID, CAP_SETGID,
+    /// CAP_CHOWN and CAP_KILL
     #[arg(long, env = "PORTOLAN_CHILD_USER", global = true, value_name = "USER[:GROUP]")]
     pub child_user: Option<String>,
     /// Command that each command line is put after, split at white space: `bwrap --ro-bind / / --dev /dev --`; confining

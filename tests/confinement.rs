@@ -127,7 +127,7 @@ async fn keeper(host: &Host, id: &str) -> u32 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_command_has_what_is_its_own_and_no_more() {
-    let host = Host::start(&["--child-max-files", "2000"]).await;
+    let host = Host::start(&["--child-max-files", "2000", "--child-max-processes", "20000"]).await;
     let script = Script::new(host.folder.path(), &json!({ "tools": with_tools(&["sh", "env"]) }));
     let config = json!({"command": fake_mcp(), "args": ["stdio", script.0], "env": {"MINE": "a b"}});
     let server = host.remote.create("own", config).await;
@@ -139,7 +139,10 @@ async fn a_command_has_what_is_its_own_and_no_more() {
         match &**name {
             "MINE" => assert_eq!(value, "a b"),
             "HOME" => assert_eq!(Path::new(value.as_str().unwrap()), own.join("home")),
-            "TMPDIR" => assert_eq!(Path::new(value.as_str().unwrap()), own.join("tmp")),
+            "TMPDIR" => {
+                let name = Path::new(value.as_str().unwrap()).strip_prefix(&own).unwrap().to_string_lossy();
+                assert!(name.starts_with("tmp-") && !name.contains('/'), "{name}");
+            }
             "PATH" | "LANG" | "LC_ALL" | "TZ" => assert_eq!(*value, json!(std::env::var(name).unwrap())),
             _ => panic!("{name} is nothing of a command"),
         }
@@ -149,6 +152,8 @@ async fn a_command_has_what_is_its_own_and_no_more() {
     assert_eq!(said.out, format!("{}\n0077\n700\n700\n700", own.join("home").display()), "{said:?}");
     let limits = host.sh(id, "ulimit -c; ulimit -Hc; ulimit -n; ulimit -Hn").await;
     assert_eq!(limits.out, "0\n0\n1024\n2000");
+    let processes = host.sh(id, "grep 'Max processes' /proc/self/limits | tr -s ' ' | cut -d' ' -f4").await.out;
+    assert!(processes.parse::<u64>().unwrap() <= 20_000, "{processes}");
     let status = host.sh(id, "cat /proc/self/status").await.out;
     let field = |name: &str| status.lines().find_map(|line| line.strip_prefix(name)).expect(name).trim().to_owned();
     assert_eq!(field("NoNewPrivs:"), "1");
@@ -203,7 +208,7 @@ fn attempts(host: &Host, other: &str, keeper: u32) -> Vec<(String, bool, bool)> 
         (format!("echo '{{}}' > {}", at("templates.json")), false, true),
         (format!("ls {other}/home"), false, true),
         (format!("cat {other}/home/token"), false, true),
-        (format!("echo x > {other}/tmp/planted"), false, true),
+        (format!("ls {other}/tmp-*/ && echo x > {other}/home/planted"), false, true),
         // Homes.
         (format!("ls {}", at("home")), false, true),
         (format!("cat {}", at("home/.ssh/key")), false, true),
@@ -304,7 +309,8 @@ async fn nothing_that_a_command_starts_is_left() {
             "change" => {
                 let url = json!({"config": {"mcp_server_type": "sse", "server_url": "http://127.0.0.1:1/sse"}});
                 let path = format!("/v1/mcp-servers/{id}");
-                drop(host.remote.send("PATCH", &path, Some(&url)).await.expect(200));
+                let server = host.remote.send("PATCH", &path, Some(&url)).await.expect(200);
+                assert_eq!(server["status"]["confinement"], Value::Null, "it is no command any more");
             }
             "child" => kill(child),
             "keeper" => kill(keeper),
@@ -336,9 +342,13 @@ async fn a_home_lasts_as_long_as_its_server_and_what_is_temporary_a_start() {
         "mkdir -p \"$TMPDIR/a/b\"; for i in 1 2 3 4 5 6 7 8 9; do head -c 100000 /dev/zero > \"$TMPDIR/a/b/$i\"; done
                 chmod 000 \"$TMPDIR/a/b\"; echo kept > \"$HOME/cache\"";
     assert_eq!(host.sh(&id, fill).await.code, 0);
-    assert!(host.own(&id).join("tmp/a").exists());
+    let folders = |own: &Path| {
+        let names = std::fs::read_dir(own).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with("tmp-")).collect::<Vec<_>>()
+    };
+    assert_eq!(folders(&host.own(&id)).len(), 1);
     host.again(&[]);
-    assert!(!host.own(&id).join("tmp/a").exists(), "at the end of its child, too");
+    assert!(folders(&host.own(&id)).is_empty(), "it goes with its child");
     let said = host.sh(&id, "ls -A \"$TMPDIR\"; cat \"$HOME/cache\"").await;
     assert_eq!(said.out, "kept");
     // A child that puts links in the place of its folders gains nothing by it.
@@ -346,16 +356,33 @@ async fn a_home_lasts_as_long_as_its_server_and_what_is_temporary_a_start() {
     let beside = host.at("beside");
     host.program.signal("-TERM");
     assert_eq!(host.program.exit_code(), Some(0));
-    for name in ["tmp", "home"] {
-        let _ = std::fs::remove_dir_all(host.own(&id).join(name));
+    std::fs::remove_dir_all(host.own(&id).join("home")).unwrap();
+    // A keeper that was killed leaves the second behind.
+    for name in ["home", "tmp-left"] {
         std::os::unix::fs::symlink(&beside, host.own(&id).join(name)).unwrap();
     }
+    std::fs::create_dir(host.own(&id).join("tmp-old")).unwrap();
     host.program = run(host.folder.path(), &host.database, &[]);
     host.remote = Remote::new(&host.program.url);
     assert_eq!(host.sh(&id, "ls -A \"$TMPDIR\" \"$HOME\" | grep -c precious").await.out, "0");
     assert!(Path::new(&host.at("beside/precious")).exists());
     let own = host.own(&id);
-    assert!(own.exists());
+    assert_eq!(folders(&own).len(), 1, "that of the child");
+    // An old child and a new one of the same server do not disturb each other.
+    let old = async {
+        let script = "echo old > \"$TMPDIR/file\"; echo x > \"$HOME/under-way\"; sleep 2; cat \"$TMPDIR/file\"";
+        host.sh(&id, script).await
+    };
+    let new = async {
+        eventually("the old one is at work", || own.join("home/under-way").exists()).await;
+        let change = json!({"config": {"env": {"NEW": "yes"}}});
+        host.remote.send("PATCH", &format!("/v1/mcp-servers/{id}"), Some(&change)).await.expect(200);
+        host.sh(&id, "echo $NEW > \"$TMPDIR/file\"; ls \"$TMPDIR\"").await
+    };
+    let (old, new) = tokio::join!(old, new);
+    assert_eq!((&*old.out, &*new.out), ("old", "file"));
+    eventually("the old one is gone", || folders(&own).len() == 1).await;
+    assert_eq!(host.sh(&id, "cat \"$TMPDIR/file\"").await.out, "yes");
     host.delete(&id).await;
     eventually("its folders are gone", || !own.exists()).await;
     assert!(host.own(&kept).exists());

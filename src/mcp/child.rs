@@ -285,6 +285,7 @@ impl Children {
             env: env.into_iter().collect(),
             home,
             tmp,
+            alone: residence.alone,
             user: *user,
             max_files: settings.child_max_files,
             max_processes: settings.child_max_processes,

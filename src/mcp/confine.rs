@@ -71,10 +71,8 @@ fn confine(order: &Order) -> io::Result<Vec<String>> {
     setsid()?;
     umask(Mode::RWXG | Mode::RWXO);
     limit(order)?;
-    #[cfg(target_os = "linux")]
     give_up(order, &mut level)?;
     std::env::set_current_dir(&order.home)?;
-    #[cfg(target_os = "linux")]
     die_with_the_keeper()?;
     Ok(level)
 }
@@ -128,12 +126,10 @@ fn give_up(order: &Order, level: &mut Vec<String>) -> io::Result<()> {
     let none = CapabilitySet::empty();
     set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?;
     level.push("capabilities".to_owned());
-    if let (Some(fence), Some(reach)) = (fence, &order.reach) {
-        match fence.close()? {
-            Some(closed) => level.extend(closed),
-            None if reach.required => return Err(io::Error::other(NoLandlock)),
-            None => {}
-        }
+    match fence.flatten().map(reach::Fence::close).transpose()?.flatten() {
+        Some(kept) => level.extend(kept),
+        None if order.reach.as_ref().is_some_and(|reach| reach.required) => return Err(io::Error::other(NoLandlock)),
+        None => {}
     }
     Ok(())
 }
@@ -146,4 +142,16 @@ fn die_with_the_keeper() -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // It may have died before it was asked for; the socket then ends, and its end is the next thing that is tried.
     if getppid() == keeper { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
+}
+
+// Elsewhere there is less to give up, and nobody to ask.
+
+#[cfg(not(target_os = "linux"))]
+fn give_up(_: &Order, _: &mut Vec<String>) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn die_with_the_keeper() -> io::Result<()> {
+    Ok(())
 }

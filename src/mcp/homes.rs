@@ -1,5 +1,6 @@
 //! The private folders of commands: a home that lasts as long as the server is registered, so that what `npx` or `uvx`
-//! fetched is there at the next start, and a folder for temporary files that every start finds empty.
+//! fetched is there at the next start, and a folder for temporary files of each child: an old one and a new one of the same
+//! server may live side by side for a while.
 //!
 //! They are named after the SHA-256 of the server's id: ids are never paths.
 
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use tokio_util::task::TaskTracker;
+use uuid::Uuid;
 
 use crate::model::sha256_hex;
 
@@ -35,7 +37,13 @@ struct Lived {
 pub struct Residence {
     homes: Homes,
     name: String,
+    child: Uuid,
+    /// No other child of the server lived there when this one came.
+    pub alone: bool,
 }
+
+/// How the names of folders for temporary files begin; the rest is the child's.
+const TMP: &str = "tmp-";
 
 impl Homes {
     /// What takes long goes on `tracker`.
@@ -54,8 +62,12 @@ impl Homes {
     /// The folders of a server, which its keeper makes.
     pub fn enter(&self, server_id: &str) -> Residence {
         let name = sha256_hex(server_id);
-        self.lived_in().entry(name.clone()).or_default().by += 1;
-        Residence { homes: self.clone(), name }
+        let mut lived_in = self.lived_in();
+        let lived = lived_in.entry(name.clone()).or_default();
+        lived.by += 1;
+        let alone = lived.by == 1;
+        drop(lived_in);
+        Residence { homes: self.clone(), name, child: Uuid::new_v4(), alone }
     }
 
     /// Removes the folders of a server that was deleted: now, or with the end of its last child. May take a while.
@@ -93,7 +105,7 @@ impl Residence {
     }
 
     pub fn tmp(&self) -> PathBuf {
-        self.homes.folder.join(&self.name).join("tmp")
+        self.homes.folder.join(&self.name).join(format!("{TMP}{}", self.child.simple()))
     }
 }
 
@@ -135,11 +147,16 @@ pub fn make(folder: &Path, user: Option<User>) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes the folders of a child, for its user alone, and empties the second.
+/// Makes the folders of a child, for its user alone, and removes what earlier ones left behind.
 pub fn prepare(order: &Order) -> io::Result<()> {
     let own = order.home.parent().ok_or(io::ErrorKind::InvalidInput)?;
     make(own, order.user)?;
-    remove(&order.tmp)?;
+    if order.alone {
+        let entries = fs::read_dir(own)?.flatten();
+        for old in entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(TMP.as_bytes())) {
+            remove(&old.path())?;
+        }
+    }
     let owner = order.user.unwrap_or(User { uid: rustix::process::geteuid().as_raw(), gid: fs::metadata(own)?.gid() });
     // What a child put in the place of its home, or left as another user, is no home.
     if fs::symlink_metadata(&order.home).is_ok_and(|home| !home.is_dir() || home.uid() != owner.uid) {

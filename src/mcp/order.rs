@@ -24,9 +24,11 @@ pub struct Order {
     pub args: Vec<String>,
     /// All of its environment.
     pub env: Vec<(String, String)>,
-    /// Its private folders: one that lasts, and one that is emptied at each start.
+    /// Its private folders: one that lasts, and one that goes with it.
     pub home: PathBuf,
     pub tmp: PathBuf,
+    /// No other child of the same server is known: what is left of earlier ones may go.
+    pub alone: bool,
     pub user: Option<User>,
     pub max_files: u64,
     pub max_processes: Option<u64>,
@@ -101,7 +103,7 @@ pub fn send_pipes(socket: &UnixStream, pipes: Pipes<BorrowedFd<'_>>) -> io::Resu
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     control.push(SendAncillaryMessage::ScmRights(&pipes));
-    sendmsg(socket, &[IoSlice::new(b"\n")], &mut control, SendFlags::NOSIGNAL)?;
+    sendmsg(socket, &[IoSlice::new(b"\n")], &mut control, SendFlags::empty())?;
     Ok(())
 }
 
@@ -110,12 +112,20 @@ pub fn receive_pipes(socket: &UnixStream) -> io::Result<Pipes<OwnedFd>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(3))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];
-    recvmsg(socket.as_fd(), &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
-    let mut received = Vec::new();
+    #[cfg(target_os = "linux")]
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    #[cfg(not(target_os = "linux"))]
+    let flags = RecvFlags::empty();
+    recvmsg(socket.as_fd(), &mut [IoSliceMut::new(&mut byte)], &mut control, flags)?;
+    let mut received: Vec<OwnedFd> = Vec::new();
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(pipes) = message {
             received.extend(pipes);
         }
+    }
+    #[cfg(not(target_os = "linux"))]
+    for pipe in &received {
+        rustix::io::fcntl_setfd(pipe, rustix::io::FdFlags::CLOEXEC)?;
     }
     received.try_into().map_err(|_| io::ErrorKind::UnexpectedEof.into())
 }

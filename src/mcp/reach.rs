@@ -16,6 +16,7 @@ use landlock::{
     RulesetCreated, RulesetCreatedAttr, RulesetStatus, Scope,
 };
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat2};
+use rustix::io::Errno;
 
 use super::order::{Order, Reach};
 
@@ -44,27 +45,38 @@ enum Use {
 /// The rules for one command, made and not yet in force.
 pub struct Fence(RulesetCreated);
 
-/// Makes the rules, with the rights to look paths up that this process has now.
-pub fn fence(order: &Order, reach: &Reach) -> io::Result<Fence> {
-    let all = AccessFs::from_all(KNOWN);
-    let ruleset = Ruleset::default()
+/// Makes the rules, with the rights to look paths up that this process has now. `None` where the kernel's Landlock (before
+/// version 2, Linux 5.19) would forbid every move between folders, which hardly a program can do without, and nobody
+/// insists.
+pub fn fence(order: &Order, reach: &Reach) -> io::Result<Option<Fence>> {
+    let moves = Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(AccessFs::Refer);
+    if moves.is_err() && !reach.required {
+        return Ok(None);
+    }
+    let mut rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
-        .handle_access(all)
+        .handle_access(AccessFs::from_all(KNOWN))
         .and_then(|ruleset| ruleset.scope(Scope::Signal))
         .and_then(Ruleset::create)
         .map_err(io::Error::other)?;
     let is_root = order.user.map_or_else(|| rustix::process::geteuid().is_root(), |user| user.uid == 0);
-    let mut rules = ruleset;
     for (place, r#use) in places(order, reach, is_root) {
-        // No link is followed: what was looked at is what is opened. What has gone meanwhile needs no rule.
-        let Ok(place) = openat2(CWD, &place, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::NO_SYMLINKS)
-        else {
-            continue;
-        };
+        // What has gone meanwhile needs no rule.
+        let Ok(place) = open(&place) else { continue };
         let access = access(&place, r#use)?;
         rules = rules.add_rule(PathBeneath::new(place, access)).map_err(io::Error::other)?;
     }
-    Ok(Fence(rules))
+    Ok(Some(Fence(rules)))
+}
+
+/// Opens a place to name it. No link is followed: what was looked at is what is opened.
+fn open(place: &Path) -> rustix::io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    match openat2(CWD, place, flags, Mode::empty(), ResolveFlags::NO_SYMLINKS) {
+        // Some containers do not let this call through.
+        Err(Errno::NOSYS | Errno::PERM) => rustix::fs::open(place, flags | OFlags::NOFOLLOW, Mode::empty()),
+        opened => opened,
+    }
 }
 
 fn access(place: &OwnedFd, r#use: Use) -> io::Result<BitFlags<AccessFs>> {
@@ -247,6 +259,7 @@ mod tests {
             env: env.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect(),
             home: own.join("data/children/x/home"),
             tmp: own.join("data/children/x/tmp"),
+            alone: true,
             user: None,
             max_files: 16,
             max_processes: None,
