@@ -16,6 +16,7 @@ mod process;
 mod repeats;
 mod runs;
 mod sealing;
+mod secrets;
 mod servers;
 mod tools;
 mod transports;
