@@ -40,6 +40,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
 use crate::model::{Era, Server, Skipped, State, Tool, ToolChanges};
+use crate::secrets::{self, scrub};
 use crate::store::Store;
 
 pub use budget::Held;
@@ -231,7 +232,9 @@ impl Mcp {
     async fn sync(&self, server: &Server, agent: Option<&AgentId>, now: bool) -> Result<ToolChanges, SyncError> {
         let (listed, era) = self.list(server, agent, now).await?;
         let (offered, skipped) = accept(&listed.tools);
-        let notice = notice(&skipped);
+        // A server may call a tool by what it was given.
+        let secrets = server.config.0.as_ref().map(secrets::of).unwrap_or_default();
+        let notice = notice(&skipped).map(|notice| scrub(&notice, &secrets));
         let synced = self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered).await?;
         let Some(mut changes) = synced else {
             let exists = self.store.server(&server.id).await?.is_some();
