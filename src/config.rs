@@ -27,7 +27,7 @@ pub struct Cli {
 pub enum Command {
     /// Serve the API (what happens without a command, too)
     Serve,
-    /// Make a key that seals stored secrets
+    /// Make a key that seals stored secrets, or give one up
     #[command(subcommand)]
     Key(KeyCommand),
     /// Seal all stored secrets again with the first key of the key file, while Portolan serves
@@ -41,10 +41,15 @@ pub enum Command {
     Token(Token),
 }
 
-#[derive(Clone, Copy, Debug, Subcommand)]
+#[derive(Clone, Debug, Subcommand)]
 pub enum KeyCommand {
     /// Print a new key; (umask 077; portolan key new > portolan.key) keeps it in a file
     New,
+    /// Go on without a key that is lost for good; the servers it sealed can only be deleted then
+    Forget {
+        /// The id of the key, as the refused start names it
+        id: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

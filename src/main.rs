@@ -38,10 +38,7 @@ fn main() -> ExitCode {
     let result = match cli.command.unwrap_or(Command::Serve) {
         Command::Serve => run(serve(settings)),
         Command::Token(Token::New { name, scope, file }) => command::token::make(&name, scope, file.as_deref()),
-        Command::Key(key) => {
-            command::key::run(key);
-            Ok(())
-        }
+        Command::Key(key) => run(command::key::run(&settings, key)),
         Command::RotateKeys { dry_run } => run(async {
             telemetry::init(&settings.logs.log)?;
             command::rotate_keys::run(&settings, dry_run).await

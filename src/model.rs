@@ -44,6 +44,21 @@ impl fmt::Debug for Secret {
     }
 }
 
+/// Does not compile when [`Secret`] can be written anywhere by itself: the call is ambiguous then.
+#[cfg(test)]
+const _: fn() = || {
+    trait Unwritable<Reason> {
+        fn holds() {}
+    }
+    struct Always;
+    struct AsText;
+    struct AsData;
+    impl<T: ?Sized> Unwritable<Always> for T {}
+    impl<T: ?Sized + fmt::Display> Unwritable<AsText> for T {}
+    impl<T: ?Sized + Serialize> Unwritable<AsData> for T {}
+    <Secret as Unwritable<_>>::holds();
+};
+
 /// SHA-256 of a text, in hexadecimal.
 pub fn sha256_hex(text: &str) -> String {
     Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()

@@ -198,7 +198,7 @@ impl<'a> Kept<'a> {
     fn body(&self, method: &Method, template: &str) -> String {
         match (method, template) {
             (&Method::POST, SERVERS) => json!({"server_name": "bait", "config": stdio(&self.bait)}).to_string(),
-            (&Method::POST, _) => json!({"args": {"message": "m"}}).to_string(),
+            (&Method::POST, path) if path.ends_with("/run") => json!({"args": {"message": "m"}}).to_string(),
             (&Method::PATCH, "/v1/mcp-servers/{mcp_server_id}") => json!({"config": stdio(&self.bait)}).to_string(),
             _ => String::new(),
         }

@@ -21,6 +21,7 @@ mod process;
 mod repeats;
 mod runs;
 mod sealing;
+mod secrets;
 mod servers;
 mod tool_changes;
 mod tools;

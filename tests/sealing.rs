@@ -210,6 +210,30 @@ async fn no_start_without_the_right_key_and_no_new_key_for_an_old_database() {
     let kept = Remote::new(&program.url).send("GET", "/v1/mcp-servers/?reveal=true", None).await.expect(200);
     assert_eq!((&kept[0]["id"], &kept[0]["auth_token"]), (&server["id"], &json!("t")));
     drop(program);
+
+    // A key that is lost for good is given up in so many words; its servers can be deleted then.
+    let other = || {
+        let mut other = plain();
+        other.env("PORTOLAN_KEY", "ab".repeat(32));
+        other
+    };
+    let (_, _, text) = said(other()).await;
+    let lost = text.split("that is key ").nth(1).unwrap()[..12].to_owned();
+    let forget = |id: &str| {
+        let mut forget = plain();
+        forget.args(["key", "forget", id]);
+        forget
+    };
+    refused(forget("000000000000"), "knows no key").await;
+    assert_eq!(said(forget(&lost)).await.0, Some(0));
+    let program = Program::start(other());
+    let remote = Remote::new(&program.url);
+    let sealed = remote.send("GET", "/v1/mcp-servers/", None).await.expect(200);
+    assert!(sealed[0]["status"]["error"].as_str().unwrap().contains("does not have"), "{sealed}");
+    remote.create("new", json!({"server_url": DEAD, "auth_token": "n"})).await;
+    let gone = format!("/v1/mcp-servers/{}", sealed[0]["id"].as_str().unwrap());
+    remote.send("DELETE", &gone, None).await.expect(204);
+    drop(program);
     database.remove().await;
 }
 

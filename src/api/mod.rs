@@ -17,7 +17,7 @@ mod tools;
 mod wire;
 
 use axum::Router;
-use axum::extract::Request;
+use axum::extract::{MatchedPath, Request};
 use axum::handler::Handler;
 use axum::http::header::X_CONTENT_TYPE_OPTIONS;
 use axum::http::{HeaderName, HeaderValue, Method};
@@ -134,6 +134,18 @@ fn start_of(text: &str) -> &str {
     &text[..text.floor_char_boundary(MAX_SHOWN)]
 }
 
+/// A request's path as the log shows it: what its route says, and of the rest ids of ours alone. Clients write tokens into
+/// all places.
+fn path_of(request: &Request) -> String {
+    let Some(route) = request.extensions().get::<MatchedPath>() else { return "(unknown)".to_owned() };
+    let is_ours = |id: &str| {
+        let uuid = id.strip_prefix("mcp_server-").or_else(|| id.strip_prefix("tool-"));
+        uuid.is_some_and(|uuid| Uuid::try_parse(uuid).is_ok())
+    };
+    let steps = route.as_str().split('/').zip(request.uri().path().split('/'));
+    steps.map(|(known, given)| if is_ours(given) { given } else { known }).collect::<Vec<_>>().join("/")
+}
+
 /// Gives each request an id, logs its end, and turns a handler's [`Error`] into its answer.
 async fn identify(request: Request, next: Next) -> Response {
     let id = Uuid::new_v4().to_string();
@@ -141,7 +153,7 @@ async fn identify(request: Request, next: Next) -> Response {
         "request",
         request.id = %id,
         http.method = start_of(request.method().as_str()),
-        http.path = start_of(request.uri().path()),
+        http.path = %path_of(&request),
         caller.name = tracing::field::Empty,
     );
     let started = std::time::Instant::now();

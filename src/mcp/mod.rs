@@ -52,6 +52,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
 use crate::model::{Connector, Era, Flagged, Offered, Server, Skipped, State, Tool, ToolChanges};
+use crate::secrets::{self, scrub};
 use crate::store::Store;
 
 pub use address::{Forbidden, Scope, UrlError, scope, server_url};
@@ -243,7 +244,9 @@ impl Mcp {
     async fn sync(&self, server: &Server, agent: Option<&AgentId>, now: bool) -> Result<ToolChanges, SyncError> {
         let (listed, era) = self.list(server, agent, now).await?;
         let (offered, skipped) = accept(&listed.tools);
-        let notice = notice(&skipped);
+        // A server may call a tool by what it was given.
+        let secrets = server.config.0.as_ref().map(secrets::of).unwrap_or_default();
+        let notice = notice(&skipped).map(|notice| scrub(&notice, &secrets));
         let hold = self.settings.tools.holds();
         let synced =
             self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered, hold).await?;

@@ -47,7 +47,8 @@ pub enum KeyError {
     )]
     Missing(PathBuf),
     #[error(
-        "The key file {} is gone, and secrets in the database are sealed with it: put it back from your copy.",
+        "The key file {} is gone, and secrets in the database are sealed with it: put it back from your copy (if there is \
+         none, see Keys in README).",
         .0.display()
     )]
     Gone(PathBuf),

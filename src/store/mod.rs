@@ -166,13 +166,7 @@ impl Store {
 
     /// Ends all connections, after the statements that are running.
     pub async fn close(&self) {
-        match &self.database {
-            Database::Postgres(pool) => pool.close().await,
-            Database::Sqlite { read, write } => {
-                read.close().await;
-                write.close().await;
-            }
-        }
+        self.database.close().await;
     }
 
     /// Host and port of a database that is reached over the network.
@@ -205,6 +199,16 @@ fn is_postgres(url: &str) -> bool {
 }
 
 impl Database {
+    async fn close(&self) {
+        match self {
+            Self::Postgres(pool) => pool.close().await,
+            Self::Sqlite { read, write } => {
+                read.close().await;
+                write.close().await;
+            }
+        }
+    }
+
     /// Opens it and brings its schema up to date.
     async fn open(url: Option<&str>, data_dir: &Path) -> Result<Self, OpenError> {
         match url {

@@ -15,7 +15,7 @@ use crate::model::{Config, Connector, Server, Unreadable};
 
 use super::keys::{KeyError, KeySource};
 use super::seal::{Keyring, Place, Unopened, key_id};
-use super::{Database, Error, Store, now, on_db};
+use super::{Database, Error, OpenError, Store, now, on_db};
 
 /// What each key seals in `sealing_keys`.
 const KNOWN: &[u8] = b"portolan";
@@ -74,7 +74,7 @@ pub enum SealError {
     Key(#[from] KeyError),
     #[error(
         "This is not the key that the database is sealed with: that is key {theirs}, and key {ours} was given; give the \
-         right one with --key-file or PORTOLAN_KEY."
+         right one with --key-file or PORTOLAN_KEY (if it is lost for good: portolan key forget {theirs})."
     )]
     Wrong { theirs: String, ours: String },
     #[error(
@@ -193,6 +193,14 @@ impl Unlocked<'_> {
         Ok(rows.into_iter().collect())
     }
 
+    /// Takes a key out of those that this database is known to be sealed with; `false` when it is not among them.
+    async fn forget_key(&self, id: &str) -> sqlx::Result<bool> {
+        const SQL: &str = "DELETE FROM sealing_keys WHERE id = $1";
+        let rows =
+            on_db!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|done| done.rows_affected())?);
+        Ok(rows > 0)
+    }
+
     /// Checks that these are keys of this database, and makes the first one known there; in a database in which nothing
     /// was sealed, what older versions wrote in clear is sealed. One at a time: of two that start on a new database with
     /// different keys, the second is refused. Returns the keys that are not on the ring and the servers they seal.
@@ -307,7 +315,7 @@ impl Store {
         rotated.sealed_by = self.sealed_by().await?;
         // With a key that seals nothing any more, Portolan is not to start.
         for key in ring.keys().skip(1).filter(|key| !rotated.sealed_by.contains_key(key.id())) {
-            self.forget_key(key.id()).await?;
+            Unlocked { database: &self.database }.forget_key(key.id()).await?;
         }
         Ok(rotated)
     }
@@ -358,11 +366,15 @@ impl Store {
         }
     }
 
-    /// Takes a key out of those that this database is known to be sealed with.
-    async fn forget_key(&self, id: &str) -> Result<(), Error> {
-        const SQL: &str = "DELETE FROM sealing_keys WHERE id = $1";
-        on_db!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|_| ())?);
-        Ok(())
+    /// Lets a database start with another key than the lost one that sealed in it; `false` when it knows no such key.
+    ///
+    /// # Errors
+    /// One sentence for the person who has lost it.
+    pub async fn forget_lost_key(url: Option<&str>, data_dir: &Path, id: &str) -> Result<bool, OpenError> {
+        let database = Database::open(url, data_dir).await?;
+        let forgotten = Unlocked { database: &database }.forget_key(id).await.map_err(SealError::from);
+        database.close().await;
+        Ok(forgotten?)
     }
 }
 
