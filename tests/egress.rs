@@ -1025,3 +1025,60 @@ async fn proxies_of_the_environment_are_not_used_and_the_settings_are_read_from_
     trap.assert_untouched();
     database.remove().await;
 }
+
+/// Answers 404 over TLS, as `localhost`; the certificate is one that nobody knows by default (`openssl req -x509`, P-256, a
+/// hundred years).
+fn https() -> SocketAddr {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let certificate = include_bytes!("data/localhost.der").to_vec();
+    let key = rustls::pki_types::PrivatePkcs8KeyDer::from(include_bytes!("data/localhost.key.der").to_vec());
+    let tls = rustls::ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let tls = tls.with_no_client_auth().with_single_cert(vec![certificate.into()], key.into()).unwrap();
+    let tls = Arc::new(tls);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let addr = listener.local_addr().unwrap();
+    std::thread::spawn(move || {
+        for mut socket in listener.incoming().flatten() {
+            let mut connection = rustls::ServerConnection::new(tls.clone()).unwrap();
+            let mut stream = rustls::Stream::new(&mut connection, &mut socket);
+            // A client that does not trust the certificate hangs up.
+            if stream.read(&mut [0; 4096]).is_ok() {
+                let answer = b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+                let _hung_up = stream.write_all(answer).and_then(|()| stream.flush());
+            }
+        }
+    });
+    addr
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn https_is_trusted_by_the_certificates_of_the_system_and_the_name_alone() {
+    let https = https();
+    let folder = tempfile::tempdir().unwrap();
+    let encoded = base64::Engine::encode(&base64::prelude::BASE64_STANDARD, include_bytes!("data/localhost.der"));
+    let known = folder.path().join("known.pem");
+    std::fs::write(&known, format!("-----BEGIN CERTIFICATE-----\n{encoded}\n-----END CERTIFICATE-----\n")).unwrap();
+    let (by_name, by_address) = (format!("https://localhost:{}/", https.port()), format!("https://{https}/"));
+    let reached = "The server cannot be used: the server answered HTTP 404 Not Found.";
+    let unknown = "The server cannot be used: invalid peer certificate: ";
+    for (trusted, url, expected) in
+        [(true, &by_name, reached), (true, &by_address, unknown), (false, &by_name, unknown)]
+    {
+        let database = Database::new().await;
+        let data = tempfile::tempdir().unwrap();
+        let mut command = command(data.path(), database.url().as_deref());
+        command.env("PORTOLAN_EGRESS", "strict").env("PORTOLAN_EGRESS_ALLOW", "127.0.0.0/8");
+        if trusted {
+            command.env("SSL_CERT_FILE", &known);
+        }
+        let mut program = Program::start(command);
+        let body = json!({"server_name": "s", "config": {"server_url": url}});
+        let answer = client().post(format!("{}/v1/mcp-servers/", program.url)).json(&body).send().await.unwrap();
+        let answer: Value = answer.json().await.unwrap();
+        let error = answer["status"]["error"].as_str().unwrap();
+        assert!(error.starts_with(expected), "{trusted} {url}: {error}");
+        program.signal("-TERM");
+        assert_eq!(program.exit_code(), Some(0));
+        database.remove().await;
+    }
+}

@@ -113,7 +113,7 @@ impl Egress {
     /// The way to a URL that `trust` names.
     ///
     /// # Errors
-    /// [`Error::Url`], [`Error::Forbidden`]: nothing was sent.
+    /// [`Error::Url`], or one of [`Forbidden`] as an error of HTTP: nothing was sent.
     pub async fn to(&self, url: &str, trust: Trust<'_>) -> Result<Destination, Error> {
         let url = server_url(url).map_err(|error| match error {
             UrlError::Forbidden(forbidden) => forbidden.into(),
@@ -227,7 +227,9 @@ impl Rules {
                 Allowed::Address { .. } | Allowed::Network(_) => false,
             }),
             _ => self.allow.iter().any(|entry| match entry {
-                Allowed::Address { address, port: wanted } => literal(url) == Some(*address) && Some(*wanted) == port,
+                Allowed::Address { address, port: wanted } => {
+                    literal(url).map(meant) == Some(*address) && Some(*wanted) == port
+                }
                 _ => false,
             }),
         }
