@@ -108,7 +108,7 @@ async fn an_answer_that_is_sent_back_changes_nothing() {
     for given in [
         json!({
             "mcp_server_type": "sse", "server_url": "http://u:p@127.0.0.1:1/s/0123456789abcdef0123456789?key=a&key=b",
-            "auth_token": "t", "custom_headers": {"a": "b", "X-Bearer": "bearer c"},
+            "auth_header": "X-Token", "auth_token": "t", "custom_headers": {"a": "b", "X-Bearer": "bearer c"},
         }),
         json!({
             "mcp_server_type": "stdio", "command": "/nonexistent",
@@ -133,7 +133,8 @@ async fn an_answer_that_is_sent_back_changes_nothing() {
 async fn a_mask_stands_for_what_is_stored_and_for_nothing_else() {
     let portolan = Portolan::start().await;
     let given = json!({
-        "mcp_server_type": "sse", "server_url": "http://u:pw@127.0.0.1:1/mcp?key=k", "auth_token": "Bearer t",
+        "mcp_server_type": "sse", "server_url": "http://u:pw@127.0.0.1:1/mcp?key=k",
+        "auth_header": "X-Token", "auth_token": "Bearer t",
         "custom_headers": {"X-One": "1", "X-Two": "2"},
     });
     let server = portolan.create("remote", given).await;

@@ -90,11 +90,15 @@ impl Tokens {
         Ok(Self { settings, current: Arc::new(RwLock::new(set)) })
     }
 
-    /// Reads the files again. What is not in them any more is worth nothing from now on, the last token included.
+    /// Reads the files again, if there are any. What is not in them any more is worth nothing from now on, the last token
+    /// included.
     ///
     /// # Errors
     /// When a file cannot be used; all tokens stay as they were.
     pub fn reload(&self) -> Result<(), TokenError> {
+        if !self.settings.are_in_files() {
+            return Ok(());
+        }
         let set = Set::read(&self.settings)?;
         let tokens = set.0.len();
         // The value is replaced as a whole: nobody can have left half of it.

@@ -449,7 +449,8 @@ mod tests {
             "auth_token": null, "custom_headers": null, "id": "mcp_server-9faa85df-8741-4948-8341-e23da3699097",
             "server_name": "n", "type": "sse", "created_at": "2026-11-21T02:45:36.120418Z",
             "updated_at": "2026-11-21T02:45:36.120418+00:00",
-            "status": {"state": "ready", "error": null, "tool_count": 5, "last_synced_at": "2026-11-21T02:45:37Z"}
+            "status": {"state": "ready", "error": null, "tool_count": 5, "last_synced_at": "2026-11-21T02:45:37Z",
+                "confinement": null}
         })
     }
 
@@ -505,7 +506,7 @@ mod tests {
     #[test]
     fn a_status_must_be_documented() {
         assert_eq!(allows("GET", SERVER, 404, &[], &error("not_found")), Ok(()));
-        refused(allows("GET", SERVER, 400, &[], &error("not_found")), "200, 401, 403, 404, 429, 500, 503 only");
+        refused(allows("GET", SERVER, 400, &[], &error("not_found")), "200, 401, 403, 404, 422, 429, 500, 503 only");
         refused(allows("GET", SERVER, 405, &[("allow", "GET")], &error("method_not_allowed")), "only");
         refused(allows("GET", SERVER, 404, &[], &error("gone")), "/code");
     }
@@ -775,6 +776,9 @@ mod tests {
                 "host_not_allowed" => (Error::HostNotAllowed, &example["detail"]),
                 "origin_not_allowed" => (Error::PageNotAllowed, &example["detail"]),
                 "tool_held" => (Error::ToolHeld { is_new: false }, &example["detail"]),
+                "stdio_disabled" => (Error::Disabled(portolan::mcp::Error::StdioOff), &example["detail"]),
+                "stdio_not_in_templates" => (Error::Disabled(portolan::mcp::Error::NoTemplate), &example["detail"]),
+                "config_sealed" => (Error::Sealed(portolan::model::Unreadable::NoKey), &example["detail"]),
                 "tool_changed" => (Error::ToolChanged, &example["detail"]),
                 "name_taken" => (Error::NameTaken, &example["detail"]),
                 "body_incomplete" => (Error::BodyIncomplete, &example["detail"]),
@@ -794,7 +798,7 @@ mod tests {
             assert_eq!(*text, error.to_string(), "{at}");
             codes.insert(code.to_owned());
         });
-        assert_eq!(codes.len(), 17, "{codes:?}");
+        assert_eq!(codes.len(), 23, "{codes:?}");
     }
 
     #[test]
