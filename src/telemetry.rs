@@ -22,12 +22,13 @@ pub fn init(filter: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Portolan alone is logged, and what goes wrong in its database driver, whatever filter somebody sets: others log header
-/// fields, bodies and the values of statements, and secrets stay out of the log.
+/// Portolan alone is logged, and when connections to the database are short, whatever filter somebody sets: others log
+/// header fields, bodies, statements and parts of the database's URL, and secrets stay out of the log.
 fn is_discreet(metadata: &Metadata<'_>) -> bool {
-    match metadata.target().split("::").next() {
-        Some("portolan") => true,
-        Some("sqlx") => *metadata.level() <= Level::WARN,
+    let mut target = metadata.target().split("::");
+    match (target.next(), target.next()) {
+        (Some("portolan"), _) => true,
+        (Some("sqlx"), Some("pool")) => *metadata.level() <= Level::WARN,
         _ => false,
     }
 }

@@ -409,7 +409,7 @@ async fn large_bodies_share_a_room_and_small_ones_need_none() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_log_shows_the_beginning_of_a_long_path() {
+async fn the_log_shows_of_a_path_what_its_route_says_and_ids() {
     let folder = tempfile::tempdir().unwrap();
     let database = Database::new().await;
     let log = folder.path().join("log");
@@ -417,14 +417,21 @@ async fn the_log_shows_the_beginning_of_a_long_path() {
     start.args(["--log", "debug"]).stderr(std::fs::File::create(&log).unwrap());
     let mut program = Program::start(start);
     let mut caller = Caller::at(&program.url).await;
-    for path in ["short/path".to_owned(), "x".repeat(20_000)] {
+    let known = "v1/mcp-servers/mcp_server-9faa85df-8741-4948-8341-e23da3699097/tools";
+    let foreign = "v1/mcp-servers/sk-something/tools";
+    for path in [known.to_owned(), foreign.to_owned(), "short/path".to_owned(), "x".repeat(20_000)] {
         caller.send(&format!("GET /{path} HTTP/1.1\r\nhost: localhost\r\n\r\n")).await;
         assert_eq!(caller.answer().await.0, 404);
     }
     program.signal("-TERM");
     assert_eq!(program.exit_code(), Some(0));
     let text = std::fs::read_to_string(&log).unwrap();
-    assert!(text.contains("/short/path") && text.contains(&"x".repeat(255)) && !text.contains(&"x".repeat(256)));
+    for shown in
+        [&format!("http.path=/{known}"), "http.path=/v1/mcp-servers/{mcp_server_id}/tools", "http.path=(unknown)"]
+    {
+        assert!(text.contains(shown), "{shown}: {text}");
+    }
+    assert!(!text.contains("sk-something") && !text.contains("short/path") && !text.contains("xxx"), "{text}");
     database.remove().await;
 }
 

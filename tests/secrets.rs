@@ -241,7 +241,7 @@ async fn no_planted_secret_is_found_anywhere() {
                     "http://user:{}@{parrot}/{failure}/{}?api_key={}&page=1", name("password"), token_of("path"), name("query")
                 ),
                 "auth_header": "X-Key", "auth_token": name("token"),
-                "custom_headers": {"X-Custom": name("header"), "Authorization": format!("Bearer {}", name("bearer"))},
+                "custom_headers": {"X-Custom": name("header"), "X-Bearer": format!("Bearer {}", name("bearer"))},
             });
             let body = json!({"server_name": format!("{kind} {failure}"), "config": config});
             let server = told.json(&program, "POST", "/v1/mcp-servers/", &body).await;
