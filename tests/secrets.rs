@@ -316,7 +316,7 @@ async fn no_planted_secret_is_found_anywhere() {
     let listed: Value = serde_json::from_str(&listed).unwrap();
     for failure in failures {
         let url = format!("http://user:{}@{parrot}/{failure}?sig={}", canary("run-password"), canary("run-query"));
-        let change = json!({"config": {"server_url": url, "auth_token": canary("run-token")}}).to_string();
+        let change = json!({"config": {"server_url": url, "auth_header": "X-Key", "auth_token": canary("run-token")}}).to_string();
         let (status, _) = told.ask(&program, "PATCH", &format!("/v1/mcp-servers/{works}"), Some(change)).await;
         assert_eq!(status, 200);
         let run = format!("{}/{}/run", tools(works), listed[0]["id"].as_str().unwrap());
