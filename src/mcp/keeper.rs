@@ -13,7 +13,9 @@ use std::time::Duration;
 
 use rustix::process::{Pid, Signal, WaitOptions, WaitStatus, kill_process, kill_process_group, wait};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::net::UnixStream as UnixSocket;
+use tokio::net::unix::OwnedReadHalf;
+use tokio::signal::unix::{Signal as SignalStream, SignalKind, signal};
 use tokio::time::{Instant, sleep};
 
 use super::homes;
@@ -63,58 +65,74 @@ async fn keep() -> io::Result<()> {
     // Nothing was sent after the order, so nothing was read ahead.
     let Some(order) = order else { return Ok(()) };
     portolan.set_nonblocking(true)?;
-    let (mut from, mut to) = tokio::net::UnixStream::from_std(portolan)?.into_split();
+    let (mut from, mut to) = UnixSocket::from_std(portolan)?.into_split();
     let begun = homes::prepare(&order).and_then(|()| begin(&order, pipes));
     let tmp = order.tmp.clone();
     drop(order);
-    let (child, told) = match begun {
-        Ok(begun) => begun,
-        Err(error) => return to.write_all(&line(&Report::Unprepared(error.to_string()))?).await,
-    };
-    let mut told = tokio::io::BufReader::new(told).lines();
-    let mut level = None;
-    let failed = loop {
-        tokio::select! {
-            _ = from.read_u8() => {
+    let report = match begun {
+        Err(error) => Report::Unprepared(error.to_string()),
+        Ok((child, told)) => match started(told, &mut from).await {
+            Err(report) => {
                 end_all(child, None).await;
-                return Ok(());
+                report
             }
-            line = told.next_line() => match line?.map(|line| serde_json::from_str(&line)).transpose()? {
-                Some(report @ Report::Confined(_)) => level = Some(report),
-                Some(report) => break Some(report),
-                // The socket closed by itself with the start of the command.
-                None if level.is_some() => break None,
-                None => break Some(Report::Unprepared("it ended before it was the command".to_owned())),
-            },
-        }
+            Ok(level) => {
+                let mut started = line(&Report::Confined(level))?;
+                started.extend(line(&Report::Started)?);
+                // Without a Portolan that reads it, the next thing from there is the end.
+                let _ = to.write_all(&started).await;
+                let status = ended(child, &mut from, &mut somebody_left).await;
+                let (status, all) = end_all(child, status).await;
+                Report::Ended(status.map(WaitStatus::as_raw), all)
+            }
+        },
     };
-    drop(told);
-    if let Some(failed) = failed {
-        end_all(child, None).await;
-        return to.write_all(&line(&failed)?).await;
-    }
-    let mut started = line(&level)?;
-    started.extend(line(&Report::Started)?);
-    to.write_all(&started).await?;
-    let mut status = None;
-    while status.is_none() {
-        tokio::select! {
-            _ = somebody_left.recv() => status = reap(child),
-            word = from.read_u8() => match word {
-                // Fails only when nobody of the group is left.
-                Ok(TERMINATE) => drop(kill_process_group(child, Signal::TERM)),
-                _ => break,
-            },
-        }
-    }
-    let (status, all) = end_all(child, status).await;
+    let _ = to.write_all(&line(&report)?).await;
+    // Told first: it may hold many files.
     let _ = homes::remove(&tmp);
     drop(deaf);
-    to.write_all(&line(&Report::Ended(status.map(WaitStatus::as_raw), all))?).await
+    Ok(())
+}
+
+/// Waits until the command runs; how it is confined, or why it does not run.
+async fn started(told: UnixSocket, portolan: &mut OwnedReadHalf) -> Result<Vec<String>, Report> {
+    let mut told = tokio::io::BufReader::new(told).lines();
+    let mut level = None;
+    let unprepared = |reason: &str| Err(Report::Unprepared(reason.to_owned()));
+    loop {
+        let line = tokio::select! {
+            // It has nothing to say yet.
+            _ = portolan.read_u8() => return unprepared("nobody waits for it any more"),
+            line = told.next_line() => line,
+        };
+        match (line.map(|line| line.map(|line| serde_json::from_str(&line))), level) {
+            (Ok(Some(Ok(Report::Confined(how)))), _) => level = Some(how),
+            (Ok(Some(Ok(report))), _) => return Err(report),
+            // The socket closed by itself with the start of the command.
+            (Ok(None), Some(level)) => return Ok(level),
+            _ => return unprepared("it ended before it was the command"),
+        }
+    }
+}
+
+/// Waits until the child has left, and says how, or until it is to go.
+async fn ended(child: Pid, portolan: &mut OwnedReadHalf, somebody_left: &mut SignalStream) -> Option<WaitStatus> {
+    loop {
+        tokio::select! {
+            _ = somebody_left.recv() => if let Some(status) = reap(child) {
+                return Some(status);
+            },
+            word = portolan.read_u8() => match word {
+                // Fails only when nobody of the group is left.
+                Ok(TERMINATE) => drop(kill_process_group(child, Signal::TERM)),
+                _ => return None,
+            },
+        }
+    }
 }
 
 /// Starts the process that becomes the child, and gives it its order and its pipes, of which no copy stays here.
-fn begin(order: &Order, pipes: Pipes<std::os::fd::OwnedFd>) -> io::Result<(Pid, tokio::net::UnixStream)> {
+fn begin(order: &Order, pipes: Pipes<std::os::fd::OwnedFd>) -> io::Result<(Pid, UnixSocket)> {
     let (ours, theirs) = UnixStream::pair()?;
     let mut command = Command::new(own_program()?);
     command.arg0("portolan").arg(BECOME).env_clear();
@@ -127,7 +145,7 @@ fn begin(order: &Order, pipes: Pipes<std::os::fd::OwnedFd>) -> io::Result<(Pid, 
     ours.set_write_timeout(Some(ORDER_TIMEOUT))?;
     (&ours).write_all(&line(order)?)?;
     ours.set_nonblocking(true)?;
-    Ok((pid, tokio::net::UnixStream::from_std(ours)?))
+    Ok((pid, UnixSocket::from_std(ours)?))
 }
 
 /// Takes note of everybody who has left; returns how the child did, if it is among them.
