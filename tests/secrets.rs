@@ -359,8 +359,8 @@ async fn no_planted_secret_is_found_anywhere() {
     let pid = program.child.id();
     assert_none("its command line", &proc(pid, "cmdline"));
     let helpers: Vec<u32> =
-        children_of(pid).into_iter().filter(|pid| proc(*pid, "cmdline").contains("keep-children")).collect();
-    assert_eq!(helpers.len(), 1, "the keeper");
+        children_of(pid).into_iter().filter(|pid| proc(*pid, "cmdline").contains("keep-child")).collect();
+    assert!(!helpers.is_empty(), "the keepers");
     for helper in helpers {
         assert_none("a helper", &(proc(helper, "cmdline") + &proc(helper, "environ")));
     }

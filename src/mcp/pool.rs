@@ -93,6 +93,8 @@ struct History {
 #[derive(Clone)]
 struct Failure {
     at: Instant,
+    /// An opening failed, and not a session that there was: only the former is the answer of those who waited for it.
+    of_opening: bool,
     /// No attempt is made before.
     until: Instant,
     revision: i64,
@@ -102,11 +104,12 @@ struct Failure {
 }
 
 impl History {
-    /// Notes a failure that is followed by `pause`.
+    /// Notes a failed opening that is followed by `pause`.
     fn fail(&mut self, revision: i64, error: &Error, pause: Duration, has_child: bool) {
         let at = Instant::now();
         let may_return = !has_child && error.may_pass();
-        self.last = Some(Failure { at, until: at + pause, revision, error: error.clone(), may_return });
+        let error = error.clone();
+        self.last = Some(Failure { at, of_opening: true, until: at + pause, revision, error, may_return });
     }
 
     /// Notes the end of a session, and why it ended if it did so by itself. One that ended soon after it was opened, and
@@ -125,6 +128,9 @@ impl History {
             }
         }
         self.fail(live.revision, error, error.pause().unwrap_or(pause), session.has_child());
+        if let Some(failure) = &mut self.last {
+            failure.of_opening = false;
+        }
     }
 }
 
@@ -236,7 +242,7 @@ impl Pool {
         self.check_current(&server.id, &slot)?;
         self.bury(&slot, &mut history);
         if let Some(failure) = history.last.as_ref().filter(|failure| failure.revision == server.revision) {
-            if failure.at > arrived {
+            if failure.of_opening && failure.at > arrived {
                 return Err(failure.error.clone());
             }
             let rest = failure.until.saturating_duration_since(Instant::now());
