@@ -101,7 +101,7 @@ impl App {
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
         let children =
-            Children::new(settings.children.clone(), folder.join("children"), sealed(&settings), tracker.clone())?;
+            Children::new(settings.children.clone(), folder.join("children"), own_files(&settings), tracker.clone())?;
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
@@ -168,14 +168,17 @@ fn make_private(folder: &Path) -> std::io::Result<()> {
 }
 
 /// Portolan's own files: no command may ever reach them, whatever its configuration names.
-fn sealed(settings: &Settings) -> Vec<PathBuf> {
-    let mut sealed = vec![settings.storage.data_dir.clone()];
-    sealed.extend(settings.secrets.key_file.clone());
-    sealed.extend([&settings.tokens.tokens_file, &settings.tokens.token_file].into_iter().flatten().cloned());
+fn own_files(settings: &Settings) -> Vec<PathBuf> {
+    let mut own = vec![settings.storage.data_dir.clone()];
+    own.extend(settings.secrets.key_file.clone());
+    own.extend([&settings.tokens.tokens_file, &settings.tokens.token_file].into_iter().flatten().cloned());
     let url = settings.storage.database_url.as_ref().map(|url| url.expose());
     if let Some(file) = url.and_then(store::sqlite_file) {
-        // SQLite keeps two more files beside it.
-        sealed.extend(["", "-wal", "-shm"].map(|more| PathBuf::from(format!("{}{more}", file.display()))));
+        // SQLite keeps more files beside it, and beside what a link leads to.
+        let places = [file.canonicalize().ok(), Some(file)];
+        own.extend(places.into_iter().flatten().flat_map(|file| {
+            ["", "-wal", "-shm", "-journal"].map(|more| PathBuf::from(format!("{}{more}", file.display())))
+        }));
     }
-    sealed
+    own
 }

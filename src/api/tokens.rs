@@ -136,7 +136,7 @@ impl Set {
         if let Some(file) = &settings.token_file {
             let bytes = contents(TOKEN_FILE, file)?;
             // Its lines are no secrets, and one of them would open everything.
-            if parse(&bytes).is_ok_and(|tokens| !tokens.is_empty()) {
+            if looks_like_lines(&bytes) {
                 return Err(TokenError::TokensFile);
             }
             let text = String::from_utf8(bytes).map_err(|_| TokenError::Unsendable(TOKEN_FILE))?;
@@ -196,6 +196,14 @@ fn contents(setting: &'static str, path: &Path) -> Result<Vec<u8>, TokenError> {
         Ok(bytes)
     };
     read().map_err(|cause| TokenError::Unreadable { setting, file: path.to_owned(), cause })
+}
+
+/// Whether this is a tokens file, be it one with mistakes: a token does not look like one of its lines.
+fn looks_like_lines(file: &[u8]) -> bool {
+    let text = file.trim_ascii();
+    let digest = text.rsplit(|byte| *byte == b':').next().unwrap_or_default();
+    let is_line = text.contains(&b':') && digest.len() == 64 && digest.iter().all(u8::is_ascii_hexdigit);
+    text.starts_with(b"#") || is_line
 }
 
 /// The tokens of a tokens file.

@@ -86,14 +86,56 @@ pub struct Child {
     pub kept: Kept,
 }
 
-/// A child's keeper. Its drop ends the child.
+/// A child's keeper. Its drop ends the child, and sees to it that the end comes.
 pub struct Kept {
+    keeping: Option<Keeping>,
+    children: Children,
+}
+
+struct Keeping {
     keeper: Process,
     reports: Lines<BufReader<OwnedReadHalf>>,
     words: OwnedWriteHalf,
     // Given up in this order: nobody lives in the folders when they are.
     _known: Known,
     _residence: Residence,
+}
+
+impl Drop for Kept {
+    /// A start that failed, or that nobody waits for any more, has an end too. Without a runtime there is nobody to see it.
+    fn drop(&mut self) {
+        let Some(mut keeping) = self.keeping.take() else { return };
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let children = self.children.clone();
+        let ending = async move {
+            let _ = keeping.words.write_all(&[END]).await;
+            let ended = timeout(KILL_TIMEOUT, async {
+                loop {
+                    match next(&mut keeping.reports).await {
+                        Ok(Report::Ended(_, all)) => break all,
+                        Ok(_) => {}
+                        Err(_) => break false,
+                    }
+                }
+            });
+            let all = ended.await.unwrap_or(false);
+            keeping.end(&children, all).await;
+        };
+        self.children.0.homes.tracker().spawn_on(ending, &runtime);
+    }
+}
+
+impl Keeping {
+    /// Waits for the keeper, and kills what it left behind unless it saw the end of all.
+    async fn end(mut self, children: &Children, all: bool) {
+        if timeout(KILL_TIMEOUT, self.keeper.wait()).await.is_err() {
+            let _ = self.keeper.start_kill();
+        }
+        if !all {
+            let children = children.clone();
+            let _ = tokio::task::spawn_blocking(move || children.sweep()).await;
+        }
+    }
 }
 
 /// A keeper that is known to be one.
@@ -106,7 +148,7 @@ impl Drop for Known {
 }
 
 impl Children {
-    /// `folder` is where the private folders go without `--child-dir`; `sealed` are files and folders that no child may
+    /// `folder` is where the private folders go without `--child-dir`; `own` are files and folders that no child may
     /// ever reach. Work in the background goes on `tracker`.
     ///
     /// # Errors
@@ -114,7 +156,7 @@ impl Children {
     pub fn new(
         settings: config::Children,
         folder: PathBuf,
-        mut sealed: Vec<PathBuf>,
+        mut own: Vec<PathBuf>,
         tracker: TaskTracker,
     ) -> Result<Self, ChildrenError> {
         let commands = Commands::read(&settings)?;
@@ -129,10 +171,10 @@ impl Children {
         }
         let wrapper: Vec<String> =
             settings.child_wrapper.iter().flat_map(|wrapper| wrapper.split_whitespace()).map(str::to_owned).collect();
-        sealed.push(folder.clone());
-        sealed.extend(settings.stdio_templates.clone());
+        own.push(folder.clone());
+        own.extend(settings.stdio_templates.clone());
         let absolute = |path: PathBuf| std::path::absolute(&path).unwrap_or(path);
-        let sealed = sealed.into_iter().map(absolute).collect();
+        let own = own.into_iter().map(absolute).collect();
         let is_asked_for = match settings.child_landlock {
             Landlock::Required => true,
             // Landlock takes away the right to mount, which is what such commands do.
@@ -141,7 +183,7 @@ impl Children {
         };
         let reach = is_asked_for.then(|| Reach {
             required: settings.child_landlock == Landlock::Required,
-            sealed,
+            own,
             homes: homes_of_users(),
             allowed: settings.child_paths.clone(),
         });
@@ -210,13 +252,16 @@ impl Children {
             Error::Spawn(io::ErrorKind::Other)
         })?;
         control.set_nonblocking(true).map_err(cannot)?;
-        let (reports, mut words) = tokio::net::UnixStream::from_std(control).map_err(cannot)?.into_split();
-        let mut reports = BufReader::new(reports).lines();
+        let (reports, words) = tokio::net::UnixStream::from_std(control).map_err(cannot)?.into_split();
+        let reports = BufReader::new(reports).lines();
+        let keeping = Keeping { keeper, reports, words, _known: known, _residence: residence };
+        let mut kept = Kept { keeping: Some(keeping), children: self.clone() };
+        let Some(Keeping { reports, words, .. }) = &mut kept.keeping else { unreachable!("it was just made") };
         let starting = async {
             words.write_all(&order).await?;
             let mut level = Vec::new();
             loop {
-                match next(&mut reports).await? {
+                match next(reports).await? {
                     Report::Confined(how) => level = how,
                     Report::Started => return Ok(Ok(level)),
                     Report::Failed(errno) => return Err(io::Error::from_raw_os_error(errno)),
@@ -245,7 +290,7 @@ impl Children {
             stdin: pipe::Sender::from_owned_fd(ours_in.into()).map_err(cannot)?,
             stdout: pipe::Receiver::from_owned_fd(ours_out.into()).map_err(cannot)?,
             stderr: pipe::Receiver::from_owned_fd(ours_err.into()).map_err(cannot)?,
-            kept: Kept { keeper, reports, words, _known: known, _residence: residence },
+            kept,
         })
     }
 
@@ -286,6 +331,7 @@ impl Children {
             home,
             tmp,
             alone: residence.alone,
+            wrapper_args: wrapper.len().saturating_sub(1),
             user: *user,
             max_files: settings.child_max_files,
             max_processes: settings.child_max_processes,
@@ -330,41 +376,48 @@ fn homes_of_users() -> Vec<PathBuf> {
     others.chain(ours).chain([PathBuf::from("/root")]).collect()
 }
 
-/// Waits for the end of the child, or brings it about; returns how it ended. `children` are those that it is one of.
-pub async fn supervise(mut kept: Kept, children: &Children, end: &CancellationToken) -> Option<ExitStatus> {
-    let (reports, words) = (&mut kept.reports, &mut kept.words);
-    let mut ended = tokio::select! {
+/// Waits for the end of the child, or brings it about. `ended` is told how it ended when nobody is left of it; what it
+/// kept may still be tidied up then. `children` are those that it is one of.
+pub async fn supervise(
+    mut kept: Kept,
+    children: &Children,
+    end: &CancellationToken,
+    ended: impl AsyncFnOnce(Option<ExitStatus>),
+) {
+    let mut keeping = kept.keeping.take().expect("it is supervised once");
+    let (reports, words) = (&mut keeping.reports, &mut keeping.words);
+    let mut report = tokio::select! {
         report = next(reports) => Some(report),
         () = end.cancelled() => None,
     };
-    if ended.is_none() {
+    if report.is_none() {
         // The transport has closed standard input by now, which asks a server to leave.
-        ended = timeout(GRACE, next(reports)).await.ok();
+        report = timeout(GRACE, next(reports)).await.ok();
     }
-    if ended.is_none() {
+    if report.is_none() {
         // A keeper that is gone is seen by what it reports no more, here and below.
         let _ = words.write_all(&[TERMINATE]).await;
-        ended = timeout(GRACE, next(reports)).await.ok();
+        report = timeout(GRACE, next(reports)).await.ok();
     }
-    if ended.is_none() {
+    if report.is_none() {
         let _ = words.write_all(&[END]).await;
-        ended = timeout(KILL_TIMEOUT, next(reports)).await.ok();
+        report = timeout(KILL_TIMEOUT, next(reports)).await.ok();
     }
-    let (status, all) = match ended {
+    let (status, all) = match report {
         Some(Ok(Report::Ended(status, all))) => (status.map(ExitStatus::from_raw), all),
         _ => {
             tracing::error!("the keeper of a command was lost");
-            let _ = kept.keeper.start_kill();
+            let _ = keeping.keeper.start_kill();
             (None, false)
         }
     };
-    let _ = timeout(KILL_TIMEOUT, kept.keeper.wait()).await;
-    if !all {
-        let children = children.clone();
-        let _ = tokio::task::spawn_blocking(move || children.sweep()).await;
+    if all {
+        ended(status).await;
+        keeping.end(children, all).await;
+    } else {
+        keeping.end(children, all).await;
+        ended(status).await;
     }
-    drop(kept);
-    status
 }
 
 /// The last bytes of a child's standard error.

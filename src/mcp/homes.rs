@@ -51,6 +51,11 @@ impl Homes {
         Self { folder, tracker, lived_in: Arc::default() }
     }
 
+    /// What owns the background work of children.
+    pub fn tracker(&self) -> &TaskTracker {
+        &self.tracker
+    }
+
     pub fn is_empty(&self) -> bool {
         fs::read_dir(&self.folder).is_ok_and(|mut entries| entries.next().is_none())
     }
@@ -73,9 +78,10 @@ impl Homes {
     /// Removes the folders of a server that was deleted: now, or with the end of its last child. May take a while.
     pub fn remove(&self, server_id: &str) {
         let name = sha256_hex(server_id);
-        match self.lived_in().get_mut(&name) {
-            Some(lived) => lived.deleted = true,
-            None => self.clear(&name),
+        // Removing takes long, and whoever starts a child waits for the map.
+        let is_lived_in = self.lived_in().get_mut(&name).map(|lived| lived.deleted = true).is_some();
+        if !is_lived_in {
+            self.clear(&name);
         }
     }
 
@@ -150,14 +156,20 @@ pub fn make(folder: &Path, user: Option<User>) -> io::Result<()> {
 /// Makes the folders of a child, for its user alone, and removes what earlier ones left behind.
 pub fn prepare(order: &Order) -> io::Result<()> {
     let own = order.home.parent().ok_or(io::ErrorKind::InvalidInput)?;
+    let us = rustix::process::geteuid().as_raw();
+    // Whatever else stands in its place, others made it, and what is done to it here would be done elsewhere.
+    if fs::symlink_metadata(own).is_ok_and(|own| !own.is_dir() || own.uid() != us) {
+        return Err(io::ErrorKind::PermissionDenied.into());
+    }
     make(own, order.user)?;
     if order.alone {
         let entries = fs::read_dir(own)?.flatten();
         for old in entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(TMP.as_bytes())) {
-            remove(&old.path())?;
+            // What cannot be removed is in nobody's way.
+            let _ = remove(&old.path());
         }
     }
-    let owner = order.user.unwrap_or(User { uid: rustix::process::geteuid().as_raw(), gid: fs::metadata(own)?.gid() });
+    let owner = order.user.unwrap_or(User { uid: us, gid: fs::metadata(own)?.gid() });
     // What a child put in the place of its home, or left as another user, is no home.
     if fs::symlink_metadata(&order.home).is_ok_and(|home| !home.is_dir() || home.uid() != owner.uid) {
         remove(&order.home)?;

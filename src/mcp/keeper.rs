@@ -173,8 +173,10 @@ async fn end_all(child: Pid, mut status: Option<WaitStatus>) -> (Option<WaitStat
         // Without a list of them, the group and the child itself are all that can be reached.
         let all = left.is_empty() && status.is_some();
         if all || Instant::now() > deadline {
-            // The leader may be gone and its group not.
-            let _ = kill_process_group(child, Signal::KILL);
+            // The leader may be gone and its group not. Its number may be another's by now, so only where nothing else tells.
+            if cfg!(not(target_os = "linux")) {
+                let _ = kill_process_group(child, Signal::KILL);
+            }
             return (status, all);
         }
         for pid in left {

@@ -29,6 +29,8 @@ pub struct Order {
     pub tmp: PathBuf,
     /// No other child of the same server is known: what is left of earlier ones may go.
     pub alone: bool,
+    /// How many of the arguments are the wrapper's, and no configuration's.
+    pub wrapper_args: usize,
     pub user: Option<User>,
     pub max_files: u64,
     pub max_processes: Option<u64>,
@@ -49,7 +51,7 @@ pub struct Reach {
     /// It is not to be started without.
     pub required: bool,
     /// Portolan's own: never, whatever is named.
-    pub sealed: Vec<PathBuf>,
+    pub own: Vec<PathBuf>,
     /// What is in there only as far as it is named.
     pub homes: Vec<PathBuf>,
     /// What every child may use.

@@ -31,9 +31,12 @@ const LOCAL: [&str; 7] =
 const SCRIPTS: [&str; 11] = ["cjs", "jar", "js", "mjs", "php", "pl", "py", "rb", "sh", "ts", "whl"];
 /// A folder with one of these is a project, and a program in it needs all of it.
 const PROJECTS: [&str; 5] = ["package.json", "pyproject.toml", "node_modules", "pyvenv.cfg", "Gemfile"];
-/// What a command that runs as root may only read: whoever writes here is the administrator soon.
-const SYSTEM: [&str; 12] =
-    ["/bin", "/boot", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/proc", "/sbin", "/sys", "/usr"];
+/// What a command that runs as root may only read: whoever writes here is the administrator soon. But for [`SCRATCH`].
+const SYSTEM: [&str; 14] = [
+    "/bin", "/boot", "/etc", "/lib", "/lib32", "/lib64", "/libx32", "/opt", "/proc", "/run", "/sbin", "/sys", "/usr",
+    "/var",
+];
+const SCRATCH: &str = "/var/tmp";
 
 /// What a command may do with a place, and below it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +59,7 @@ pub fn fence(order: &Order, reach: &Reach) -> io::Result<Option<Fence>> {
     let mut rules = Ruleset::default()
         .set_compatibility(CompatLevel::BestEffort)
         .handle_access(AccessFs::from_all(KNOWN))
-        .and_then(|ruleset| ruleset.scope(Scope::Signal))
+        .and_then(|ruleset| ruleset.scope(Scope::Signal | Scope::AbstractUnixSocket))
         .and_then(Ruleset::create)
         .map_err(io::Error::other)?;
     let is_root = order.user.map_or_else(|| rustix::process::geteuid().is_root(), |user| user.uid == 0);
@@ -107,12 +110,15 @@ impl Fence {
 
 /// Every place that is allowed.
 fn places(order: &Order, reach: &Reach, is_root: bool) -> Vec<(PathBuf, Use)> {
-    let mut sealed: Vec<PathBuf> = reach.sealed.iter().map(|path| real(path)).collect();
+    let mut own: Vec<PathBuf> = reach.own.iter().flat_map(|path| way_to(path)).collect();
     // Root reads a disk as a file, and everything in it.
-    sealed.extend(disks());
+    own.extend(disks());
     let homes: Vec<PathBuf> =
         reach.homes.iter().map(|path| real(path)).filter(|home| home.parent().is_some()).collect();
-    let hidden: Vec<PathBuf> = sealed.iter().chain(&homes).cloned().collect();
+    let program = std::env::current_exe().ok();
+    // Whoever writes where this program is, is Portolan from its next start on.
+    let kept: Vec<PathBuf> = program.iter().flat_map(|program| way_to(program)).collect();
+    let hidden: Vec<PathBuf> = own.iter().chain(&homes).chain(&kept).cloned().collect();
     let mut places = Vec::new();
     let mut add =
         |place: &Path, hidden: &[PathBuf], r#use| spread(place, hidden, &mut |path| places.push((path, r#use)));
@@ -121,14 +127,18 @@ fn places(order: &Order, reach: &Reach, is_root: bool) -> Vec<(PathBuf, Use)> {
         let r#use = if is_root && SYSTEM.iter().any(|system| path == Path::new(system)) { Use::Read } else { Use::All };
         add(&path, &hidden, r#use);
     }
+    add(Path::new(SCRATCH), &hidden, Use::All);
+    if let Some(program) = program {
+        add(&real(&program), &own, Use::Read);
+    }
     for place in reach.allowed.iter().cloned().chain(named(order)) {
         if let Ok(place) = place.canonicalize() {
-            add(&place, &sealed, Use::All);
+            add(&place, &own, Use::All);
         }
     }
     for place in tools(order, &homes) {
         if let Ok(place) = place.canonicalize() {
-            add(&place, &sealed, Use::Read);
+            add(&place, &own, Use::Read);
         }
     }
     // Portolan's own folder holds these two, and they are the command's.
@@ -145,6 +155,30 @@ fn real(path: &Path) -> PathBuf {
         (Some(Ok(parent)), Some(name)) => parent.join(name),
         _ => path.to_owned(),
     }
+}
+
+/// A path without links, and each link on the way to it: whoever may replace one of these leads the path elsewhere.
+fn way_to(path: &Path) -> Vec<PathBuf> {
+    let mut way = Vec::new();
+    let mut rest: Vec<_> = path.components().rev().map(|part| part.as_os_str().to_owned()).collect();
+    let mut reached = PathBuf::new();
+    while let Some(part) = rest.pop() {
+        if part == ".." {
+            reached.pop();
+            continue;
+        }
+        let next = reached.join(&part);
+        match fs::read_link(&next) {
+            // As many as the kernel follows.
+            Ok(link) if way.len() < 40 => {
+                rest.extend(link.components().rev().map(|part| part.as_os_str().to_owned()));
+                way.push(next);
+            }
+            _ => reached = next,
+        }
+    }
+    way.push(reached);
+    way
 }
 
 /// Names `place`, or where something below it is hidden, its entries that are not. Links are not followed: what they
@@ -177,7 +211,11 @@ fn disks() -> impl Iterator<Item = PathBuf> {
 /// The places that the server's own configuration names: an administrator wrote it. Absolute paths among its arguments, as
 /// `--option=/path`, too, and in its environment.
 fn named(order: &Order) -> Vec<PathBuf> {
-    let arguments = order.args.iter().flat_map(|arg| [Some(arg.as_str()), arg.split_once('=').map(|(_, value)| value)]);
+    let arguments = order
+        .args
+        .iter()
+        .skip(order.wrapper_args)
+        .flat_map(|arg| [Some(arg.as_str()), arg.split_once('=').map(|(_, value)| value)]);
     let environment = order.env.iter().filter(|(name, _)| name != "PATH").flat_map(|(_, value)| value.split(':'));
     arguments.flatten().chain(environment).filter(|text| text.starts_with('/')).map(PathBuf::from).collect()
 }
@@ -260,11 +298,31 @@ mod tests {
             home: own.join("data/children/x/home"),
             tmp: own.join("data/children/x/tmp"),
             alone: true,
+            wrapper_args: 0,
             user: None,
             max_files: 16,
             max_processes: None,
             reach: None,
         }
+    }
+
+    #[test]
+    fn a_link_on_the_way_to_what_is_hidden_cannot_be_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let top = folder.path().canonicalize().unwrap();
+        for made in ["real/data", "last", "middle", "x/home", "x/tmp"] {
+            fs::create_dir_all(top.join(made)).unwrap();
+        }
+        fs::write(top.join("real/tokens"), "").unwrap();
+        std::os::unix::fs::symlink("../real/tokens", top.join("last/tokens")).unwrap();
+        std::os::unix::fs::symlink(top.join("real"), top.join("middle/link")).unwrap();
+        let own = vec![top.join("last/tokens"), top.join("middle/link/data")];
+        let order = Order { home: top.join("x/home"), tmp: top.join("x/tmp"), ..order("node", &[], &[], &top) };
+        let places = places(&order, &Reach { own, ..Reach::default() }, false);
+        for hidden in ["real/data", "real/tokens", "real", "last/tokens", "last", "middle/link", "middle"] {
+            assert_eq!(may(&places, &top.join(hidden)), None, "{hidden}");
+        }
+        assert_eq!(may(&places, &top.join("x")), Some(Use::All));
     }
 
     /// How the longest rule at or above a path is.
@@ -316,7 +374,7 @@ mod tests {
         ];
         let env = [("PATH", &*path), ("DATABASE", &text("data/portolan.db")), ("LINK", &text("homes/me/notes/link"))];
         let reach = Reach {
-            sealed: vec![at("data"), at("missing.key")],
+            own: vec![at("data"), at("missing.key")],
             homes: vec![at("homes/me"), at("homes/you")],
             ..Reach::default()
         };
@@ -350,7 +408,7 @@ mod tests {
         ] {
             assert_eq!(may(&places, Path::new(&path)), expected, "{path}");
         }
-        // A program in the home itself opens nothing but itself; whoever names the whole home gets it, but nothing sealed.
+        // A program in the home itself opens nothing but itself; whoever names the whole home gets it, but nothing own.
         let places_of = |args: &[&str]| super::places(&order("/bin/true", args, &[], &top), &reach, false);
         let program = places_of(&[&text("homes/me/run.py")]);
         assert_eq!(may(&program, &at("homes/me/run.py")), Some(Use::All));

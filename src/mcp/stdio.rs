@@ -353,14 +353,16 @@ impl Shared {
         mut drained: tokio::task::JoinHandle<()>,
         held: impl Send,
     ) {
-        let status = supervise(kept, &children, &self.end).await;
-        // What a dying child said last is still in the pipe; somebody who left its group may hold that pipe open.
-        if timeout(LAST_WORDS, &mut drained).await.is_err() {
-            drained.abort();
-        }
-        self.facts().exit = status;
-        drop(held);
-        self.exited.cancel();
+        let ended = async |status| {
+            // What a dying child said last is still in the pipe; somebody who left its group may hold that pipe open.
+            if timeout(LAST_WORDS, &mut drained).await.is_err() {
+                drained.abort();
+            }
+            self.facts().exit = status;
+            drop(held);
+            self.exited.cancel();
+        };
+        supervise(kept, &children, &self.end, ended).await;
     }
 
     async fn drain(self: Arc<Self>, mut stderr: pipe::Receiver) {

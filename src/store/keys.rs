@@ -122,6 +122,10 @@ fn read_file(file: &Path) -> Result<Zeroizing<Vec<u8>>, KeyError> {
         ErrorKind::NotFound => KeyError::Missing(file.to_owned()),
         _ => KeyError::Unreadable { file: file.to_owned(), cause },
     };
+    // To open a pipe is to wait for its writer.
+    if !std::fs::metadata(file).map_err(unreadable)?.is_file() {
+        return Err(unreadable(ErrorKind::InvalidInput.into()));
+    }
     let opened = File::open(file).map_err(unreadable)?;
     let metadata = opened.metadata().map_err(unreadable)?;
     #[cfg(unix)]

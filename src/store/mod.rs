@@ -42,6 +42,8 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 const SQLITE_READERS: u32 = 8;
 const POSTGRES_CONNECTIONS: u32 = 16;
+/// Fails in a database of before there was sealing.
+const SEALING: &str = "SELECT 1 FROM sealing_keys";
 
 /// Where servers and tools are kept, and what is known of them without asking. Clones share everything.
 #[derive(Clone)]
@@ -149,8 +151,12 @@ impl Store {
         {
             return Err(SealError::from(KeyError::Unset).into());
         }
-        let database = Database::open(url, data_dir).await?;
-        let seal = Seal::open(&database, keys, data_dir).await?;
+        if !matches!(keys, KeySource::Unset) {
+            // Before the schema changes: only the start that brings in sealing takes over what was stored in clear.
+            keys.read().map_err(SealError::from)?;
+        }
+        let (database, adopt) = Database::open(url, data_dir).await?;
+        let seal = Seal::open(&database, keys, data_dir, adopt).await?;
         let trusted_for = match database {
             Database::Postgres(_) => Some(SHARED_TRUST),
             Database::Sqlite { .. } => None,
@@ -209,8 +215,8 @@ impl Database {
         }
     }
 
-    /// Opens it and brings its schema up to date.
-    async fn open(url: Option<&str>, data_dir: &Path) -> Result<Self, OpenError> {
+    /// Opens it and brings its schema up to date; also whether it was of before there was sealing.
+    async fn open(url: Option<&str>, data_dir: &Path) -> Result<(Self, bool), OpenError> {
         match url {
             None => Self::open_sqlite(SqliteConnectOptions::new().filename(data_dir.join("portolan.db"))).await,
             Some(url) if url.starts_with("sqlite:") => {
@@ -228,7 +234,7 @@ impl Database {
         }
     }
 
-    async fn open_sqlite(options: SqliteConnectOptions) -> Result<Self, OpenError> {
+    async fn open_sqlite(options: SqliteConnectOptions) -> Result<(Self, bool), OpenError> {
         let place = format!("the SQLite database {}", options.get_filename().display());
         make_private(options.get_filename());
         let options = options
@@ -247,16 +253,17 @@ impl Database {
             .connect_with(options.clone())
             .await
             .map_err(|error| OpenError::Connect { place: place.clone(), reason: one_line(&error) })?;
+        let adopt = sqlx::query(SEALING).execute(&write).await.is_err();
         migrated(place, sqlx::migrate!("migrations/sqlite").run(&write).await)?;
         let read = SqlitePoolOptions::new()
             .max_connections(SQLITE_READERS)
             .test_before_acquire(false)
             .acquire_timeout(ACQUIRE_TIMEOUT)
             .connect_lazy_with(options);
-        Ok(Self::Sqlite { read, write })
+        Ok((Self::Sqlite { read, write }, adopt))
     }
 
-    async fn open_postgres(options: PgConnectOptions) -> Result<Self, OpenError> {
+    async fn open_postgres(options: PgConnectOptions) -> Result<(Self, bool), OpenError> {
         let place = format!(
             "the PostgreSQL database {:?} at {}:{}",
             options.get_database().unwrap_or("(default)"),
@@ -286,8 +293,9 @@ impl Database {
                 })
             })
             .connect_lazy_with(options);
+        let adopt = sqlx::query(SEALING).execute(&pool).await.is_err();
         migrated(place, sqlx::migrate!("migrations/postgres").run(&pool).await)?;
-        Ok(Self::Postgres(pool))
+        Ok((Self::Postgres(pool), adopt))
     }
 }
 

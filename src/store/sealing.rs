@@ -32,8 +32,14 @@ pub(super) struct Seal {
 }
 
 impl Seal {
-    /// Gets the keys of a database that is up to date, and makes one for a SQLite database that is to have one.
-    pub(super) async fn open(database: &Database, source: KeySource, data_dir: &Path) -> Result<Self, SealError> {
+    /// Gets the keys of a database that is up to date, and makes one for a SQLite database that is to have one. What is
+    /// stored in clear is sealed where `adopt` says so.
+    pub(super) async fn open(
+        database: &Database,
+        source: KeySource,
+        data_dir: &Path,
+        adopt: bool,
+    ) -> Result<Self, SealError> {
         let unlocked = Unlocked { database };
         let (ring, source, made) = match (source, database) {
             (KeySource::Unset, Database::Sqlite { .. }) => {
@@ -51,7 +57,7 @@ impl Seal {
             }
             (source, _) => (source.read()?, source, None),
         };
-        for (key, rows) in unlocked.admit(&ring).await? {
+        for (key, rows) in unlocked.admit(&ring, adopt).await? {
             tracing::warn!(key, rows, "servers are sealed with a key that is not among the keys; they cannot be used");
         }
         if let Database::Sqlite { write, .. } = database
@@ -159,8 +165,10 @@ impl Store {
     /// # Errors
     /// When the file cannot be used, or lacks a key that is needed still; the keys then stay as they were.
     pub async fn reload_keys(&self) -> Result<usize, SealError> {
-        let ring = self.seal.source.read()?;
-        let lost = Unlocked { database: &self.database }.admit(&ring).await?;
+        let store = self.clone();
+        let read = tokio::task::spawn_blocking(move || store.seal.source.read()).await;
+        let ring = read.unwrap_or_else(|broken| std::panic::resume_unwind(broken.into_panic()))?;
+        let lost = Unlocked { database: &self.database }.admit(&ring, false).await?;
         let known = self.seal.ring();
         if let Some((key, rows)) = lost.into_iter().find(|(key, _)| known.key(key).is_some()) {
             return Err(SealError::Needed { key, rows });
@@ -204,7 +212,7 @@ impl Unlocked<'_> {
     /// Checks that these are keys of this database, and makes the first one known there; in a database in which nothing
     /// was sealed, what older versions wrote in clear is sealed. One at a time: of two that start on a new database with
     /// different keys, the second is refused. Returns the keys that are not on the ring and the servers they seal.
-    async fn admit(&self, ring: &Keyring) -> Result<Vec<(String, i64)>, SealError> {
+    async fn admit(&self, ring: &Keyring, adopt: bool) -> Result<Vec<(String, i64)>, SealError> {
         const KEYS: &str = "SELECT id, known FROM sealing_keys ORDER BY created_at, id";
         const INSERT: &str = "INSERT INTO sealing_keys (id, known, created_at) VALUES ($1, $2, $3)";
         const ROWS: &str = "SELECT id, config, error FROM servers";
@@ -236,7 +244,8 @@ impl Unlocked<'_> {
                     .execute(&mut *transaction)
                     .await?;
             }
-            if keys.is_empty() {
+            // Later, what is in clear was not written by Portolan, whatever else somebody removed.
+            if adopt && keys.is_empty() {
                 let rows: Vec<Stored> = sqlx::query_as(ROWS).fetch_all(&mut *transaction).await?;
                 // Among sealed rows, one in clear was not written by Portolan, and is not made to look so.
                 let unsealed = rows.iter().all(|row| key_id(&row.config).is_none());
@@ -371,7 +380,7 @@ impl Store {
     /// # Errors
     /// One sentence for the person who has lost it.
     pub async fn forget_lost_key(url: Option<&str>, data_dir: &Path, id: &str) -> Result<bool, OpenError> {
-        let database = Database::open(url, data_dir).await?;
+        let (database, _) = Database::open(url, data_dir).await?;
         let forgotten = Unlocked { database: &database }.forget_key(id).await.map_err(SealError::from);
         database.close().await;
         Ok(forgotten?)
