@@ -130,11 +130,11 @@ pub struct Entry {
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Browsers")]
 pub struct Browsers {
-    /// Names under which Portolan is reached, beside localhost, 127.0.0.1 and [::1], separated by commas, without ports; with a
+    /// Names under which Portolan is reached, beside localhost, 127.0.0.1 and ::1, separated by commas, without ports; with a
     /// token and none listed, any name
     #[arg(long, env = "PORTOLAN_ALLOWED_HOSTS", value_delimiter = ',', value_parser = host, global = true, value_name = "NAMES")]
     pub allowed_hosts: Vec<Host>,
-    /// Web pages of other origins that may use Portolan, as https://app.example.com, separated by commas; * is all of them and
+    /// Web pages of other origins that may use Portolan, as `https://app.example.com`, separated by commas; * is all of them and
     /// needs a token
     #[arg(long, env = "PORTOLAN_CORS_ORIGINS", value_delimiter = ',', value_parser = origin, global = true, value_name = "ORIGINS")]
     pub cors_origins: Vec<Origin>,

@@ -33,6 +33,7 @@ fn main() -> ExitCode {
         }
         _ => {}
     }
+    close_to_others();
     let cli = Cli::parse();
     let settings = cli.settings;
     let result = match cli.command.unwrap_or(Command::Serve) {
@@ -64,7 +65,7 @@ fn run(command: impl Future<Output = Result<(), String>>) -> Result<(), String> 
 
 async fn serve(mut settings: Settings) -> Result<(), String> {
     telemetry::init(&settings.logs.log)?;
-    guard();
+    take_orphans();
     fit_open_files(&mut settings.entry.max_connections);
     let listen = settings.entry.listen.clone();
     let unusable = |error| format!("Cannot listen on {listen}: {error}.");
@@ -104,18 +105,19 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     }
 }
 
-/// Keeps processes of the same user out of this one's memory and environment, where the keys are; and takes in what the
-/// keeper of a child leaves behind, should it be killed.
-fn guard() {
+/// Keeps processes of the same user out of this one's memory and environment, where the keys are.
+fn close_to_others() {
     #[cfg(target_os = "linux")]
-    {
-        use rustix::process::{DumpableBehavior, getpid, set_child_subreaper, set_dumpable_behavior};
-        if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
-            tracing::warn!(%error, "commands of the same user may read this process");
-        }
-        if let Err(error) = set_child_subreaper(Some(getpid())) {
-            tracing::warn!(%error, "what commands leave behind may be lost");
-        }
+    if let Err(error) = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable) {
+        tracing::warn!(%error, "commands of the same user may read this process");
+    }
+}
+
+/// Takes in what the keeper of a child leaves behind, should it be killed.
+fn take_orphans() {
+    #[cfg(target_os = "linux")]
+    if let Err(error) = rustix::process::set_child_subreaper(Some(rustix::process::getpid())) {
+        tracing::warn!(%error, "what commands leave behind may be lost");
     }
 }
 

@@ -7,7 +7,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
 
 use futures_util::{StreamExt, stream};
-use portolan::store::{Database as Pools, Store};
+use portolan::store::{Database as Pools, KeySource, Store};
 use serde_json::{Value, json};
 use sqlx::migrate::Migrator;
 
@@ -478,5 +478,36 @@ async fn keys_rotate_under_load_also_when_the_rotation_is_killed_half_way() {
     // The old key opens nothing, and is refused.
     key_file(folder.path(), &[1]);
     refused(keyed(folder.path(), &database), "This is not the key").await;
+    database.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_somebody_writes_in_clear_is_never_taken_for_what_was_sealed() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    let keys = key_file(folder.path(), &[1]);
+    let mut program = Program::start(keyed(folder.path(), &database));
+    let server = Remote::new(&program.url).create("kept", json!({"server_url": DEAD, "auth_token": "t"})).await;
+    program.signal("-TERM");
+    assert_eq!(program.exit_code(), Some(0));
+
+    // Also with nothing left that says that anything was ever sealed.
+    let key = KeySource::new(None, Some(keys)).unwrap();
+    let store = Store::open(database.url().as_deref(), &folder.path().join("portolan-data"), key).await.unwrap();
+    execute(&store, "DELETE FROM sealing_keys WHERE id <> $1", &[""]).await;
+    let planted = r#"{"type":"streamable_http","server_url":"http://127.0.0.1:9/planted"}"#;
+    execute(&store, "UPDATE servers SET config = $1", &[planted]).await;
+    store.close().await;
+    let program = Program::start(keyed(folder.path(), &database));
+    let remote = Remote::new(&program.url);
+    for hang_up in [false, true] {
+        if hang_up {
+            program.signal("-HUP");
+        }
+        let list = remote.send("GET", "/v1/mcp-servers/?reveal=true", None).await.expect(200);
+        assert_eq!((&list[0]["id"], &list[0]["server_url"]), (&server["id"], &json!("")), "{list}");
+        assert_eq!(list[0]["status"]["state"], "unreachable");
+    }
+    drop(program);
     database.remove().await;
 }
