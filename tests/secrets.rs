@@ -94,12 +94,23 @@ impl Told {
     }
 
     async fn ask(&mut self, program: &Program, method: &str, path: &str, body: Option<String>) -> (u16, String) {
+        self.ask_with(&canary("admin-token"), program, method, path, body).await
+    }
+
+    async fn ask_with(
+        &mut self,
+        token: &str,
+        program: &Program,
+        method: &str,
+        path: &str,
+        body: Option<String>,
+    ) -> (u16, String) {
         let mut request = self
             .client
             .request(method.parse::<Method>().unwrap(), format!("{}{path}", program.url))
             .timeout(Duration::from_secs(30))
-            .header("authorization", format!("Bearer {}", canary("client-token")))
-            .header("x-bare-password", format!("password {}", canary("client-password")))
+            .header("authorization", format!("Bearer {token}"))
+            .header("x-bare-password", format!("password {token}"))
             .header("cookie", canary("client-cookie"));
         if let Some(body) = body {
             request = request.header("content-type", "application/json").body(body);
@@ -188,6 +199,9 @@ async fn ask_everything(
         };
         let query = format!("reveal={q}&agent_id={q}%0A&token={q}", q = canary("query"));
         told.ask(program, method, &path(tool_id), None).await;
+        // The first wrong tokens are 401, those after them 429.
+        let (status, _) = told.ask_with(&canary("wrong-token"), program, method, &path(tool_id), None).await;
+        assert!([401, 429].contains(&status) || route.access == portolan::api::Access::Open, "{status} {}", route.path);
         told.ask(program, method, &format!("{}?{query}", path(tool_id)), None).await;
         told.ask(program, "PUT", &path(&canary("tool")), None).await;
         if method == "POST" || (method == "PATCH" && !route.path.ends_with("refresh")) {
@@ -208,7 +222,11 @@ async fn no_planted_secret_is_found_anywhere() {
     // In clear it is one more canary; the test server takes any password.
     let key = format!("{:x<32}", canary("key"));
     let mut start = command(folder.path(), database.url().as_deref());
-    start.env("PORTOLAN_KEY", base64(&key)).env("PORTOLAN_LOG", "trace").env("PORTOLAN_HANDSHAKE_TIMEOUT", "1s");
+    start
+        .env("PORTOLAN_TOKEN", canary("admin-token"))
+        .env("PORTOLAN_KEY", base64(&key))
+        .env("PORTOLAN_LOG", "trace")
+        .env("PORTOLAN_HANDSHAKE_TIMEOUT", "1s");
     start.env("PORTOLAN_START_TIMEOUT", "1s").stderr(std::fs::File::create(&log).unwrap());
     if let Some(url) = database.url() {
         let mut url = reqwest::Url::parse(&url).unwrap();
