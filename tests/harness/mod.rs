@@ -468,12 +468,17 @@ impl Drop for FakeProgram {
 }
 
 /// Kills a process that this test's Portolan started, and waits until it has let go of its files: a pipe that it was to
-/// read takes bytes until then.
+/// read takes bytes until the last of its threads is gone, which may be after the first.
 pub(crate) fn kill(pid: u32) {
     let killed = Command::new("kill").args(["-KILL", &pid.to_string()]).status().expect("kill can be run");
     assert!(killed.success());
     let deadline = std::time::Instant::now() + PATIENCE;
-    while std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z ")) {
+    let has_files = || {
+        let threads = std::fs::read_dir(format!("/proc/{pid}/task")).map_or(0, Iterator::count);
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+        threads > 1 || stat.is_ok_and(|stat| !stat.contains(") Z "))
+    };
+    while has_files() {
         assert!(std::time::Instant::now() < deadline, "a killed process goes on");
         std::thread::sleep(Duration::from_millis(1));
     }
