@@ -210,14 +210,14 @@ impl Children {
         self.0.homes.remove(server_id);
     }
 
-    /// Whether any server has folders here.
-    pub fn have_folders(&self) -> bool {
-        !self.0.homes.is_empty()
+    /// The folders that there are; see [`Children::keep_only`].
+    pub fn folders(&self) -> Vec<String> {
+        self.0.homes.names()
     }
 
-    /// Removes the folders of servers that are not among these. May take a while.
-    pub fn keep_only<'a>(&self, server_ids: impl Iterator<Item = &'a str>) {
-        self.0.homes.keep_only(server_ids);
+    /// Removes those of these folders whose servers are not in a list that was read after them. May take a while.
+    pub fn keep_only<'a>(&self, folders: Vec<String>, server_ids: impl Iterator<Item = &'a str>) {
+        self.0.homes.keep_only(folders, server_ids);
     }
 
     fn keepers(&self) -> std::sync::MutexGuard<'_, HashSet<u32>> {

@@ -56,8 +56,11 @@ impl Homes {
         &self.tracker
     }
 
-    pub fn is_empty(&self) -> bool {
-        fs::read_dir(&self.folder).is_ok_and(|mut entries| entries.next().is_none())
+    /// The names of all folders.
+    pub fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit())).collect()
     }
 
     fn lived_in(&self) -> MutexGuard<'_, HashMap<String, Lived>> {
@@ -85,14 +88,14 @@ impl Homes {
         }
     }
 
-    /// Removes the folders of servers that are not among these: they were deleted by somebody else.
-    pub fn keep_only<'a>(&self, server_ids: impl Iterator<Item = &'a str>) {
+    /// Removes those of the folders `names` whose servers are not among these: they were deleted by somebody else. The
+    /// names are to be older than the list of servers, or a server that is new would lose its folder.
+    pub fn keep_only<'a>(&self, names: Vec<String>, server_ids: impl Iterator<Item = &'a str>) {
         let known: std::collections::HashSet<String> = server_ids.map(sha256_hex).collect();
-        for entry in fs::read_dir(&self.folder).into_iter().flatten().flatten() {
-            let Ok(name) = entry.file_name().into_string() else { continue };
-            let is_ours = name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
-            if is_ours && !known.contains(&name) && !self.lived_in().contains_key(&name) {
-                self.clear(&name);
+        for name in names.iter().filter(|name| !known.contains(*name)) {
+            let is_lived_in = self.lived_in().contains_key(name);
+            if !is_lived_in {
+                self.clear(name);
             }
         }
     }
@@ -269,7 +272,7 @@ mod tests {
         make(&left);
         let gone = left.home();
         drop(left);
-        homes.keep_only(["kept"].into_iter());
+        homes.keep_only(homes.names(), ["kept"].into_iter());
         assert!(homes.enter("kept").home().exists() && !gone.exists());
     }
 }

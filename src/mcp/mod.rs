@@ -412,12 +412,13 @@ impl Mcp {
     fn tidy(&self) {
         let mcp = self.clone();
         self.tracker.spawn(async move {
-            if !mcp.children.have_folders() {
+            let folders = mcp.children.folders();
+            if folders.is_empty() {
                 return;
             }
             let Ok(servers) = mcp.store.servers().await else { return };
             let _ = tokio::task::spawn_blocking(move || {
-                mcp.children.keep_only(servers.iter().map(|server| &*server.id));
+                mcp.children.keep_only(folders, servers.iter().map(|server| &*server.id));
             })
             .await;
         });
