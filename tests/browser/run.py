@@ -133,7 +133,10 @@ class Target:
 
     def __init__(self, **env):
         self.folder = new_folder()
-        self.trace = pathlib.Path(self.folder.name) / "trace"
+        # A command adds nothing to a folder above Portolan's own.
+        traces = pathlib.Path(self.folder.name) / "traces"
+        traces.mkdir()
+        self.trace = traces / "trace"
         self.portolan = Portolan(self.folder.name, {"PORTOLAN_LOG": "portolan=debug"} | env)
         self.url = self.portolan.url
         config = {"mcp_server_type": "stdio", "command": sys.executable, "args": [str(HERE / "server.py"), str(self.trace)]}

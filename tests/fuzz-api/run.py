@@ -129,6 +129,8 @@ def main(length):
             folder,
             {
                 "PATH": str(empty),
+                # The fixture is a script, and no configuration names the Python that it is for; it may be in a home.
+                "PORTOLAN_CHILD_PATHS": str(pathlib.Path(processes.tools_python()).resolve().parents[1]),
                 "PORTOLAN_CONNECT_TIMEOUT": "1s",
                 "PORTOLAN_HANDSHAKE_TIMEOUT": "10s",
                 "PORTOLAN_CREATE_SYNC_TIMEOUT": "10s",
