@@ -135,6 +135,7 @@ impl From<store::Error> for Error {
     fn from(error: store::Error) -> Self {
         match error {
             store::Error::NameTaken => Self::NameTaken,
+            store::Error::Overtaken => Self::Unavailable(error),
             store::Error::Unavailable(_) => Self::Unavailable(error),
             store::Error::Refused(_) => Self::Internal(error.into()),
         }

@@ -96,6 +96,10 @@ pub type SecretMap = BTreeMap<String, Secret>;
 pub mod clear {
     use super::*;
 
+    pub fn one<S: Serializer>(value: &Secret, out: S) -> Result<S::Ok, S::Error> {
+        value.expose().serialize(out)
+    }
+
     pub fn option<S: Serializer>(value: &Option<Secret>, out: S) -> Result<S::Ok, S::Error> {
         value.as_ref().map(Secret::expose).serialize(out)
     }
@@ -160,6 +164,59 @@ pub struct Remote {
     pub auth_token: Option<Secret>,
     #[serde(serialize_with = "clear::option_map")]
     pub custom_headers: Option<SecretMap>,
+    /// As whom Portolan signs in there by OAuth; `None`: as a client that it registers itself when the server asks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub oauth: Option<OauthClient>,
+}
+
+/// A client that somebody has registered with the authorization server of an MCP server.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub struct OauthClient {
+    pub client_id: String,
+    #[serde(serialize_with = "clear::option")]
+    pub client_secret: Option<Secret>,
+    /// The scopes to ask for, separated by spaces; `None`: those that the server asks for.
+    pub scope: Option<String>,
+    pub grant_type: GrantType,
+}
+
+/// How an access token is had (RFC 6749, 4.1 and 4.4).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GrantType {
+    /// A person signs in.
+    #[default]
+    AuthorizationCode,
+    /// The client signs in as itself.
+    ClientCredentials,
+}
+
+/// A sign-in to one server by OAuth: as whom, and what was given for it. Its serialized form, secrets in clear, is what
+/// the column `sign_ins.material` seals.
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
+pub struct SignIn {
+    /// The URL of the server when it was made; it is void for any other.
+    pub server_url: String,
+    /// The authorization server; `None` when it was taken over from Letta, which does not keep it, until it is found.
+    pub issuer: Option<String>,
+    pub client_id: String,
+    #[serde(serialize_with = "clear::option")]
+    pub client_secret: Option<Secret>,
+    /// Where the authorization server was told to send the browser.
+    pub redirect_uri: Option<String>,
+    #[serde(serialize_with = "clear::one")]
+    pub access_token: Secret,
+    #[serde(serialize_with = "clear::option")]
+    pub refresh_token: Option<Secret>,
+    pub scope: Option<String>,
+    /// `None`: the authorization server did not say.
+    pub expires_at: Option<DateTime<Utc>>,
+}
+
+impl fmt::Debug for SignIn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SignIn(…)")
+    }
 }
 
 /// How to connect to one MCP server. Its serialized form, secrets in clear, is what the column `servers.config` seals.

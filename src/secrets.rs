@@ -487,6 +487,7 @@ mod tests {
             auth_header: None,
             auth_token: Some("Bearer token-value".to_owned().into()),
             custom_headers: Some([("x".to_owned(), "header-value".to_owned().into())].into()),
+            oauth: None,
         };
         let secrets = of(&Connector::Sse(remote));
         let said = "token-value, header-value, k-value, p@ss, p%40ss and dXNlcjpwQHNz of user at host";

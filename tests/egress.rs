@@ -911,7 +911,7 @@ async fn a_stored_url_is_judged_again_when_it_is_used() {
         (http.url.clone(), None),
     ];
     for (number, (server_url, error)) in rows.into_iter().enumerate() {
-        let remote = Remote { server_url, auth_header: None, auth_token: None, custom_headers: None };
+        let remote = Remote { server_url, auth_header: None, auth_token: None, custom_headers: None, oauth: None };
         for connector in [Connector::StreamableHttp(remote.clone()), Connector::Sse(remote)] {
             if error.is_none() && matches!(connector, Connector::Sse(_)) {
                 continue;

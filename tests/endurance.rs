@@ -900,7 +900,8 @@ async fn a_change_or_delete_lets_calls_in_flight_finish() {
             let quick = upstream.path(&portolan, "pid").await;
             let one = format!("/v1/mcp-servers/{}", upstream.id);
             let old = portolan.run(&upstream.id, "pid", json!({})).await["func_return"].take();
-            let body = json!({"args": {"ms": 1_500}});
+            // Long enough for a new child to start on a busy machine.
+            let body = json!({"args": {"ms": if kind == "stdio" && how == "change" { 8_000 } else { 1_500 }}});
             let meanwhile = async {
                 eventually("the call is under way", || {
                     upstream.script.seen().iter().any(|(_, message)| message["params"]["name"] == "slow")

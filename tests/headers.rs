@@ -440,6 +440,7 @@ async fn a_stored_header_that_is_no_clean_one_is_not_sent() {
             auth_header: None,
             auth_token: None,
             custom_headers: Some([(name.to_owned(), value.to_owned().into())].into()),
+            oauth: None,
         };
         let connector = portolan::model::Connector::StreamableHttp(remote);
         let id = format!("mcp_server-00000000-0000-4000-8000-00000000000{number}");

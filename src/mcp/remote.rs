@@ -198,6 +198,7 @@ mod tests {
             auth_header: auth_header.map(str::to_owned),
             auth_token: auth_token.map(|token| token.to_owned().into()),
             custom_headers: Some(custom.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned().into())).collect()),
+            oauth: None,
         };
         let fields = header_fields(&remote).unwrap();
         fields.iter().map(|(n, v)| (n.to_string(), v.to_str().unwrap().to_owned())).collect()

@@ -106,7 +106,12 @@ impl Known {
     /// Does a write that may change a server or its tools, and drops what is known of them at its end, also when it
     /// fails and when the caller leaves half-way.
     pub(super) async fn during<T>(&self, server_id: &str, write: impl Future<Output = T>) -> T {
-        let mut change = Change { known: self, server_id, left: true };
+        self.during_all(&[server_id], write).await
+    }
+
+    /// As [`Known::during`], of a write that may change several servers.
+    pub(super) async fn during_all<T>(&self, server_ids: &[&str], write: impl Future<Output = T>) -> T {
+        let mut change = Change { known: self, server_ids, left: true };
         let written = write.await;
         change.left = false;
         written
@@ -119,7 +124,7 @@ impl Known {
 
 struct Change<'a> {
     known: &'a Known,
-    server_id: &'a str,
+    server_ids: &'a [&'a str],
     /// The database has not said what came of it.
     left: bool,
 }
@@ -128,8 +133,10 @@ impl Drop for Change<'_> {
     fn drop(&mut self) {
         let mut memory = self.known.lock();
         memory.generation += 1;
-        if let Some(tools) = memory.servers.remove(self.server_id) {
-            memory.bytes -= tools.bytes;
+        for server_id in self.server_ids {
+            if let Some(tools) = memory.servers.remove(*server_id) {
+                memory.bytes -= tools.bytes;
+            }
         }
         if self.left {
             memory.doubted_until = Some(Instant::now() + DOUBT);

@@ -3,6 +3,7 @@
 //! A lookup that finds nothing is `None`, never an error. Every text that goes in has been checked for NUL at the door:
 //! SQLite would keep one, PostgreSQL refuses it.
 
+mod batch;
 mod changes;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
@@ -16,7 +17,7 @@ mod tools;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use chrono::{DateTime, SubsecRound, Utc};
 use sqlx::migrate::MigrateError;
@@ -26,6 +27,7 @@ use sqlx::sqlite::{
 };
 use sqlx::{ConnectOptions, Connection};
 
+pub use batch::{NewServer, Step};
 pub use keys::{KeyError, KeySource, new_key};
 pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};
@@ -40,6 +42,8 @@ const TRUSTED_IDLE: Duration = Duration::from_secs(1);
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a change may wait for its turn to write to SQLite.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to leave a SQLite file alone that another process is about to open or close.
+const OPEN_PAUSE: Duration = Duration::from_millis(50);
 const SQLITE_READERS: u32 = 8;
 const POSTGRES_CONNECTIONS: u32 = 16;
 /// Fails in a database of before there was sealing.
@@ -86,6 +90,9 @@ pub enum Error {
     /// Another server has this name already.
     #[error("the name is taken")]
     NameTaken,
+    /// What was to be changed is not as it was read.
+    #[error("it was changed meanwhile")]
+    Overtaken,
     /// The database cannot be reached or is too busy; nothing is known to be wrong with the statement.
     #[error("the database is not available")]
     Unavailable(#[source] sqlx::Error),
@@ -246,13 +253,21 @@ impl Database {
             .pragma("secure_delete", "ON")
             .busy_timeout(ACQUIRE_TIMEOUT)
             .disable_statement_logging();
-        let write = SqlitePoolOptions::new()
-            .max_connections(1)
-            .test_before_acquire(false)
-            .acquire_timeout(WRITE_TIMEOUT)
-            .connect_with(options.clone())
-            .await
-            .map_err(|error| OpenError::Connect { place: place.clone(), reason: one_line(&error) })?;
+        let deadline = Instant::now() + ACQUIRE_TIMEOUT;
+        let write = loop {
+            let pool = SqlitePoolOptions::new()
+                .max_connections(1)
+                .test_before_acquire(false)
+                .acquire_timeout(WRITE_TIMEOUT)
+                .connect_with(options.clone())
+                .await;
+            match pool.map_err(|error| (one_line(&error), Error::from(error))) {
+                Ok(pool) => break pool,
+                // The busy timeout does not cover the switch to WAL, which waits for nobody: another process is at it.
+                Err((_, Error::Unavailable(_))) if Instant::now() < deadline => tokio::time::sleep(OPEN_PAUSE).await,
+                Err((reason, _)) => return Err(OpenError::Connect { place, reason }),
+            }
+        };
         let adopt = sqlx::query(SEALING).execute(&write).await.is_err();
         migrated(place, sqlx::migrate!("migrations/sqlite").run(&write).await)?;
         let read = SqlitePoolOptions::new()

@@ -160,7 +160,7 @@ pub(super) fn to_text(connector: &Connector) -> Zeroizing<String> {
     Zeroizing::new(serde_json::to_string(connector).expect("a connector is strings and maps of strings"))
 }
 
-fn taken(error: sqlx::Error) -> Error {
+pub(super) fn taken(error: sqlx::Error) -> Error {
     match error.as_database_error() {
         Some(refusal) if refusal.is_unique_violation() => Error::NameTaken,
         _ => error.into(),

@@ -59,6 +59,7 @@ impl ConnectorObject {
                 auth_header: None,
                 auth_token: None,
                 custom_headers: None,
+                oauth: None,
             }),
         }
     }

@@ -5,7 +5,7 @@
 
 use url::Url;
 
-use crate::model::{Connector, Remote, Secret, SecretMap, Stdio};
+use crate::model::{Connector, OauthClient, Remote, Secret, SecretMap, Stdio};
 use crate::secrets::{MASK, decoded, is_secret_variable, secret_args, secret_spots, spots, without, without_scheme};
 
 /// What a connection is shown as.
@@ -27,7 +27,7 @@ fn masked_stdio(Stdio { command, args, env }: &Stdio) -> Stdio {
     Stdio { command: command.clone(), args: masked_args(args), env }
 }
 
-fn masked_remote(Remote { server_url, auth_header, auth_token, custom_headers }: &Remote) -> Remote {
+fn masked_remote(Remote { server_url, auth_header, auth_token, custom_headers, oauth }: &Remote) -> Remote {
     let headers =
         |headers: &SecretMap| headers.iter().map(|(name, value)| (name.clone(), masked_value(value))).collect();
     Remote {
@@ -35,6 +35,10 @@ fn masked_remote(Remote { server_url, auth_header, auth_token, custom_headers }:
         auth_header: auth_header.clone(),
         auth_token: auth_token.as_ref().map(masked_value),
         custom_headers: custom_headers.as_ref().map(headers),
+        oauth: oauth.as_ref().map(|client| OauthClient {
+            client_secret: client.client_secret.as_ref().map(masked_value),
+            ..client.clone()
+        }),
     }
 }
 

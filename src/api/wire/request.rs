@@ -424,6 +424,7 @@ impl ConnectorFields {
                     auth_header: self.auth_header.filter(|name| !name.is_empty()),
                     auth_token: self.auth_token.filter(|token| !token.expose().is_empty()),
                     custom_headers: self.custom_headers.filter(|headers| !headers.is_empty()),
+                    oauth: None,
                 };
                 check_headers(&remote, at, reader);
                 Some(if server_type == ServerType::Sse {
