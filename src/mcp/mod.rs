@@ -24,6 +24,7 @@ mod lines;
 mod listing;
 mod message;
 mod mirror;
+mod oauth;
 mod order;
 mod pool;
 #[cfg(target_os = "linux")]
@@ -64,6 +65,7 @@ pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_valu
 pub use hidden::flags;
 pub use keeper::keep_child;
 pub use listing::definition;
+pub use oauth::{ConnectEvent, SignInError, Subject};
 pub use order::{BECOME, KEEP};
 pub use schema::{Room, json_schema};
 
@@ -243,6 +245,11 @@ impl Mcp {
     /// `now`: somebody asked for it, and wants no answer of before.
     async fn sync(&self, server: &Server, agent: Option<&AgentId>, now: bool) -> Result<ToolChanges, SyncError> {
         let (listed, era) = self.list(server, agent, now).await?;
+        self.keep(server, &listed, era).await
+    }
+
+    /// Makes the stored tools of a server equal to what it listed.
+    async fn keep(&self, server: &Server, listed: &Listed, era: Era) -> Result<ToolChanges, SyncError> {
         let (offered, skipped) = accept(&listed.tools);
         // A server may call a tool by what it was given.
         let secrets = server.config.0.as_ref().map(secrets::of).unwrap_or_default();
