@@ -25,6 +25,7 @@
 //! | `message`, `exchange` | JSON-RPC, and who waits for which answer |
 //! | `lines`, `events`, `budget` | what is read, bounded, and how much of it at a time |
 //! | `egress`, `address` | every outbound byte, and which addresses it may go to |
+//! | `oauth` | sign-in to servers: `connect` (with a person), `signer` (what requests use), `provider` and `token` (what an authorization server is asked), `way` (how it is reached) |
 //! | `fields`, `mirror` | which header fields go out, and arguments as header fields |
 //! | `commands` | which commands may be started |
 //! | `child`, `keeper` | a process of ours, and that neither it nor what it starts outlives us |
@@ -55,7 +56,7 @@
 //! | `secrets` | `model` |
 //! | `telemetry` | |
 //! | `api` | `app`, `config`, `corpus`, `error`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
-//! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store` |
+//! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `rmcp` |
 //! | `store` | `corpus`, `model`, `sqlx` |
 //! | `command` | `api`, `app`, `config`, `model`, `store` |
 //!
