@@ -82,7 +82,8 @@ impl<S: Send + Sync> FromRequestParts<S> for SessionId {
 }
 
 fn is_id(text: &str) -> bool {
-    text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+    (1..=64).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
 /// The JSON body of a create or an update: an object without NUL characters.

@@ -365,6 +365,10 @@ impl Guard {
         *locked(&self.challenge) = Some(challenge.to_owned());
     }
 
+    pub(crate) fn unset_challenge(&self) {
+        *locked(&self.challenge) = None;
+    }
+
     /// What a request to the server at `addr` is answered in the server's place; `None` when it carries a token.
     pub(super) async fn answer(&self, addr: SocketAddr, head: &Parts, body: &[u8]) -> Option<Response> {
         let path = head.uri.path();
