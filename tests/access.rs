@@ -47,6 +47,7 @@ async fn guarded_with(change: impl FnOnce(&mut Settings)) -> (Portolan, TempDir)
     let portolan = Portolan::start_with(|settings| {
         settings.tokens.token = Some(ADMIN.to_owned().into());
         settings.tokens.tokens_file = Some(file);
+        settings.upstream.sign_in.public_url = Some("https://portolan.test".parse().unwrap());
         change(settings);
     })
     .await;
@@ -191,7 +192,7 @@ impl<'a> Kept<'a> {
 
     fn path(&self, template: &str) -> String {
         let path = template.replace("{mcp_server_id}", &self.id).replace("{tool_id}", &self.tool_id);
-        path.replace("{file}", "docs.js")
+        path.replace("{file}", "docs.js").replace("{session_id}", "mcp-oauth-0")
     }
 
     /// A body that the route would take.

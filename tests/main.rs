@@ -17,6 +17,7 @@ mod house;
 mod known;
 mod masking;
 mod misbehaviour;
+mod oauth;
 mod process;
 mod repeats;
 mod runs;

@@ -6,7 +6,9 @@ mod drip;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod guard;
+mod oauth;
 mod origin;
+mod page;
 mod repeats;
 mod reveal;
 mod runs;
@@ -76,6 +78,11 @@ pub fn routes() -> Vec<Route> {
         route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}", READ, tools::retrieve),
         route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/run", RUN, tools::run),
         route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/approve", ADMIN, tools::approve),
+        route(Method::GET, "/v1/mcp-servers/connect/{mcp_server_id}", ADMIN, oauth::connect),
+        // The state that it is called with is the credential.
+        route(Method::GET, "/v1/tools/mcp/oauth/callback", Open, oauth::callback),
+        route(Method::GET, "/v1/tools/mcp/oauth/callback/{session_id}", Open, oauth::callback_of_session),
+        route(Method::GET, "/v1/tools/mcp/oauth/client-metadata.json", Open, oauth::client_metadata),
         route(Method::GET, "/v1/health/", Open, status::health),
         route(Method::GET, "/v1/ready", Open, status::ready),
         route(Method::GET, "/openapi.yaml", Open, status::openapi),

@@ -1,8 +1,11 @@
 //! Letta's JSON, exactly: what a client sends becomes a model, a model becomes what a client reads (docs/CONTRACT.md).
 
 mod answer;
+mod events;
 mod mask;
 mod request;
 
 pub use answer::{ServerObject, ToolExecutionResult, ToolObject, tools_array};
+pub use events::frame;
+pub use mask::masked_url;
 pub use request::{CreateServer, UpdateServer, approved_hash, run_arguments};
