@@ -246,7 +246,8 @@ impl OauthFields {
             }
         };
         // RFC 6749, appendix A: visible ASCII, with spaces between what is in a list.
-        let is_text = |text: &str, max: usize| text.len() <= max && text.bytes().all(|byte| matches!(byte, 0x20..=0x7e));
+        let is_text =
+            |text: &str, max: usize| text.len() <= max && text.bytes().all(|byte| matches!(byte, 0x20..=0x7e));
         if client_id.as_deref().is_some_and(|id| id.is_empty() || !is_text(id, MAX_CLIENT_ID_CHARS)) {
             reader.issue(&level.at("client_id"), "A client_id has 1 to 2048 visible ASCII characters.");
         }

@@ -32,6 +32,8 @@ const CONNECTS: (usize, usize) = (8, 128);
 /// How long finding the authorization server and registering there may take, and how long asking it for tokens.
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the browser of a person who has signed in waits for the tools.
+const BROWSER_PATIENCE: Duration = Duration::from_secs(10);
 /// How often to look whether another Portolan has got the answer.
 const LOOK: Duration = Duration::from_millis(500);
 /// The most of an authorization server's own words that is shown, in characters.
@@ -124,9 +126,13 @@ impl Mcp {
             tokio::select! {
                 () = attending => {}
                 () = events.closed() => {}
+                () = stop.cancelled() => {
+                    // One that has not read the six events before reads no seventh.
+                    let _ = events.try_send(ConnectEvent::Error { message: Error::Stopping.to_string() });
+                }
             }
         };
-        self.tracker.spawn(async move { stop.run_until_cancelled(connecting).await });
+        self.tracker.spawn(connecting);
         receiver
     }
 
@@ -220,7 +226,7 @@ impl Mcp {
                 if let Some(server_id) = server_id {
                     // The next session is that of whoever has signed in now.
                     self.pool.forget(server_id);
-                    self.sync_signed_in(server_id);
+                    self.sync_signed_in(server_id).await;
                 }
                 Ok(server_url)
             }
@@ -231,8 +237,9 @@ impl Mcp {
         }
     }
 
-    /// Whoever began the sign-in may not be there any more; the server is ready all the same.
-    fn sync_signed_in(&self, server_id: &str) {
+    /// Lists the tools of a server that somebody has signed in to: whoever began that may not be there any more. Goes on
+    /// when it takes longer than a browser is to wait.
+    async fn sync_signed_in(&self, server_id: &str) {
         let (mcp, stop, server_id) = (self.clone(), self.stop.clone(), server_id.to_owned());
         let syncing = async move {
             if let Ok(Some(server)) = mcp.store.server(&server_id).await {
@@ -240,7 +247,8 @@ impl Mcp {
                 let _ = mcp.sync_tools(&server, None).await;
             }
         };
-        self.tracker.spawn(async move { stop.run_until_cancelled(syncing).await });
+        let syncing = self.tracker.spawn(async move { stop.run_until_cancelled(syncing).await });
+        let _ = timeout(BROWSER_PATIENCE, syncing).await;
     }
 
     /// Tokens for a code; stored for a registered server, returned for any other.
