@@ -8,7 +8,6 @@ use std::time::Duration;
 use chrono::TimeDelta;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
@@ -349,22 +348,6 @@ impl Mcp {
         let (listed, era) = self.list(&server, None, true).await?;
         self.keep(&server, &listed, era).await?;
         Ok(listed.tools)
-    }
-
-    /// What authorization servers read that take the URL of this document for a client's id; `None` when Portolan has no
-    /// public https address. Served at [`config::SignIn::client_metadata_url`](crate::config::SignIn::client_metadata_url).
-    pub fn client_metadata(&self) -> Option<Value> {
-        let settings = &self.sign_ins.0.settings;
-        let (client_id, redirect_uri) = (settings.client_metadata_url()?, settings.redirect_uri()?);
-        Some(json!({
-            "client_id": client_id,
-            "client_name": "Portolan",
-            "redirect_uris": [redirect_uri],
-            "grant_types": ["authorization_code", "refresh_token"],
-            "response_types": ["code"],
-            "token_endpoint_auth_method": "none",
-            "application_type": "web",
-        }))
     }
 }
 
