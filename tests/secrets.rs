@@ -131,7 +131,7 @@ impl Told {
 }
 
 /// Every table of the database as one text.
-async fn dump(database: &Database, data: &Path) -> String {
+pub(crate) async fn dump(database: &Database, data: &Path) -> String {
     let Some(url) = database.url() else {
         let mut text = String::new();
         for entry in std::fs::read_dir(data).unwrap().flatten() {

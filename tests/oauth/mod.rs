@@ -1,9 +1,10 @@
 //! Sign-in to MCP servers, against an authorization server that checks what a good one checks: from connect over the user's
 //! consent to a run (CONTRACT row 24). `tokens` is about the time after it, `refused` about what must not work, `pages` about
-//! the callback.
+//! the callback, `secrets` about what nobody may see.
 
 mod pages;
 mod refused;
+mod secrets;
 mod tokens;
 
 use std::sync::Arc;
@@ -121,13 +122,17 @@ struct Watch {
 impl Watch {
     async fn start(portolan: &Portolan, id: &str) -> Self {
         let path = format!("/v1/mcp-servers/connect/{id}");
-        let response = portolan.request("GET", &path).send().await.unwrap();
+        Self::open(portolan.request("GET", &path), &path).await
+    }
+
+    async fn open(request: reqwest::RequestBuilder, path: &str) -> Self {
+        let response = request.send().await.unwrap();
         assert_eq!(response.status().as_u16(), 200);
         let headers = response.headers().iter();
         let headers: Vec<_> =
             headers.map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect();
         assert_eq!(response.headers()["content-type"], "text/event-stream; charset=utf-8");
-        Self { path, response, headers, text: String::new(), read: 0 }
+        Self { path: path.to_owned(), response, headers, text: String::new(), read: 0 }
     }
 
     /// The next event; `None` at the end.
