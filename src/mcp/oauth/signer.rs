@@ -54,6 +54,8 @@ struct Memory {
     known: Known,
     /// Until then a token that is about to end is good enough.
     rest_until: Option<Instant>,
+    /// There has been a token.
+    has_signed: bool,
 }
 
 #[derive(Clone)]
@@ -132,6 +134,11 @@ impl Signer {
         self.0.server_id.as_deref().filter(|_| !self.0.is_machine())
     }
 
+    /// Whether there is a sign-in, or was one: a 401 then says that it is over.
+    pub fn has_signed(&self) -> bool {
+        self.0.memory().has_signed
+    }
+
     /// Portolan signs in as itself, without a person.
     pub fn is_machine(&self) -> bool {
         self.0.is_machine()
@@ -163,7 +170,9 @@ impl Signer {
     async fn token(&self) -> Result<Option<Arc<Token>>, Problem> {
         let fresh = match &*self.0.memory() {
             Memory { known: Known::None, .. } => Some(None),
-            Memory { known: Known::Token(token), rest_until } if !token.is_due() || is_resting(*rest_until, token) => {
+            Memory { known: Known::Token(token), rest_until, .. }
+                if !token.is_due() || is_resting(*rest_until, token) =>
+            {
                 Some(Some(token.clone()))
             }
             _ => None,
@@ -222,7 +231,10 @@ impl Source {
 
     fn know(&self, token: Option<Arc<Token>>) -> Option<Arc<Token>> {
         let known = token.clone().map_or(Known::None, Known::Token);
-        *self.memory() = Memory { known, rest_until: None };
+        let mut memory = self.memory();
+        let has_signed = memory.has_signed || token.is_some();
+        *memory = Memory { known, rest_until: None, has_signed };
+        drop(memory);
         token
     }
 
