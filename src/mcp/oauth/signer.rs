@@ -102,7 +102,8 @@ fn is_same_place(one: &str, other: &str) -> bool {
 
 impl Signer {
     pub(super) fn new(ins: SignIns, server_id: Option<String>, remote: &Remote) -> Self {
-        let memory = Memory { known: if server_id.is_some() { Known::Unread } else { Known::None }, rest_until: None };
+        let known = if server_id.is_some() { Known::Unread } else { Known::None };
+        let memory = Memory { known, rest_until: None, has_signed: false };
         Self(Arc::new(Source {
             ins,
             server_id,
@@ -116,7 +117,7 @@ impl Signer {
     /// Of a server that is not registered, to which somebody has just signed in.
     pub(super) fn signed_in(self, sign_in: &SignIn) -> Self {
         if let Some(token) = Token::new(sign_in, 1, now()) {
-            self.0.memory().known = Known::Token(Arc::new(token));
+            self.0.know(Some(Arc::new(token)));
         }
         self
     }
