@@ -66,6 +66,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def do_GET(self):
+        if self.path == "/sent-back":
+            # As an authorization server does at the end of its own page.
+            to = json.dumps(self.server.settings["back"])
+            return self.answer(f"<!doctype html><script>location.href = {to}</script>".encode(), "text/html")
         if self.path != "/":
             return self.send_error(404)
         page = (HERE / "page.html").read_text().replace("/*settings*/", json.dumps(self.server.settings))
@@ -238,6 +242,19 @@ def a_rebound_name_does_nothing(pages):
                 assert "host_not_allowed" in shown, shown
 
 
+def a_user_comes_back_from_another_site(pages):
+    """From the page of an authorization server to the callback, which is the one thing that its link may do."""
+    with Target() as target:
+        for path, shown, hidden in (
+            ("/v1/tools/mcp/oauth/callback?state=unknown&code=c", "<h1>Not signed in</h1>", "origin_not_allowed"),
+            ("/v1/mcp-servers/", "origin_not_allowed", target.id),
+        ):
+            pages.settings = {"back": target.url + path}
+            text = dump(f"http://localhost:{pages.port}/sent-back", "--virtual-time-budget=20000")
+            assert shown in text and hidden not in text, text
+        target.is_untouched()
+
+
 def a_user_may_look(_pages):
     """What is typed in the address bar."""
     with Target() as target:
@@ -247,7 +264,8 @@ def a_user_may_look(_pages):
 
 def main():
     pages = Pages()
-    for check in (pages_of_other_origins_do_nothing, a_listed_page_comes_in, a_rebound_name_does_nothing, a_user_may_look):
+    for check in (pages_of_other_origins_do_nothing, a_listed_page_comes_in, a_rebound_name_does_nothing,
+                  a_user_comes_back_from_another_site, a_user_may_look):
         print(f"== {check.__name__.replace('_', ' ')}", flush=True)
         check(pages)
     pages.stop()
