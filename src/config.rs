@@ -84,6 +84,8 @@ pub struct Settings {
     #[command(flatten)]
     pub upstream: Upstream,
     #[command(flatten)]
+    pub variables: Variables,
+    #[command(flatten)]
     pub egress: Egress,
     #[command(flatten)]
     pub children: Children,
@@ -300,6 +302,16 @@ pub enum ToolPolicy {
     Report,
     /// A definition that nobody has approved is not run
     Hold,
+}
+
+/// Values for `{{ VARIABLE }}` in tokens, headers, arguments and environments of servers.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Variables")]
+pub struct Variables {
+    /// JSON file of values for templates in servers, {"NAME": "value"}; a request's own come before them. Read again on
+    /// SIGHUP
+    #[arg(long, env = "PORTOLAN_VARIABLES_FILE", global = true, value_name = "FILE")]
+    pub variables_file: Option<PathBuf>,
 }
 
 /// Which addresses Portolan connects to.

@@ -17,7 +17,7 @@
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `reveal` (who sees secrets), `wire` (Letta's JSON, in and out; `mask`: what stands for a secret), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `reveal` (who sees secrets), `wire` (Letta's JSON, in and out; `mask`: what stands for a secret), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), `variables` (values that a request brings), one file per group of routes |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
 //! | `session` | handshake, list, call |
@@ -27,6 +27,7 @@
 //! | `egress`, `address` | every outbound byte, and which addresses it may go to |
 //! | `fields`, `mirror` | which header fields go out, and arguments as header fields |
 //! | `commands` | which commands may be started |
+//! | `template`, `variables`, `variants` | `{{ VARIABLE }}` in a configuration; the values for it; the sessions of requests that bring their own |
 //! | `child`, `keeper` | a process of ours, and that neither it nor what it starts outlives us |
 //! | `confine`, `reach` | what a command gives up before it is one; which files it may reach |
 //! | `homes`, `users`, `order` | its private folders; the user it runs as; what these processes tell each other |

@@ -14,6 +14,7 @@ mod servers;
 mod status;
 mod tokens;
 mod tools;
+mod variables;
 mod wire;
 
 use axum::Router;

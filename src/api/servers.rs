@@ -11,12 +11,13 @@ use uuid::Uuid;
 
 use crate::app::App;
 use crate::error::Error;
-use crate::mcp::{AgentId, SyncError};
+use crate::mcp::{AgentId, SyncError, Variables};
 use crate::model::{Server, ServerType, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
 use super::guard::{JsonBody, ServerId, UnusedBody};
 use super::reveal::Shown;
+use super::variables::Given;
 use super::wire::{CreateServer, ServerObject, UpdateServer};
 
 /// How old a server may be to be taken for the outcome of an earlier try of the same create: an SDK gives up waiting
@@ -27,12 +28,13 @@ pub async fn create(
     State(app): State<App>,
     headers: HeaderMap,
     shown: Shown,
+    Given(given): Given,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
     let request = CreateServer::read(body)?;
     app.mcp.check(&request.connector).map_err(Error::Disabled)?;
     let creating = app.clone();
-    let server = app.to_the_end(async move { register(&creating, &headers, &request).await }).await?;
+    let server = app.to_the_end(async move { register(&creating, &headers, &request, &given).await }).await?;
     Ok(Json(show(&app, &server, shown)).into_response())
 }
 
@@ -43,7 +45,7 @@ fn show<'a>(app: &App, server: &'a Server, shown: Shown) -> ServerObject<'a> {
     ServerObject::new(server, shown).here(forbidden.map(|why| why.to_string()), confinement)
 }
 
-async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Result<Server, Error> {
+async fn register(app: &App, headers: &HeaderMap, request: &CreateServer, given: &Variables) -> Result<Server, Error> {
     let id = format!("mcp_server-{}", Uuid::new_v4());
     let server = match app.store.create_server(&id, &request.server_name, &request.connector).await {
         Ok(server) => {
@@ -55,7 +57,7 @@ async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Res
     };
     let mut done = true;
     if server.last_synced_at.is_none() {
-        done = app.mcp.first_sync(server.clone(), app.settings.upstream.create_sync_timeout).await;
+        done = app.mcp.first_sync(server.clone(), given, app.settings.upstream.create_sync_timeout).await;
     }
     let mut server = match app.store.server(&server.id).await {
         Ok(current) => current.ok_or(Error::NoServer)?,
@@ -145,6 +147,7 @@ pub async fn refresh(
     State(app): State<App>,
     ServerId(id): ServerId,
     query: Result<Query<RefreshQuery>, axum::extract::rejection::QueryRejection>,
+    Given(given): Given,
     _: UnusedBody,
 ) -> Result<Response, Error> {
     let bad_agent = || Error::invalid(vec![json!("query"), json!("agent_id")], "This is not a valid agent id.");
@@ -152,7 +155,7 @@ pub async fn refresh(
     let agent = query.map_err(|_| bad_agent())?.0.agent_id.filter(|agent| !agent.is_empty());
     let agent = agent.map(|agent| AgentId::new(&agent).ok_or_else(bad_agent)).transpose()?;
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
-    match app.mcp.sync_tools(&server, agent.as_ref()).await {
+    match app.mcp.sync_tools(&server, agent.as_ref(), &given).await {
         Ok(changes) => Ok(Json(changes).into_response()),
         Err(SyncError::Gone) => Err(Error::NoServer),
         Err(SyncError::Server(source)) => Err(Error::Refresh { server_name: server.server_name, source }),

@@ -18,6 +18,7 @@ use super::drip;
 use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
 use super::repeats::Repeat;
 use super::runs::Sent;
+use super::variables::Given;
 use super::wire::{ToolExecutionResult, ToolObject, approved_hash, run_arguments, tools_array};
 
 /// The answer is that of a run which another request asked for (CONTRACT row 16).
@@ -47,17 +48,18 @@ pub async fn run(
     State(app): State<App>,
     ids: ToolId,
     repeat: Repeat,
+    Given(given): Given,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
     let arguments = run_arguments(body)?;
-    let call = repeat.call(&ids, &arguments);
+    let call = repeat.call(&ids, &arguments, &given);
     let running = app.clone();
     let work = |sent: Sent| async move {
         let found = find(&running, &ids).await?;
         if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
             return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
         }
-        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &sent).await?;
+        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent).await?;
         Ok(ToolExecutionResult::from(outcome).json())
     };
     let (outcome, repeated) = match call {
