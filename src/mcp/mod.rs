@@ -63,14 +63,13 @@ pub use error::{Error, SyncError};
 pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_value};
 pub use hidden::flags;
 pub use keeper::keep_child;
-pub use listing::definition;
+pub use listing::{accept, definition};
 pub use order::{BECOME, KEEP};
 pub use schema::{Room, json_schema};
 
 use budget::Budget;
 use child::Children;
 use exchange::Answer;
-use listing::accept;
 use message::RpcError;
 use pool::Pool;
 use result::ToolResult;
