@@ -98,7 +98,7 @@ impl App {
         let origins = Origins::new(&settings.browsers, !settings.tokens.are_given())?;
         let tokens = Tokens::open(settings.tokens.clone())?;
         let folder = &settings.storage.data_dir;
-        make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
+        make_data_folder(&settings)?;
         let store = open_store(&settings).await?;
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
@@ -143,6 +143,15 @@ impl App {
     ) -> Result<T, Error> {
         self.tracker.spawn(work).await.unwrap_or_else(|broken| Err(Error::Internal(broken.into())))
     }
+}
+
+/// Makes the folder for everything that is kept on disk, if it is missing.
+///
+/// # Errors
+/// [`StartError::DataDir`].
+pub fn make_data_folder(settings: &Settings) -> Result<(), StartError> {
+    let folder = &settings.storage.data_dir;
+    make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })
 }
 
 /// Opens the database of these settings with their keys; its folder is there.

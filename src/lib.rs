@@ -35,8 +35,8 @@
 //! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
-//! | [`store`] | speaks SQL: one file per table; `changes` (what a new list of tools means), `known` (tools that were read before, in memory), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
-//! | [`command`] | what the program does besides serving, one file per command |
+//! | [`store`] | speaks SQL: one file per table; `changes` (what a new list of tools means), `known` (tools that were read before, in memory), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
+//! | [`command`] | what the program does besides serving, one file per command; of `migrate_letta`, `plan` (what becomes of each server) and `unseal` (Letta's own sealing) |
 //!
 //! # Who may import whom
 //!
@@ -58,10 +58,10 @@
 //! | `api` | `app`, `config`, `corpus`, `error`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store` |
 //! | `store` | `corpus`, `model`, `sqlx` |
-//! | `command` | `api`, `app`, `config`, `model`, `store` |
+//! | `command` | `api`, `app`, `config`, `error`, `mcp`, `model`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of
-//! `api`, `main` and `command` use the tokens.
+//! `api`, `main` and `command` use the tokens, and `command` the rules of a create.
 //!
 //! # One request
 //!

@@ -38,6 +38,10 @@ fn main() -> ExitCode {
         Command::Serve => run(serve(settings)),
         Command::Token(Token::New { name, scope, file }) => command::token::make(&name, scope, file.as_deref()),
         Command::Key(key) => run(command::key::run(&settings, key)),
+        Command::MigrateLetta(wanted) => run(async {
+            telemetry::init(&settings.logs.log)?;
+            command::migrate_letta::run(&settings, &wanted).await
+        }),
         Command::RotateKeys { dry_run } => run(async {
             telemetry::init(&settings.logs.log)?;
             command::rotate_keys::run(&settings, dry_run).await

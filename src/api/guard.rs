@@ -69,7 +69,8 @@ impl<S: Send + Sync> FromRequestParts<S> for ToolId {
     }
 }
 
-fn is_id(text: &str) -> bool {
+/// Whether a path can have this id.
+pub fn is_id(text: &str) -> bool {
     text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
@@ -247,7 +248,7 @@ fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {
 }
 
 /// PostgreSQL has no text with NUL, and neither has an argument, an environment variable or a header.
-fn refuse_nul_in(object: &Map<String, Value>, loc: &mut Vec<Value>) -> Result<(), Error> {
+pub(super) fn refuse_nul_in(object: &Map<String, Value>, loc: &mut Vec<Value>) -> Result<(), Error> {
     for (key, value) in object {
         loc.push(json!(shown(key)));
         if key.contains('\0') {

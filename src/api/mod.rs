@@ -35,9 +35,10 @@ use crate::serve::Full;
 
 pub use access::{Access, Scope};
 use access::{Door, admit, authorize};
-pub use guard::Bodies;
+pub use guard::{Bodies, is_id};
 pub use origin::{EveryPage, Origins};
 pub use runs::Runs;
+pub use servers::as_registered;
 pub use tokens::{Token, TokenError, Tokens, parse as parse_tokens};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");

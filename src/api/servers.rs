@@ -6,16 +6,16 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use chrono::TimeDelta;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Map, json};
 use uuid::Uuid;
 
 use crate::app::App;
 use crate::error::Error;
 use crate::mcp::{AgentId, SyncError, Variables};
-use crate::model::{Server, ServerType, State as ServerState};
+use crate::model::{Connector, Server, ServerType, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
-use super::guard::{JsonBody, ServerId, UnusedBody};
+use super::guard::{JsonBody, ServerId, UnusedBody, refuse_nul_in};
 use super::reveal::Shown;
 use super::variables::Given;
 use super::wire::{CreateServer, ServerObject, UpdateServer};
@@ -36,6 +36,18 @@ pub async fn create(
     let creating = app.clone();
     let server = app.to_the_end(async move { register(&creating, &headers, &request, &given).await }).await?;
     Ok(Json(show(&app, &server, shown)).into_response())
+}
+
+/// Name and connector as a create of them would store them; for what comes another way and is held to the same rules.
+///
+/// # Errors
+/// [`Error::Invalid`] with all that a create would refuse.
+pub fn as_registered(server_name: &str, connector: &Connector) -> Result<(String, Connector), Error> {
+    let body =
+        Map::from_iter([("server_name".to_owned(), json!(server_name)), ("config".to_owned(), json!(connector))]);
+    refuse_nul_in(&body, &mut vec![json!("body")])?;
+    let request = CreateServer::read(body)?;
+    Ok((request.server_name, request.connector))
 }
 
 /// A server as its row has it, and as this process knows it.

@@ -66,7 +66,7 @@ pub use error::{Error, SyncError};
 pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_value};
 pub use hidden::flags;
 pub use keeper::keep_child;
-pub use listing::definition;
+pub use listing::{accept, definition};
 pub use order::{BECOME, KEEP};
 pub use schema::{Room, json_schema};
 pub use template::{bare, templates};
@@ -75,7 +75,6 @@ pub use variables::{Variables, VariablesError, VariablesFile, VariablesFileError
 use budget::Budget;
 use child::Children;
 use exchange::Answer;
-use listing::accept;
 use message::RpcError;
 use pool::Pool;
 use result::ToolResult;
