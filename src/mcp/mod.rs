@@ -63,14 +63,13 @@ pub use error::{Error, SyncError};
 pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_value};
 pub use hidden::flags;
 pub use keeper::keep_child;
-pub use listing::definition;
+pub use listing::{accept, definition};
 pub use order::{BECOME, KEEP};
-pub use schema::{Room, json_schema};
+pub use schema::{Health, Room, json_schema, listed_schema};
 
 use budget::Budget;
 use child::Children;
 use exchange::Answer;
-use listing::accept;
 use message::RpcError;
 use pool::Pool;
 use result::ToolResult;
@@ -293,6 +292,33 @@ impl Mcp {
                 }
             }
         }
+    }
+
+    /// Tools as a registered server lists them now; nothing is stored but how the contact went. One of the server's calls.
+    pub async fn live_tools(&self, server: &Server) -> Result<Vec<Box<RawValue>>, Error> {
+        let _place = self.pool.enter(&server.id, Instant::now() + self.settings.list_timeout).await?;
+        Ok(self.list(server, None, true).await?.0.tools)
+    }
+
+    /// Tools as a server lists them that is not registered; nothing of it is kept. It goes on when the caller leaves, to
+    /// the end of what it started.
+    ///
+    /// # Errors
+    /// As for one that is; [`Error::StdioOff`] and [`Error::NoTemplate`], too.
+    pub async fn try_out(&self, connector: &Connector) -> Result<Vec<Box<RawValue>>, Error> {
+        let (mcp, connector) = (self.clone(), connector.clone());
+        let trying = async move {
+            // What runs for it is known by an id, as what runs for a server is.
+            let id = format!("trial-{}", uuid::Uuid::new_v4());
+            let listed = mcp.stop.run_until_cancelled(async {
+                let session = mcp.pool.connect(&id, &connector, None).await?;
+                session.list_tools(None, Instant::now() + mcp.settings.list_timeout).await
+            });
+            let listed = listed.await.unwrap_or(Err(Error::Stopping));
+            mcp.deleted(&id);
+            listed.map(|listed| listed.tools)
+        };
+        self.tracker.spawn(trying).await.unwrap_or(Err(Error::Stopping))
     }
 
     /// The live session of a server, and whether it was opened just now. An opening goes on when the caller leaves.

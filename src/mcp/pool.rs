@@ -295,14 +295,18 @@ impl Pool {
 
     async fn open(&self, server: &Server) -> Result<Arc<Session>, Error> {
         let connector = server.config.0.as_ref().map_err(|unreadable| Error::Config(*unreadable))?;
+        self.connect(&server.id, connector, server.era()).await.map(Arc::new)
+    }
+
+    /// A session that is its caller's alone.
+    pub async fn connect(&self, id: &str, connector: &Connector, era: Option<Era>) -> Result<Session, Error> {
         // Before it makes another child leave.
         self.context.children.check(connector)?;
         let permit = match connector {
             Connector::Stdio(_) => Some(self.child_permit().await?),
             Connector::Sse(_) | Connector::StreamableHttp(_) => None,
         };
-        let bell = self.news.bell(&server.id);
-        Session::open(connector, server.era(), &self.context, bell, permit).await.map(Arc::new)
+        Session::open(connector, era, &self.context, self.news.bell(id), permit).await
     }
 
     /// Room for one more child; the one that is idle longest makes it.
