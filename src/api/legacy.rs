@@ -85,7 +85,9 @@ pub async fn tools(State(app): State<App>, ServerName(name): ServerName) -> Resu
 pub async fn test(State(app): State<App>, JsonBody(body): JsonBody) -> Result<Response, Error> {
     let request = CreateServer::read(body)?;
     app.mcp.check(&request.connector).map_err(Error::Disabled)?;
-    let listed = app.mcp.try_out(&request.connector).await?;
+    // To its end also when the caller leaves: what it started is tidied away.
+    let trying = app.clone();
+    let listed = app.to_the_end(async move { Ok(trying.mcp.try_out(&request.connector).await?) }).await?;
     json_of(move || trial(&listed)).await
 }
 

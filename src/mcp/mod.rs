@@ -24,6 +24,7 @@ mod lines;
 mod listing;
 mod message;
 mod mirror;
+mod oauth;
 mod order;
 mod pool;
 #[cfg(target_os = "linux")]
@@ -64,6 +65,7 @@ pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_valu
 pub use hidden::flags;
 pub use keeper::keep_child;
 pub use listing::{accept, definition};
+pub use oauth::{ConnectEvent, SignInError, Subject};
 pub use order::{BECOME, KEEP};
 pub use schema::{Health, Room, json_schema, listed_schema};
 
@@ -242,6 +244,11 @@ impl Mcp {
     /// `now`: somebody asked for it, and wants no answer of before.
     async fn sync(&self, server: &Server, agent: Option<&AgentId>, now: bool) -> Result<ToolChanges, SyncError> {
         let (listed, era) = self.list(server, agent, now).await?;
+        self.keep(server, &listed, era).await
+    }
+
+    /// Makes the stored tools of a server equal to what it listed.
+    async fn keep(&self, server: &Server, listed: &Listed, era: Era) -> Result<ToolChanges, SyncError> {
         let (offered, skipped) = accept(&listed.tools);
         // A server may call a tool by what it was given.
         let secrets = server.config.0.as_ref().map(secrets::of).unwrap_or_default();
@@ -292,33 +299,6 @@ impl Mcp {
                 }
             }
         }
-    }
-
-    /// Tools as a registered server lists them now; nothing is stored but how the contact went. One of the server's calls.
-    pub async fn live_tools(&self, server: &Server) -> Result<Vec<Box<RawValue>>, Error> {
-        let _place = self.pool.enter(&server.id, Instant::now() + self.settings.list_timeout).await?;
-        Ok(self.list(server, None, true).await?.0.tools)
-    }
-
-    /// Tools as a server lists them that is not registered; nothing of it is kept. It goes on when the caller leaves, to
-    /// the end of what it started.
-    ///
-    /// # Errors
-    /// As for one that is; [`Error::StdioOff`] and [`Error::NoTemplate`], too.
-    pub async fn try_out(&self, connector: &Connector) -> Result<Vec<Box<RawValue>>, Error> {
-        let (mcp, connector) = (self.clone(), connector.clone());
-        let trying = async move {
-            // What runs for it is known by an id, as what runs for a server is.
-            let id = format!("trial-{}", uuid::Uuid::new_v4());
-            let listed = mcp.stop.run_until_cancelled(async {
-                let session = mcp.pool.connect(&id, &connector, None).await?;
-                session.list_tools(None, Instant::now() + mcp.settings.list_timeout).await
-            });
-            let listed = listed.await.unwrap_or(Err(Error::Stopping));
-            mcp.deleted(&id);
-            listed.map(|listed| listed.tools)
-        };
-        self.tracker.spawn(trying).await.unwrap_or(Err(Error::Stopping))
     }
 
     /// The live session of a server, and whether it was opened just now. An opening goes on when the caller leaves.

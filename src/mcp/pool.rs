@@ -298,15 +298,21 @@ impl Pool {
         self.connect(&server.id, connector, server.era()).await.map(Arc::new)
     }
 
-    /// A session that is its caller's alone.
-    pub async fn connect(&self, id: &str, connector: &Connector, era: Option<Era>) -> Result<Session, Error> {
+    /// A session of its own to a connector that is not registered, which ends when it is dropped; `id` is that of no
+    /// server.
+    pub async fn open_apart(&self, id: &str, connector: &Connector) -> Result<Session, Error> {
+        self.connect(id, connector, None).await
+    }
+
+    async fn connect(&self, id: &str, connector: &Connector, era: Option<Era>) -> Result<Session, Error> {
         // Before it makes another child leave.
         self.context.children.check(connector)?;
         let permit = match connector {
             Connector::Stdio(_) => Some(self.child_permit().await?),
             Connector::Sse(_) | Connector::StreamableHttp(_) => None,
         };
-        Session::open(connector, era, &self.context, self.news.bell(id), permit).await
+        let bell = self.news.bell(id);
+        Session::open(connector, era, &self.context, bell, permit).await
     }
 
     /// Room for one more child; the one that is idle longest makes it.
