@@ -78,8 +78,8 @@ impl<S: Send + Sync> FromRequestParts<S> for ServerName {
 
     async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
         let name = names(parts, state).await.and_then(|names| names.into_iter().next());
-        // PostgreSQL has no text with NUL.
-        let name = name.filter(|name| !name.contains('\0')).ok_or(Error::NoServerNamed)?;
+        // No name has control characters, and PostgreSQL has no text with NUL.
+        let name = name.filter(|name| !name.contains(char::is_control)).ok_or(Error::NoServerNamed)?;
         Ok(Self(name.trim().to_owned()))
     }
 }

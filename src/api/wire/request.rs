@@ -291,9 +291,13 @@ impl ConnectorFields {
         }
         // With `config`, whatever else stands beside it belongs to the other shape or to none.
         top.refuse_rest(reader);
+        let mut server_type = read_type(&mut level, reader);
+        if is_command && server_type.replace(ServerType::Stdio).is_some_and(|other| other != ServerType::Stdio) {
+            reader.issue(&level.at("type"), "What stands in stdio_config is a stdio server.");
+        }
         let fields = Self {
             shape,
-            server_type: read_type(&mut level, reader).or(is_command.then_some(ServerType::Stdio)),
+            server_type,
             command: level.text("command", reader),
             args: level.list("args", reader),
             env: level.secrets("env", reader),
