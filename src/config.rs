@@ -304,6 +304,46 @@ pub struct Upstream {
     pub legacy_arg_split: bool,
     #[command(flatten)]
     pub tools: Tools,
+    #[command(flatten)]
+    pub sign_in: SignIn,
+}
+
+/// Where the answer of a sign-in comes to, and what says who Portolan is, below the public URL.
+const CALLBACK_PATH: &str = "/v1/tools/mcp/oauth/callback";
+const CLIENT_METADATA_PATH: &str = "/v1/tools/mcp/oauth/client-metadata.json";
+
+/// Sign-ins to MCP servers by OAuth.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Sign-in")]
+pub struct SignIn {
+    /// Where browsers reach Portolan, for example https://portolan.example.com; they come back there from a sign-in to an
+    /// MCP server
+    #[arg(long, env = "PORTOLAN_PUBLIC_URL", value_parser = base_url, global = true, value_name = "URL")]
+    pub public_url: Option<Url>,
+    /// The same under the name that Letta gave it
+    #[arg(long, env = "LETTA_AGENTS_ENDPOINT", value_parser = base_url, global = true, value_name = "URL")]
+    pub letta_agents_endpoint: Option<Url>,
+    /// How long a person may take to sign in
+    #[arg(long, env = "PORTOLAN_SIGN_IN_TIMEOUT", default_value = "5m", value_parser = duration, global = true, value_name = "TIME")]
+    pub sign_in_timeout: Duration,
+}
+
+impl SignIn {
+    /// Where an authorization server is to send the browser; `None` when Portolan does not know where it is reached.
+    pub fn redirect_uri(&self) -> Option<String> {
+        self.below(CALLBACK_PATH)
+    }
+
+    /// Where authorization servers can read who Portolan is; `None` when they would not take it (Client ID Metadata
+    /// Document, draft-ietf-oauth-client-id-metadata-document: https alone).
+    pub fn client_metadata_url(&self) -> Option<String> {
+        self.below(CLIENT_METADATA_PATH).filter(|url| url.starts_with("https://"))
+    }
+
+    fn below(&self, path: &str) -> Option<String> {
+        let base = self.public_url.as_ref().or(self.letta_agents_endpoint.as_ref())?;
+        Some(format!("{}{path}", base.as_str().trim_end_matches('/')))
+    }
 }
 
 /// What servers offer.
@@ -540,6 +580,14 @@ fn origin(text: &str) -> Result<Origin, String> {
         Some(Origin::One(format!("{}://{host}{port}", url.scheme())))
     });
     written.ok_or_else(|| "write scheme, host and port alone, for example https://app.example.com".to_owned())
+}
+
+fn base_url(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text).ok().filter(|url| {
+        let bare = url.query().is_none() && url.fragment().is_none() && url.username().is_empty();
+        matches!(url.scheme(), "http" | "https") && url.host().is_some() && bare && url.password().is_none()
+    });
+    url.ok_or_else(|| "write scheme and host alone, for example https://portolan.example.com".to_owned())
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

@@ -56,6 +56,11 @@ pub enum Error {
     NoServer,
     #[error("This MCP server has no tool with this id.")]
     NoTool,
+    /// As these two, where a path names what it means.
+    #[error("There is no MCP server with this name.")]
+    NoServerNamed,
+    #[error("This MCP server has no tool with this name; resync it if it should.")]
+    NoToolNamed,
     #[error("{}", held(.is_new))]
     ToolHeld { is_new: bool },
     #[error("The definition of this tool has another hash now; look at it again before you approve it.")]
@@ -154,7 +159,9 @@ impl Error {
 
     fn status(&self) -> (StatusCode, &'static str) {
         match self {
-            Self::NoRoute | Self::NoServer | Self::NoTool => (StatusCode::NOT_FOUND, "not_found"),
+            Self::NoRoute | Self::NoServer | Self::NoTool | Self::NoServerNamed | Self::NoToolNamed => {
+                (StatusCode::NOT_FOUND, "not_found")
+            }
             Self::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized"),
             Self::Guessing { .. } => (StatusCode::TOO_MANY_REQUESTS, "too_many_attempts"),
             Self::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
@@ -331,6 +338,8 @@ mod tests {
             Error::Disabled(mcp::Error::StdioOff),
             Error::NoServer,
             Error::NoTool,
+            Error::NoServerNamed,
+            Error::NoToolNamed,
             Error::ToolHeld { is_new: true },
             Error::ToolChanged,
             Error::NameTaken,
@@ -356,6 +365,7 @@ mod tests {
                 Error::Overload { .. } | Error::Crowded | Error::Unavailable(_) => true,
                 Error::Full { repeatable } => repeatable,
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
+                Error::NoServerNamed | Error::NoToolNamed => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
                 Error::ToolHeld { .. } | Error::ToolChanged => false,
                 Error::HostUnclear | Error::HostNotAllowed | Error::PageNotAllowed => false,

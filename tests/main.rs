@@ -15,6 +15,7 @@ mod entry;
 mod headers;
 mod house;
 mod known;
+mod legacy;
 mod masking;
 mod misbehaviour;
 mod process;

@@ -24,6 +24,7 @@ mod lines;
 mod listing;
 mod message;
 mod mirror;
+mod oauth;
 mod order;
 mod pool;
 #[cfg(target_os = "linux")]
@@ -67,8 +68,9 @@ pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_valu
 pub use hidden::flags;
 pub use keeper::keep_child;
 pub use listing::{accept, definition};
+pub use oauth::{ConnectEvent, SignInError, Subject};
 pub use order::{BECOME, KEEP};
-pub use schema::{Room, json_schema};
+pub use schema::{Health, Room, json_schema, listed_schema};
 pub use template::{bare, templates};
 pub use variables::{Variables, VariablesError, VariablesFile, VariablesFileError};
 
@@ -270,6 +272,17 @@ impl Mcp {
         now: bool,
     ) -> Result<ToolChanges, SyncError> {
         let (listed, era) = self.list(server, agent, given, now).await?;
+        self.keep(server, given, &listed, era).await
+    }
+
+    /// Makes the stored tools of a server equal to what it listed.
+    async fn keep(
+        &self,
+        server: &Server,
+        given: &Variables,
+        listed: &Listed,
+        era: Era,
+    ) -> Result<ToolChanges, SyncError> {
         let (offered, skipped) = accept(&listed.tools);
         // A server may call a tool by what it was given.
         let filled = server.config.0.as_ref().ok().and_then(|connector| self.filled(connector, given).ok());

@@ -432,14 +432,25 @@ impl Pool {
     async fn open(&self, server: &Server, filling: &Filling) -> Result<Arc<Session>, Error> {
         let connector = server.config.0.as_ref().map_err(|unreadable| Error::Config(*unreadable))?;
         let filled = Filled::new(connector, filling)?;
+        self.connect(&server.id, &filled, server.era()).await.map(Arc::new)
+    }
+
+    /// A session of its own to a connector that is not registered, for a request that brings these values. It ends when it
+    /// is dropped; `id` is that of no server.
+    pub async fn open_apart(&self, id: &str, connector: &Connector, given: &Variables) -> Result<Session, Error> {
+        let filled = Filled::new(connector, &self.variables.choose_for(connector, given)?)?;
+        self.connect(id, &filled, None).await
+    }
+
+    async fn connect(&self, id: &str, filled: &Filled, era: Option<Era>) -> Result<Session, Error> {
         // Before it makes another child leave.
         self.context.children.check(&filled.connector)?;
-        let permit = match connector {
+        let permit = match &filled.connector {
             Connector::Stdio(_) => Some(self.child_permit().await?),
             Connector::Sse(_) | Connector::StreamableHttp(_) => None,
         };
-        let bell = self.news.bell(&server.id);
-        Session::open(&filled, server.era(), &self.context, bell, permit).await.map(Arc::new)
+        let bell = self.news.bell(id);
+        Session::open(filled, era, &self.context, bell, permit).await
     }
 
     /// Room for one more child; the one that is idle longest makes it.
