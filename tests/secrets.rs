@@ -131,7 +131,7 @@ impl Told {
 }
 
 /// Every table of the database as one text.
-async fn dump(database: &Database, data: &Path) -> String {
+pub(crate) async fn dump(database: &Database, data: &Path) -> String {
     let Some(url) = database.url() else {
         let mut text = String::new();
         for entry in std::fs::read_dir(data).unwrap().flatten() {
@@ -162,7 +162,7 @@ async fn dump(database: &Database, data: &Path) -> String {
 }
 
 #[track_caller]
-fn assert_none(what: &str, text: &str) {
+pub(crate) fn assert_none(what: &str, text: &str) {
     for bird in [BIRD, "LWJpcm", "1iaXJk", "tYmlyZ"] {
         // The last three are what base64 makes of it, wherever it stands in a text.
         if let Some(place) = text.find(bird) {
