@@ -602,7 +602,7 @@ impl Before {
             .fold(text.to_owned(), |text, (name, value)| text.replace(name, value))
     }
 
-    async fn ask(&self, method: &str, path: &str, body: &Value) -> crate::harness::Answer {
+    async fn ask(&self, method: &str, path: &str, body: &Value) -> Answer {
         let body: Value = serde_json::from_str(&self.fill(&body.to_string())).unwrap();
         let path = format!("/v1/mcp-servers{}", self.fill(path));
         self.host.remote.send(method, &path, Some(&body).filter(|body| !body.is_null())).await
