@@ -24,6 +24,7 @@ mod runs;
 mod sealing;
 mod secrets;
 mod servers;
+mod templates;
 mod tool_changes;
 mod tools;
 mod transports;

@@ -30,7 +30,7 @@ use super::message::{self, METHOD_NOT_FOUND, RpcError};
 use super::remote::HttpError;
 use super::sse::SseWire;
 use super::stdio::StdioWire;
-use super::template::Filled;
+use super::template::{Filled, FilledStdio};
 use super::watch::Bell;
 use super::{AgentId, Error, mirror};
 
@@ -217,10 +217,11 @@ impl Session {
         let share = context.budget.share();
         let opening = async {
             let wire = match &filled.connector {
-                Connector::Stdio(config) => Wire::Stdio(
-                    StdioWire::open(config, filled, context, share, bell.clone(), permit, end.clone(), deadline)
-                        .await?,
-                ),
+                Connector::Stdio(config) => {
+                    let command = FilledStdio { config, filled };
+                    let (bell, end) = (bell.clone(), end.clone());
+                    Wire::Stdio(StdioWire::open(command, context, share, bell, permit, end, deadline).await?)
+                }
                 Connector::Sse(remote) => {
                     Wire::Sse(SseWire::open(remote, context, share, bell.clone(), end.clone(), deadline).await?)
                 }
