@@ -15,6 +15,7 @@ mod entry;
 mod headers;
 mod house;
 mod known;
+mod letta;
 mod masking;
 mod misbehaviour;
 mod process;
