@@ -16,6 +16,7 @@ mod headers;
 mod house;
 mod known;
 mod legacy;
+mod letta;
 mod masking;
 mod misbehaviour;
 mod process;

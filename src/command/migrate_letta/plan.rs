@@ -292,7 +292,7 @@ impl Draft<'_> {
         if token.is_some() && row.token_enc.as_deref().is_none_or(str::is_empty) {
             self.note("its token comes from a column that the last versions of Letta do not read");
         }
-        let text = self.open("headers", row.custom_headers_enc.as_deref(), row.custom_headers.as_deref());
+        let text = self.open("set of headers", row.custom_headers_enc.as_deref(), row.custom_headers.as_deref());
         let headers = text.and_then(|text| match serde_json::from_str::<Option<SecretMap>>(text.expose()) {
             Ok(headers) => headers,
             Err(_) => {
@@ -354,8 +354,8 @@ impl Draft<'_> {
     fn refuse_closed(&mut self, without_secrets: bool) {
         for (what, closed) in std::mem::take(&mut self.closed) {
             match without_secrets {
-                true => self.notes.push(format!("comes without its {what}, which {closed}")),
-                false => self.reasons.push(format!("its {what} {closed}")),
+                true => self.notes.push(format!("its {what} does not come: {closed}")),
+                false => self.reasons.push(format!("its {what} cannot be opened: {closed}")),
             }
         }
     }
