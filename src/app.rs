@@ -42,6 +42,8 @@ pub struct App {
     pub bodies: Bodies,
     /// Which web pages may come in.
     pub origins: Origins,
+    /// Set at the start of the drain: what would go on by itself for long ends.
+    pub stopping: CancellationToken,
     tracker: TaskTracker,
 }
 
@@ -105,7 +107,8 @@ impl App {
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
-        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, bodies, origins, tracker })
+        let stopping = CancellationToken::new();
+        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, bodies, origins, stopping, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
@@ -119,6 +122,7 @@ impl App {
         // A client whose connection is cut would ask for its run again, at a Portolan that knows nothing of it.
         let answering = async {
             shutdown.cancelled().await;
+            self.stopping.cancel();
             sleep(drain.mul_f64(RUNS_SHARE)).await;
             self.runs.end();
             pending::<()>().await;

@@ -18,6 +18,7 @@ mod known;
 mod legacy;
 mod masking;
 mod misbehaviour;
+mod oauth;
 mod process;
 mod repeats;
 mod runs;

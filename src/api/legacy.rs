@@ -10,10 +10,12 @@ use tokio::task::spawn_blocking;
 
 use crate::app::App;
 use crate::error::Error;
-use crate::mcp::SyncError;
+use crate::mcp::{Subject, SyncError};
 use crate::model::Server;
 
+use super::access::Caller;
 use super::guard::{JsonBody, RunBody, ServerName, ToolId, ToolName, UnusedBody};
+use super::oauth;
 use super::repeats::Repeat;
 use super::reveal::Shown;
 use super::servers::{self, ForAgent};
@@ -89,6 +91,13 @@ pub async fn test(State(app): State<App>, JsonBody(body): JsonBody) -> Result<Re
     let trying = app.clone();
     let listed = app.to_the_end(async move { Ok(trying.mcp.try_out(&request.connector).await?) }).await?;
     json_of(move || trial(&listed)).await
+}
+
+/// As the connect of a registered server, but that nothing is stored of its tools; letta-code registers it afterwards.
+pub async fn connect(State(app): State<App>, caller: Caller, JsonBody(body): JsonBody) -> Result<Response, Error> {
+    let CreateServer { server_name, connector } = CreateServer::read(body)?;
+    app.mcp.check(&connector).map_err(Error::Disabled)?;
+    Ok(oauth::stream(&app, Subject::Unregistered { server_name, connector }, &caller))
 }
 
 /// A server's tools can be thousands and hostile: no other request waits while they are mapped.

@@ -148,16 +148,19 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Resting { rest, .. } => Some(*rest),
-            Self::QueueFull | Self::QueueTimeout | Self::NoChildFree | Self::Store | Self::Stopping => {
-                Some(Duration::from_secs(1))
-            }
+            Self::Http(HttpError::NoToken(_))
+            | Self::QueueFull
+            | Self::QueueTimeout
+            | Self::NoChildFree
+            | Self::Store
+            | Self::Stopping => Some(Duration::from_secs(1)),
             _ => None,
         }
     }
 
     pub(super) fn state(&self) -> State {
         match self {
-            Self::Http(HttpError::SignIn) => State::AuthRequired,
+            Self::Http(HttpError::SignIn(_)) => State::AuthRequired,
             _ => State::Unreachable,
         }
     }

@@ -73,6 +73,7 @@ use budget::Budget;
 use child::Children;
 use exchange::Answer;
 use message::RpcError;
+use oauth::SignIns;
 use pool::Pool;
 use result::ToolResult;
 use schema::{HEARTBEAT, declares};
@@ -116,6 +117,7 @@ pub struct Mcp {
     pool: Arc<Pool>,
     /// The way out, for all that is sent.
     pub egress: Egress,
+    sign_ins: SignIns,
     settings: Upstream,
     children: Children,
     tracker: TaskTracker,
@@ -137,7 +139,9 @@ impl Mcp {
     /// Sessions and background work are tasks on `tracker`. To be called in the runtime that serves.
     pub fn new(store: Store, settings: Upstream, egress: Egress, children: Children, tracker: TaskTracker) -> Self {
         let stop = CancellationToken::new();
+        let sign_ins = SignIns::new(store.clone(), egress.clone(), tracker.clone(), settings.sign_in.clone());
         let context = Context {
+            sign_ins: sign_ins.clone(),
             settings: settings.clone(),
             egress: egress.clone(),
             tracker: tracker.clone(),
@@ -147,7 +151,7 @@ impl Mcp {
         };
         let news = Arc::new(News::default());
         let pool = Arc::new(Pool::new(context, store.clone(), news.clone()));
-        let mcp = Self { store, pool, egress, settings, children, tracker, stop, syncing: Arc::default() };
+        let mcp = Self { store, pool, egress, sign_ins, settings, children, tracker, stop, syncing: Arc::default() };
         mcp.tracker.spawn(watch(mcp.clone(), news));
         mcp.tidy();
         mcp

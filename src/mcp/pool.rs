@@ -21,6 +21,7 @@ use crate::model::{Connector, Era, Server, ServerType, State};
 use crate::store::{Reached, Store};
 
 use super::Error;
+use super::oauth::Signer;
 use super::session::{Context, Session};
 use super::watch::News;
 
@@ -295,16 +296,26 @@ impl Pool {
 
     async fn open(&self, server: &Server) -> Result<Arc<Session>, Error> {
         let connector = server.config.0.as_ref().map_err(|unreadable| Error::Config(*unreadable))?;
-        self.connect(&server.id, connector, server.era()).await.map(Arc::new)
+        let signer = match connector {
+            Connector::Stdio(_) => None,
+            Connector::Sse(remote) | Connector::StreamableHttp(remote) => self.context.sign_ins.of(&server.id, remote),
+        };
+        self.connect(&server.id, connector, signer, server.era()).await.map(Arc::new)
     }
 
     /// A session of its own to a connector that is not registered, which ends when it is dropped; `id` is that of no
     /// server.
-    pub async fn open_apart(&self, id: &str, connector: &Connector) -> Result<Session, Error> {
-        self.connect(id, connector, None).await
+    pub async fn open_apart(&self, id: &str, connector: &Connector, signer: Option<Signer>) -> Result<Session, Error> {
+        self.connect(id, connector, signer, None).await
     }
 
-    async fn connect(&self, id: &str, connector: &Connector, era: Option<Era>) -> Result<Session, Error> {
+    async fn connect(
+        &self,
+        id: &str,
+        connector: &Connector,
+        signer: Option<Signer>,
+        era: Option<Era>,
+    ) -> Result<Session, Error> {
         // Before it makes another child leave.
         self.context.children.check(connector)?;
         let permit = match connector {
@@ -312,7 +323,7 @@ impl Pool {
             Connector::Sse(_) | Connector::StreamableHttp(_) => None,
         };
         let bell = self.news.bell(id);
-        Session::open(connector, era, &self.context, bell, permit).await
+        Session::open(connector, signer, era, &self.context, bell, permit).await
     }
 
     /// Room for one more child; the one that is idle longest makes it.

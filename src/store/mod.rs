@@ -12,6 +12,7 @@ mod known;
 mod seal;
 mod sealing;
 mod servers;
+mod sign_ins;
 mod tools;
 
 use std::path::{Path, PathBuf};
@@ -32,6 +33,7 @@ pub use keys::{KeyError, KeySource, new_key};
 pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};
+pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
 
 use known::{Known, SHARED_TRUST};
 use sealing::Seal;
