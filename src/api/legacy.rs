@@ -93,11 +93,14 @@ pub async fn test(State(app): State<App>, JsonBody(body): JsonBody) -> Result<Re
     json_of(move || trial(&listed)).await
 }
 
-/// As the connect of a registered server, but that nothing is stored of its tools; letta-code registers it afterwards.
+/// As the connect of a registered server, which it is when exactly this one is registered.
 pub async fn connect(State(app): State<App>, caller: Caller, JsonBody(body): JsonBody) -> Result<Response, Error> {
     let CreateServer { server_name, connector } = CreateServer::read(body)?;
     app.mcp.check(&connector).map_err(Error::Disabled)?;
-    Ok(oauth::stream(&app, Subject::Unregistered { server_name, connector }, &caller))
+    let registered = app.store.server_by_name(&server_name).await?;
+    let same = registered.filter(|server| server.config.0.as_ref().ok() == Some(&connector));
+    let subject = same.map_or(Subject::Unregistered { server_name, connector }, Subject::Registered);
+    Ok(oauth::stream(&app, subject, &caller))
 }
 
 /// A server's tools can be thousands and hostile: no other request waits while they are mapped.
