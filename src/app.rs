@@ -42,8 +42,6 @@ pub struct App {
     pub bodies: Bodies,
     /// Which web pages may come in.
     pub origins: Origins,
-    /// Set at the start of the drain: what would go on by itself for long ends.
-    pub stopping: CancellationToken,
     tracker: TaskTracker,
 }
 
@@ -107,8 +105,7 @@ impl App {
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
-        let stopping = CancellationToken::new();
-        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, bodies, origins, stopping, tracker })
+        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, bodies, origins, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
@@ -122,7 +119,6 @@ impl App {
         // A client whose connection is cut would ask for its run again, at a Portolan that knows nothing of it.
         let answering = async {
             shutdown.cancelled().await;
-            self.stopping.cancel();
             sleep(drain.mul_f64(RUNS_SHARE)).await;
             self.runs.end();
             pending::<()>().await;

@@ -17,8 +17,7 @@ use futures_util::stream::unfold;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::sync::mpsc::Receiver;
-use tokio::time::sleep;
-use tokio_util::sync::CancellationToken;
+use tokio::time::timeout;
 
 use crate::app::App;
 use crate::error::Error;
@@ -50,11 +49,12 @@ pub async fn connect(
     Ok(stream(&app, Subject::Registered(server), &caller))
 }
 
-/// Connects, and tells of it as it happens. Whoever drops the answer ends the connecting, and so does the end of Portolan.
+/// Connects, and tells of it as it happens. Whoever drops the answer ends the connecting, and so does a stop of Portolan,
+/// which ends all event streams.
 pub(super) fn stream(app: &App, subject: Subject, caller: &Caller) -> Response {
     let redirect_uri = app.settings.upstream.sign_in.redirect_uri();
     let events = app.mcp.connect(subject, redirect_uri, caller.name().unwrap_or_default());
-    streaming(Body::from_stream(frames(events, PING_EVERY, app.stopping.clone())))
+    streaming(Body::from_stream(frames(events, PING_EVERY)))
 }
 
 fn streaming(body: Body) -> Response {
@@ -64,22 +64,13 @@ fn streaming(body: Body) -> Response {
 }
 
 /// The frames of a connect, with a comment after each time without one.
-fn frames(
-    events: Receiver<ConnectEvent>,
-    ping_every: Duration,
-    stopping: CancellationToken,
-) -> impl Stream<Item = Result<Bytes, Infallible>> {
-    unfold(Some((events, stopping)), move |state| async move {
-        let (mut events, stopping) = state?;
-        tokio::select! {
-            biased;
-            event = events.recv() => Some((Ok(frame(&event?)), Some((events, stopping)))),
-            () = stopping.cancelled() => {
-                let message = "Portolan is stopping; connect again in a moment.".to_owned();
-                Some((Ok(frame(&ConnectEvent::Error { message })), None))
-            }
-            () = sleep(ping_every) => Some((Ok(PING), Some((events, stopping)))),
-        }
+fn frames(events: Receiver<ConnectEvent>, ping_every: Duration) -> impl Stream<Item = Result<Bytes, Infallible>> {
+    unfold(events, move |mut events| async move {
+        let bytes = match timeout(ping_every, events.recv()).await {
+            Ok(event) => frame(&event?),
+            Err(_) => PING,
+        };
+        Some((Ok(bytes), events))
     })
 }
 
@@ -102,24 +93,17 @@ pub async fn callback_of_session(
     method: Method,
     headers: HeaderMap,
     brought: Given,
-) -> Result<Response, Error> {
+) -> Response {
     callback(app, method, headers, brought).await
 }
 
-pub async fn callback(
-    State(app): State<App>,
-    method: Method,
-    headers: HeaderMap,
-    brought: Given,
-) -> Result<Response, Error> {
+/// The browser of whoever signed in, or a program that was told where it came to. Who holds the state may finish the sign-in.
+pub async fn callback(State(app): State<App>, method: Method, headers: HeaderMap, brought: Given) -> Response {
     // A link is looked at with HEAD before somebody follows it: the code is good once.
     let outcome = match (method, brought) {
         (Method::HEAD, _) => Err(SignInError::MissingState),
         (_, Err(_)) => Err(SignInError::Failed("the parameters cannot be read".to_owned())),
-        (_, Ok(Query(brought))) => {
-            let finishing = app.clone();
-            app.to_the_end(async move { Ok(finish(&finishing, brought).await) }).await?
-        }
+        (_, Ok(Query(brought))) => finish(&app, brought).await,
     };
     let mut response = match page::is_preferred(&headers) {
         true => as_page(&outcome),
@@ -130,7 +114,7 @@ pub async fn callback(
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     headers.insert(VARY, HeaderValue::from_static("accept"));
-    Ok(response)
+    response
 }
 
 async fn finish(app: &App, brought: Brought) -> Result<String, SignInError> {
@@ -195,7 +179,7 @@ mod tests {
     #[tokio::test]
     async fn a_silent_stream_is_kept_open_and_ends_with_its_events() {
         let (sender, events) = channel(1);
-        let mut frames = Box::pin(frames(events, Duration::from_millis(1), CancellationToken::new()));
+        let mut frames = Box::pin(frames(events, Duration::from_millis(1)));
         for _ in 0..2 {
             assert_eq!(frames.next().await, Some(Ok(PING)));
         }
@@ -208,23 +192,8 @@ mod tests {
         };
         assert_eq!(told, Some(Ok(frame(&ConnectEvent::WaitingForAuth))));
         drop(sender);
-        loop {
-            match frames.next().await {
-                Some(Ok(frame)) => assert_eq!(frame, PING),
-                _ => break,
-            }
+        while let Some(Ok(frame)) = frames.next().await {
+            assert_eq!(frame, PING);
         }
-    }
-
-    #[tokio::test]
-    async fn a_stream_ends_with_portolan() {
-        let (sender, events) = channel::<ConnectEvent>(1);
-        let stopping = CancellationToken::new();
-        let frames = frames(events, Duration::from_secs(60), stopping.clone());
-        stopping.cancel();
-        let told: Vec<_> = frames.collect().await;
-        assert_eq!(told.len(), 1);
-        assert!(told[0].as_ref().is_ok_and(|frame| frame.starts_with(br#"data: {"event":"error""#)));
-        assert!(sender.is_closed(), "nobody waits for the rest");
     }
 }

@@ -414,6 +414,10 @@ fn may_come_back(status: StatusCode) -> bool {
 async fn refused(id: u64, in_session: bool, response: reqwest::Response, signer: Option<&Signer>) -> CallError {
     let status = response.status();
     let error = HttpError::of(&response, signer);
+    // What nobody has signed in to has done nothing. With a configured token it may be that one call which is refused.
+    if matches!(error, HttpError::SignIn(_)) && signer.is_some() {
+        return CallError::NotSent(error.into());
+    }
     if matches!(error, HttpError::SignIn(_)) || status == StatusCode::TOO_MANY_REQUESTS {
         return CallError::Refused(error.into());
     }

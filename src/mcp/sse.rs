@@ -115,6 +115,10 @@ impl SseWire {
                 posted = &mut posting => match posted {
                     Ok(()) => {}
                     Err(error) if error.is_unsent() => return Err(CallError::NotSent(error.into())),
+                    // What nobody has signed in to has done nothing.
+                    Err(error @ HttpError::SignIn(_)) if self.0.signer.is_some() => {
+                        return Err(CallError::NotSent(error.into()));
+                    }
                     Err(HttpError::Status { status, retry_after }) if status.is_server_error() => {
                         return Err(CallError::Lost(HttpError::Status { status, retry_after }.into()));
                     }

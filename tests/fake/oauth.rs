@@ -53,6 +53,8 @@ const BODY_LIMIT: usize = 1 << 20;
 pub(crate) struct Rules {
     /// How long access tokens last, in seconds; `None`: it does not say, and they last an hour.
     pub(crate) expires_in: Option<u64>,
+    /// How long they really last; `None`: as it says.
+    pub(crate) lasts: Option<Duration>,
     pub(crate) refresh: Refresh,
     /// The user says no.
     pub(crate) refuses: bool,
@@ -73,6 +75,7 @@ impl Default for Rules {
     fn default() -> Self {
         Self {
             expires_in: Some(3600),
+            lasts: None,
             refresh: Refresh::Rotates,
             refuses: false,
             iss: None,
@@ -247,6 +250,7 @@ impl Authority {
             is_embedded,
             metadata: Mutex::new(json!({})),
             challenge: Mutex::default(),
+            refused: AtomicUsize::new(0),
         })
     }
 
@@ -352,6 +356,7 @@ pub(crate) struct Guard {
     is_embedded: bool,
     metadata: Mutex<Value>,
     challenge: Mutex<Option<String>>,
+    refused: AtomicUsize,
 }
 
 impl Guard {
@@ -363,6 +368,11 @@ impl Guard {
     /// In place of its own `WWW-Authenticate`.
     pub(crate) fn set_challenge(&self, challenge: &str) {
         *locked(&self.challenge) = Some(challenge.to_owned());
+    }
+
+    /// How many requests came without a token that is good here.
+    pub(crate) fn refused(&self) -> usize {
+        self.refused.load(Relaxed)
     }
 
     pub(crate) fn unset_challenge(&self) {
@@ -398,6 +408,7 @@ impl Guard {
         if bearer.is_some_and(|token| self.issuer.knows(token, &format!("http://{addr}{of}"))) {
             return None;
         }
+        self.refused.fetch_add(1, Relaxed);
         let error = if bearer.is_some() { r#"error="invalid_token", "# } else { "" };
         let own = || format!(r#"Bearer {error}resource_metadata="http://{addr}{RESOURCE}{of}""#);
         let challenge = locked(&self.challenge).clone().unwrap_or_else(own);
@@ -567,7 +578,7 @@ impl Issuer {
                 let mut books = locked(&self.books);
                 books.families += 1;
                 let code = Code {
-                    client_id: client.id.clone(),
+                    client_id: client.id,
                     redirect_uri: redirect_uri.to_owned(),
                     challenge: challenge.to_owned(),
                     resource: resource.to_owned(),
@@ -662,18 +673,18 @@ impl Issuer {
             _ => return Err((StatusCode::BAD_REQUEST, "unsupported_grant_type")),
         };
         *books.granted.entry(grant_type.to_owned()).or_default() += 1;
-        let lasts = Duration::from_secs(rules.expires_in.unwrap_or(3600));
-        let token = |spent| Token {
+        let lasts = rules.lasts.unwrap_or(Duration::from_secs(rules.expires_in.unwrap_or(3600)));
+        let token = || Token {
             client_id: client.id.clone(),
             resource: resource.clone(),
             scope: scope.clone(),
             family,
             ends: Instant::now() + lasts,
-            spent,
+            spent: false,
         };
         let access = secret("access", rules);
         let mut answer = json!({ "access_token": access, "token_type": "Bearer" });
-        books.access.insert(access, token(false));
+        books.access.insert(access, token());
         if let Some(seconds) = rules.expires_in {
             answer["expires_in"] = json!(seconds);
         }
@@ -683,7 +694,7 @@ impl Issuer {
         if is_person && rules.refresh != Refresh::Never {
             let refresh = secret("refresh", rules);
             answer["refresh_token"] = json!(refresh);
-            books.refresh.insert(refresh, token(false));
+            books.refresh.insert(refresh, token());
         }
         Ok(answer)
     }

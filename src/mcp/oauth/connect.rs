@@ -8,7 +8,6 @@ use std::time::Duration;
 use chrono::TimeDelta;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
-use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
@@ -32,6 +31,8 @@ const CONNECTS: (usize, usize) = (8, 128);
 /// How long finding the authorization server and registering there may take, and how long asking it for tokens.
 const BEGIN_TIMEOUT: Duration = Duration::from_secs(60);
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the browser of a person who has signed in waits for the tools.
+const BROWSER_PATIENCE: Duration = Duration::from_secs(10);
 /// How often to look whether another Portolan has got the answer.
 const LOOK: Duration = Duration::from_millis(500);
 /// The most of an authorization server's own words that is shown, in characters.
@@ -124,9 +125,13 @@ impl Mcp {
             tokio::select! {
                 () = attending => {}
                 () = events.closed() => {}
+                () = stop.cancelled() => {
+                    // One that has not read the six events before reads no seventh.
+                    let _ = events.try_send(ConnectEvent::Error { message: Error::Stopping.to_string() });
+                }
             }
         };
-        self.tracker.spawn(async move { stop.run_until_cancelled(connecting).await });
+        self.tracker.spawn(connecting);
         receiver
     }
 
@@ -220,7 +225,7 @@ impl Mcp {
                 if let Some(server_id) = server_id {
                     // The next session is that of whoever has signed in now.
                     self.pool.forget(server_id);
-                    self.sync_signed_in(server_id);
+                    self.sync_signed_in(server_id).await;
                 }
                 Ok(server_url)
             }
@@ -231,8 +236,9 @@ impl Mcp {
         }
     }
 
-    /// Whoever began the sign-in may not be there any more; the server is ready all the same.
-    fn sync_signed_in(&self, server_id: &str) {
+    /// Lists the tools of a server that somebody has signed in to: whoever began that may not be there any more. Goes on
+    /// when it takes longer than a browser is to wait.
+    async fn sync_signed_in(&self, server_id: &str) {
         let (mcp, stop, server_id) = (self.clone(), self.stop.clone(), server_id.to_owned());
         let syncing = async move {
             if let Ok(Some(server)) = mcp.store.server(&server_id).await {
@@ -240,7 +246,8 @@ impl Mcp {
                 let _ = mcp.sync_tools(&server, None).await;
             }
         };
-        self.tracker.spawn(async move { stop.run_until_cancelled(syncing).await });
+        let syncing = self.tracker.spawn(async move { stop.run_until_cancelled(syncing).await });
+        let _ = timeout(BROWSER_PATIENCE, syncing).await;
     }
 
     /// Tokens for a code; stored for a registered server, returned for any other.
@@ -341,22 +348,6 @@ impl Mcp {
         let (listed, era) = self.list(&server, None, true).await?;
         self.keep(&server, &listed, era).await?;
         Ok(listed.tools)
-    }
-
-    /// What authorization servers read that take the URL of this document for a client's id; `None` when Portolan has no
-    /// public https address. Served at [`config::SignIn::client_metadata_url`](crate::config::SignIn::client_metadata_url).
-    pub fn client_metadata(&self) -> Option<Value> {
-        let settings = &self.sign_ins.0.settings;
-        let (client_id, redirect_uri) = (settings.client_metadata_url()?, settings.redirect_uri()?);
-        Some(json!({
-            "client_id": client_id,
-            "client_name": "Portolan",
-            "redirect_uris": [redirect_uri],
-            "grant_types": ["authorization_code", "refresh_token"],
-            "response_types": ["code"],
-            "token_endpoint_auth_method": "none",
-            "application_type": "web",
-        }))
     }
 }
 

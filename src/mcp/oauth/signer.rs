@@ -271,7 +271,8 @@ impl Source {
                     Some(token) => return Ok(self.know(Some(token))),
                     None => continue,
                 },
-                Err(problem @ (Problem::Refused(INVALID_GRANT) | Problem::OtherIssuer)) => {
+                // A client's own secret is for the authorization server that it was given at: the row stays and says which.
+                Err(problem @ (Problem::Refused(INVALID_GRANT) | Problem::OtherIssuer)) if !self.is_machine() => {
                     tracing::info!(server.id = server_id, reason = %problem, "a sign-in is over");
                     self.store().remove_sign_in(server_id, version).await.map_err(|_| Problem::Store)?;
                     return Ok(self.know(None));
@@ -280,7 +281,7 @@ impl Source {
                     tracing::warn!(server.id = server_id, reason = %problem, "no new token for a server");
                     // A lease that is not given back ends by itself.
                     let _ = self.store().release_sign_in(server_id, version, me).await;
-                    if matches!(problem, Problem::Refused(_)) {
+                    if matches!(problem, Problem::Refused(_) | Problem::OtherIssuer) {
                         return Ok(self.know(None));
                     }
                     if is_refused || token.is_over() {

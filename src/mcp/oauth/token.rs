@@ -18,7 +18,7 @@ use super::way::{Problem, Way};
 /// What a refusal may say (RFC 6749, 5.2 and 4.1.2.1; RFC 8707, 2).
 const CODES: [&str; 11] = [
     "invalid_request",
-    "invalid_client",
+    INVALID_CLIENT,
     INVALID_GRANT,
     "unauthorized_client",
     "unsupported_grant_type",
@@ -33,6 +33,8 @@ const CODES: [&str; 11] = [
 const ACCIDENTS: [&str; 2] = ["server_error", "temporarily_unavailable"];
 /// The grant is of no use any more.
 pub const INVALID_GRANT: &str = "invalid_grant";
+/// The client is not known, or does not say in the right way who it is.
+const INVALID_CLIENT: &str = "invalid_client";
 /// The longest token, in bytes: it must fit into a header field.
 const MAX_TOKEN: usize = 16 * 1024;
 
@@ -76,9 +78,18 @@ pub async fn ask(
     grant: &Grant<'_>,
     resource: &str,
 ) -> Result<Tokens, Problem> {
-    let (headers, body) = request(endpoint, client_id, client_secret, grant, resource);
-    let answer = way.send(Method::POST, &endpoint.url, headers, body).await?;
-    read(answer.status(), &Zeroizing::new(answer.into_body()))
+    let asking = async |endpoint: &Endpoint| {
+        let (headers, body) = request(endpoint, client_id, client_secret, grant, resource);
+        let answer = way.send(Method::POST, &endpoint.url, headers, body).await?;
+        read(answer.status(), &Zeroizing::new(answer.into_body()))
+    };
+    match asking(endpoint).await {
+        // Not all take a secret as they say: who is not known has used nothing up, and may say it the other way.
+        Err(Problem::Refused(INVALID_CLIENT)) if client_secret.is_some() => {
+            asking(&Endpoint { posts_secret: !endpoint.posts_secret, ..endpoint.clone() }).await
+        }
+        outcome => outcome,
+    }
 }
 
 fn request(
