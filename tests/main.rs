@@ -19,6 +19,7 @@ mod legacy;
 mod letta;
 mod masking;
 mod misbehaviour;
+mod oauth;
 mod process;
 mod repeats;
 mod runs;

@@ -196,7 +196,7 @@ async fn ask_everything(
         }
         let path = |tool: &str| {
             let path = route.path.replace("{mcp_server_id}", id).replace("{tool_id}", tool);
-            path.replace("{file}", &canary("file"))
+            path.replace("{file}", &canary("file")).replace("{session_id}", &canary("session"))
         };
         let query = format!("reveal={q}&agent_id={q}%0A&token={q}", q = canary("query"));
         told.ask(program, method, &path(tool_id), None).await;

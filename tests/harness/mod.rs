@@ -126,10 +126,15 @@ impl Portolan {
 
     /// The inside of another Portolan on the same database; of this one where the database is not shared.
     pub(crate) async fn another(&self) -> App {
+        self.another_with(|_| {}).await
+    }
+
+    /// The same with other settings.
+    pub(crate) async fn another_with(&self, change: impl FnOnce(&mut Settings)) -> App {
         if !self.shares_its_database() {
             return self.app.clone();
         }
-        let settings = settings(&self.folder.path().join("another"), &self.database, |_| {});
+        let settings = settings(&self.folder.path().join("another"), &self.database, change);
         App::open(settings).await.expect("Portolan starts")
     }
 
