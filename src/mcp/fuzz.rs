@@ -229,4 +229,20 @@ mod tests {
         crate::corpus::replay("url", super::url);
         crate::corpus::replay("templates", super::templates);
     }
+
+    /// As good as random, and the same in every run.
+    #[test]
+    fn made_up_templates_hold() {
+        const PIECES: [&str; 16] =
+            ["{{", "}}", "{", "}", "|", "A", "B_2", "9", "a", " ", "\t", "\u{3000}", "é", "{{ A | ", " }}", "{{ AB "];
+        let mut dice = 1_u32;
+        for _ in 0..20_000 {
+            let mut roll = |sides: u32| {
+                dice = dice.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                ((dice >> 16) % sides) as usize
+            };
+            let text: String = (0..roll(14)).map(|_| PIECES[roll(16)]).collect();
+            super::templates(text.as_bytes());
+        }
+    }
 }
