@@ -111,12 +111,14 @@ impl Letta {
             return files(self.file.parent().unwrap());
         }
         let mut connection = PgConnection::connect(&self.database.url().unwrap()).await.unwrap();
-        const TABLES: &str = "SELECT n.nspname || '.' || c.relname || ' ' || c.relkind FROM pg_class c \
+        const TABLES: &str = "SELECT n.nspname || '.' || c.relname || ' ' || CAST(c.relkind AS text) FROM pg_class c \
                               JOIN pg_namespace n ON n.oid = c.relnamespace \
                               WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast') ORDER BY 1";
         let mut state: Vec<String> = sqlx::query_scalar(TABLES).fetch_all(&mut connection).await.unwrap();
         for table in state.clone().iter().filter_map(|table| table.strip_suffix(" r")) {
-            let sql = format!("SELECT '{table}' || ctid || xmin || CAST(t AS TEXT) FROM {table} t ORDER BY ctid");
+            let sql = format!(
+                "SELECT '{table}' || CAST(ctid AS text) || CAST(xmin AS text) || CAST(t AS text) FROM {table} t ORDER BY ctid"
+            );
             let rows: Vec<String> = sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut connection).await.unwrap();
             state.extend(rows);
         }
@@ -437,7 +439,7 @@ async fn what_cannot_come_is_named_with_the_reason() {
             let add = |list: Vec<&str>| list.iter().map(|item| format!(", {item}")).collect::<String>();
             format!(
                 "INSERT INTO {{}}mcp_server (id, server_name, server_type, organization_id, is_deleted{}) \
-                 VALUES ('mcp_server-{id}', '{name}', '{of}', '{organization}', false{});",
+                 VALUES ('mcp_server-00000000-0000-4000-8000-{id:0>12}', '{name}', '{of}', '{organization}', false{});",
                 add(columns),
                 add(values)
             )
@@ -466,7 +468,7 @@ async fn what_cannot_come_is_named_with_the_reason() {
                 ORGANIZATION,
                 &format!("{http};token_enc='t';custom_headers_enc='{{\"authorization\": \"q\"}}'"),
             ),
-            copy("not a path", "sse", "bad id", ORGANIZATION, http),
+            copy("NOT_LOWER_CA", "sse", "bad id", ORGANIZATION, http),
             copy("10", "sse", "control\u{1b}[31m", ORGANIZATION, http),
             "INSERT INTO {}organizations (id, name, is_deleted, privileged_tools) VALUES ('org-2', 'second', false, false);"
                 .to_owned(),
@@ -486,7 +488,7 @@ async fn what_cannot_come_is_named_with_the_reason() {
             (&long[..255], "sse", "Portolan refuses its server_name: A name has 1 to 255 characters"),
             ("bad header", "sse", "Portolan refuses its custom_headers.a b: "),
             ("no headers", "sse", "its headers cannot be read"),
-            ("bad id", "sse", "its id is not one that a path can have"),
+            ("bad id", "sse", "its id is not one that Letta makes"),
             ("control\\u{1b}[31m", "sse", "Portolan refuses its server_name: "),
             ("tickets", "sse", "another server in Portolan has this name"),
         ] {
@@ -518,7 +520,7 @@ async fn what_cannot_come_is_named_with_the_reason() {
         let twice = &came["twice"];
         assert_eq!((&twice["auth_token"], &twice["custom_headers"]), (&Value::Null, &json!({"authorization": "q"})));
         assert_eq!(came["weather"]["id"], WEATHER);
-        assert_eq!(came["only there"]["id"], "mcp_server-12");
+        assert_eq!(came["only there"]["id"], "mcp_server-00000000-0000-4000-8000-000000000012");
         assert!(!came.contains_key("thief"));
         // The tool that was taken over has one server left that lists it.
         assert!(ids(&portolan.tools(FILES).await).contains(SEARCH));
@@ -536,7 +538,10 @@ async fn what_cannot_come_is_named_with_the_reason() {
         assert!(notes[0].contains("called mine in Portolan") && notes[1].contains("and stays"), "{notes:?}");
         let came = servers(&portolan).await;
         assert_eq!(came["mine"]["server_url"], "https://other.example.com/");
-        assert_eq!((&came["weather"]["id"], &came["tickets"]["id"]), (&json!("mcp_server-11"), &json!(TICKETS)));
+        assert_eq!(
+            (&came["weather"]["id"], &came["tickets"]["id"]),
+            (&json!("mcp_server-00000000-0000-4000-8000-000000000011"), &json!(TICKETS))
+        );
         assert_eq!(letta.state().await, before);
         portolan.stop().await;
         letta.remove().await;

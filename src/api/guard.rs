@@ -69,8 +69,7 @@ impl<S: Send + Sync> FromRequestParts<S> for ToolId {
     }
 }
 
-/// Whether a path can have this id.
-pub fn is_id(text: &str) -> bool {
+fn is_id(text: &str) -> bool {
     text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
