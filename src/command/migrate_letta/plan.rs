@@ -149,9 +149,9 @@ impl Plan {
         let orphans: Vec<_> = owners.orphans.iter().filter(|tool| listed(&tool.organization_id)).collect();
         if !orphans.is_empty() {
             let names: Vec<_> = orphans.iter().map(|tool| shown(&tool.name)).collect();
-            let (noun, verb) = if orphans.len() == 1 { ("Tool", "does") } else { ("Tools", "do") };
+            let (noun, verb, it) = if orphans.len() == 1 { ("Tool", "does", "it") } else { ("Tools", "do", "them") };
             self.remarks
-                .push(format!("{noun} {} {verb} not come: no server in Letta has them any more.", names.join(", ")));
+                .push(format!("{noun} {} {verb} not come: no server in Letta has {it} any more.", names.join(", ")));
         }
         let left = |(place, sign_in): &(usize, &LettaSignIn)| {
             let is_listed = |id: &String| rows.servers.iter().any(|server| &server.id == id);
