@@ -26,10 +26,12 @@ const SEALED_SSE: &str = "mcp_server-e264289e-5623-4385-b089-57f544f20ccb";
 const MANY: &str = "mcp_server-8395ccef-7377-47ba-80ee-f5fe67806b04";
 const THIEF: &str = "mcp_server-6db902f7-23c3-4c92-bae3-4a1700d7f308";
 const SIGNED_IN: &str = "mcp_server-73a21472-199a-4d4d-bd2e-9630d93d22a8";
+const LOCAL: &str = "mcp_server-52ef934b-d96e-44b5-a298-c9f3796c267c";
 const READ: &str = "tool-e9ff5f1b-a630-43df-9e97-bd4324d9d7a2";
 const WRITE: &str = "tool-cde5245c-8107-4648-8431-e9e4b3bf6d3e";
 const SEARCH: &str = "tool-6bc2e52f-5d66-4fff-a337-4f6b12160525";
 const LIST: &str = "tool-ba91f494-f758-4d81-a72e-6622807fbba0";
+const USER: &str = "user-00000000-0000-4000-8000-000000000000";
 const ORGANIZATION: &str = "org-00000000-0000-4000-8000-000000000000";
 
 /// Where Letta keeps its tables.
@@ -111,12 +113,14 @@ impl Letta {
             return files(self.file.parent().unwrap());
         }
         let mut connection = PgConnection::connect(&self.database.url().unwrap()).await.unwrap();
-        const TABLES: &str = "SELECT n.nspname || '.' || c.relname || ' ' || c.relkind FROM pg_class c \
+        const TABLES: &str = "SELECT n.nspname || '.' || c.relname || ' ' || CAST(c.relkind AS text) FROM pg_class c \
                               JOIN pg_namespace n ON n.oid = c.relnamespace \
                               WHERE n.nspname NOT IN ('pg_catalog', 'information_schema', 'pg_toast') ORDER BY 1";
         let mut state: Vec<String> = sqlx::query_scalar(TABLES).fetch_all(&mut connection).await.unwrap();
         for table in state.clone().iter().filter_map(|table| table.strip_suffix(" r")) {
-            let sql = format!("SELECT '{table}' || ctid || xmin || CAST(t AS TEXT) FROM {table} t ORDER BY ctid");
+            let sql = format!(
+                "SELECT '{table}' || CAST(ctid AS text) || CAST(xmin AS text) || CAST(t AS text) FROM {table} t ORDER BY ctid"
+            );
             let rows: Vec<String> = sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(&mut connection).await.unwrap();
             state.extend(rows);
         }
@@ -275,7 +279,7 @@ async fn every_server_tool_header_token_and_sign_in_arrives_and_nothing_changes_
             "thief": [THIEF, {"command": "python3", "args": ["/srv/mcp/tools.py", "search", "list"]}],
             "templated": ["mcp_server-83e1237d-c0ad-45e4-a64d-9cd6373f5e7f",
                 {"auth_token": "Bearer {{ TPL_TOKEN | made-up-default }}"}],
-            "local": ["mcp_server-52ef934b-d96e-44b5-a298-c9f3796c267c", {"server_url": "http://localhost:9000/mcp"}],
+            "local": [LOCAL, {"server_url": "http://localhost:9000/mcp"}],
             "signed-in": [SIGNED_IN, {"server_url": "https://oauth.example.com/mcp", "auth_token": null}],
         });
         let names: Vec<_> = servers.keys().collect();
@@ -402,7 +406,7 @@ async fn what_came_is_used_as_it_is_and_a_refresh_repairs_what_letta_gave_away()
             http.url
         ))
         .await;
-    migrate(&portolan, &letta.url(), Some(LETTA_KEY), &[]).await.done();
+    migrate(&portolan, &letta.url(), None, &[]).await.done();
 
     let run = async |tool: &str| {
         let path = format!("/v1/mcp-servers/{FILES}/tools/{tool}/run");
@@ -437,9 +441,18 @@ async fn what_cannot_come_is_named_with_the_reason() {
             let add = |list: Vec<&str>| list.iter().map(|item| format!(", {item}")).collect::<String>();
             format!(
                 "INSERT INTO {{}}mcp_server (id, server_name, server_type, organization_id, is_deleted{}) \
-                 VALUES ('mcp_server-{id}', '{name}', '{of}', '{organization}', false{});",
+                 VALUES ('mcp_server-00000000-0000-4000-8000-{id:0>12}', '{name}', '{of}', '{organization}', false{});",
                 add(columns),
                 add(values)
+            )
+        };
+        // Begun before their servers were registered.
+        let sign_in_of = |number: &str, url: &str, user: &str, end: &str| {
+            format!(
+                "INSERT INTO {{}}mcp_oauth (id, state, server_url, server_name, token_type, status, created_at, updated_at, \
+                 is_deleted, organization_id, user_id, access_token_enc, client_id, expires_at) \
+                 VALUES ('mcp-oauth-{number}', 's{number}', '{url}', 'x', 'Bearer', 'authorized', '2026-11-22 00:00:00', \
+                 '2026-11-22 00:00:00', false, '{ORGANIZATION}', '{user}', 'access-{number}', 'client', {end});"
             )
         };
         let http = "server_url='https://a.example.com/'";
@@ -466,18 +479,22 @@ async fn what_cannot_come_is_named_with_the_reason() {
                 ORGANIZATION,
                 &format!("{http};token_enc='t';custom_headers_enc='{{\"authorization\": \"q\"}}'"),
             ),
-            copy("not a path", "sse", "bad id", ORGANIZATION, http),
+            copy("NOT_LOWER_CA", "sse", "bad id", ORGANIZATION, http),
             copy("10", "sse", "control\u{1b}[31m", ORGANIZATION, http),
             "INSERT INTO {}organizations (id, name, is_deleted, privileged_tools) VALUES ('org-2', 'second', false, false);"
                 .to_owned(),
+            "INSERT INTO {}users (id, name, is_deleted, organization_id) VALUES ('user-2', 'b', false, 'org-2');".to_owned(),
             copy("11", "sse", "weather", "org-2", &format!("{http};created_at='2026-12-01 00:00:00'")),
             copy("12", "sse", "only there", "org-2", http),
+            sign_in_of("3", "http://localhost:9000/mcp", USER, "NULL"),
+            sign_in_of("4", "https://mcp.example.com/mcp", USER, "'2020-01-01 00:00:00'"),
+            sign_in_of("5", "https://mcp.example.com/sse", "user-2", "NULL"),
             format!("UPDATE {{}}mcp_server SET is_deleted = true WHERE id = '{THIEF}';"),
             format!("UPDATE {{}}tools SET id = 'tool/odd' WHERE id = '{WRITE}';"),
         ];
         letta.execute(&sql.concat()).await;
         let before = letta.state().await;
-        let done = migrate(&portolan, &letta.url(), Some(LETTA_KEY), &[]).await.done();
+        let done = migrate(&portolan, &letta.url(), None, &[]).await.done();
         for (name, kind, note) in [
             ("no command", "stdio", "its command cannot be read"),
             ("no url", "streamable_http", "it has no URL"),
@@ -486,7 +503,7 @@ async fn what_cannot_come_is_named_with_the_reason() {
             (&long[..255], "sse", "Portolan refuses its server_name: A name has 1 to 255 characters"),
             ("bad header", "sse", "Portolan refuses its custom_headers.a b: "),
             ("no headers", "sse", "its headers cannot be read"),
-            ("bad id", "sse", "its id is not one that a path can have"),
+            ("bad id", "sse", "its id is not one that Letta makes"),
             ("control\\u{1b}[31m", "sse", "Portolan refuses its server_name: "),
             ("tickets", "sse", "another server in Portolan has this name"),
         ] {
@@ -494,14 +511,11 @@ async fn what_cannot_come_is_named_with_the_reason() {
             assert_eq!(line, format!("{kind} stays"), "{done}");
             assert!(notes[0].starts_with(note), "{notes:?}");
         }
-        let clash = done.lines().skip_while(|line| !line.starts_with("weather ") || !line.contains("stays"));
-        assert!(clash.skip(1).next().unwrap().contains("an older server, of another organization"), "{done}");
-        for part in [
-            "1 server that Letta counts as deleted does not come",
-            "These are the servers of 2 organizations",
-            "Tools search, list, vic_echo do not come",
-        ] {
-            assert!(done.contains(part) || part.starts_with("Tools"), "{part}: {done}");
+        let mut clash = done.lines().skip_while(|line| !line.starts_with("weather ") || !line.contains("stays"));
+        assert!(clash.nth(1).unwrap().contains("an older server, of another organization"), "{done}");
+        for part in ["1 server that Letta counts as deleted does not come", "These are the servers of 2 organizations"]
+        {
+            assert!(done.contains(part), "{part}: {done}");
         }
         let orphans = done.lines().find(|line| line.starts_with("Tools ")).unwrap();
         assert!(orphans.contains("list") && orphans.contains("vic_echo"), "{orphans}");
@@ -518,8 +532,15 @@ async fn what_cannot_come_is_named_with_the_reason() {
         let twice = &came["twice"];
         assert_eq!((&twice["auth_token"], &twice["custom_headers"]), (&Value::Null, &json!({"authorization": "q"})));
         assert_eq!(came["weather"]["id"], WEATHER);
-        assert_eq!(came["only there"]["id"], "mcp_server-12");
+        assert_eq!(came["only there"]["id"], "mcp_server-00000000-0000-4000-8000-000000000012");
         assert!(!came.contains_key("thief"));
+        assert_eq!(sign_in(&portolan, LOCAL).await.unwrap().access_token.expose(), "access-3", "found by its URL");
+        let notes = row(&done, "weather").1;
+        assert!(
+            notes.contains(&"its sign-in does not come: it has expired and cannot be renewed".to_owned()),
+            "{notes:?}"
+        );
+        assert!(done.contains("1 sign-in does not come: of a server that is not here, or of another user."), "{done}");
         // The tool that was taken over has one server left that lists it.
         assert!(ids(&portolan.tools(FILES).await).contains(SEARCH));
 
@@ -527,16 +548,19 @@ async fn what_cannot_come_is_named_with_the_reason() {
         let patch = json!({"server_name": "mine", "config": {"server_url": "https://other.example.com/"}});
         portolan.patch(&format!("/v1/mcp-servers/{WEATHER}"), &patch).await.expect(200);
         portolan.delete(&format!("/v1/mcp-servers/{}", taken["id"].as_str().unwrap())).await.expect(204);
-        let again = migrate(&portolan, &letta.url(), Some(LETTA_KEY), &["--organization", "second"]).await.done();
+        let again = migrate(&portolan, &letta.url(), None, &["--organization", "second"]).await.done();
         assert_eq!(row(&again, "only there").0, "sse is here");
         assert!(again.contains("1 server came to ") && !again.contains("tickets"), "{again}");
-        let again = migrate(&portolan, &letta.url(), Some(LETTA_KEY), &["--organization", ORGANIZATION]).await.done();
+        let again = migrate(&portolan, &letta.url(), None, &["--organization", ORGANIZATION]).await.done();
         let (line, notes) = row(&again, "weather");
         assert_eq!(line, "streamable_http is here");
         assert!(notes[0].contains("called mine in Portolan") && notes[1].contains("and stays"), "{notes:?}");
         let came = servers(&portolan).await;
         assert_eq!(came["mine"]["server_url"], "https://other.example.com/");
-        assert_eq!((&came["weather"]["id"], &came["tickets"]["id"]), (&json!("mcp_server-11"), &json!(TICKETS)));
+        assert_eq!(
+            (&came["weather"]["id"], &came["tickets"]["id"]),
+            (&json!("mcp_server-00000000-0000-4000-8000-000000000011"), &json!(TICKETS))
+        );
         assert_eq!(letta.state().await, before);
         portolan.stop().await;
         letta.remove().await;
@@ -622,9 +646,10 @@ async fn a_source_that_cannot_be_read_gets_one_sentence() {
             letta.execute("CREATE TABLE public.mcp_server (LIKE letta.mcp_server)").await;
             refused(&letta.url(), &[], "in the schemas letta and public; choose with --schema").await;
             migrate(&portolan, &letta.url(), None, &["--schema", "letta", "--dry-run"]).await.done();
+            letta.execute("DROP TABLE public.mcp_server").await;
         }
         letta.execute("DELETE FROM {}mcp_oauth; DELETE FROM {}mcp_server").await;
-        refused(&letta.url(), &["--schema", if let Kind::Postgres(schema) = kind { schema } else { "" }], "").await;
+        refused(&letta.url(), &[], "Letta has no MCP servers in ").await;
         letta.remove().await;
     }
     // Portolan's own database is none of Letta's, and would be written to.
@@ -653,7 +678,7 @@ async fn a_file_that_letta_left_with_a_journal_is_read_whole_and_left_alone() {
     let before = files(left.path());
     assert_eq!(before.len(), 2);
     let url = format!("sqlite://{}", left.path().join("letta.db").display());
-    migrate(&portolan, &url, Some(LETTA_KEY), &[]).await.done();
+    migrate(&portolan, &url, None, &[]).await.done();
     assert_eq!(servers(&portolan).await["in the journal"]["id"], MANY);
     assert_eq!(files(left.path()), before);
     portolan.stop().await;

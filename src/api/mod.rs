@@ -38,7 +38,7 @@ use crate::serve::Full;
 
 pub use access::{Access, Scope};
 use access::{Door, admit, authorize};
-pub use guard::{Bodies, is_id};
+pub use guard::Bodies;
 pub use origin::{EveryPage, Origins};
 pub use runs::Runs;
 pub use servers::as_registered;

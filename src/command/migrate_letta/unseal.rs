@@ -84,7 +84,6 @@ fn opened(key: &Secret, mut envelope: Zeroizing<Vec<u8>>) -> Option<Secret> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
 
