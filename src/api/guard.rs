@@ -119,8 +119,7 @@ async fn names<S: Send + Sync>(parts: &mut Parts, state: &S) -> Option<Vec<Strin
     Some(given.into_iter().map(|(_, name)| name).chain([own]).collect())
 }
 
-/// Whether a path can have this id.
-pub fn is_id(text: &str) -> bool {
+fn is_id(text: &str) -> bool {
     (1..=64).contains(&text.len())
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
