@@ -16,6 +16,7 @@ use crate::mcp::{AgentId, SyncError};
 use crate::model::{Server, ServerType, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
+use super::access::Caller;
 use super::guard::{JsonBody, ServerId, UnusedBody};
 use super::reveal::Shown;
 use super::wire::{CreateServer, ServerObject, UpdateServer};
@@ -27,18 +28,24 @@ const REPEATED_CREATE: TimeDelta = TimeDelta::minutes(5);
 pub async fn create(
     State(app): State<App>,
     headers: HeaderMap,
+    caller: Caller,
     shown: Shown,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
-    let server = add(&app, headers, CreateServer::read(body)?).await?;
+    let server = add(&app, headers, &caller, CreateServer::read(body)?).await?;
     Ok(Json(show(&app, &server, shown)).into_response())
 }
 
 /// Registers a server that the policy allows, and connects to it.
-pub(super) async fn add(app: &App, headers: HeaderMap, request: CreateServer) -> Result<Server, Error> {
+pub(super) async fn add(
+    app: &App,
+    headers: HeaderMap,
+    caller: &Caller,
+    request: CreateServer,
+) -> Result<Server, Error> {
     app.mcp.check(&request.connector).map_err(Error::Disabled)?;
-    let creating = app.clone();
-    app.to_the_end(async move { register(&creating, &headers, &request).await }).await
+    let (creating, caller) = (app.clone(), caller.name().unwrap_or_default().to_owned());
+    app.to_the_end(async move { register(&creating, &headers, &caller, &request).await }).await
 }
 
 /// A server as its row has it, and as this process knows it.
@@ -48,11 +55,15 @@ fn show<'a>(app: &App, server: &'a Server, shown: Shown) -> ServerObject<'a> {
     ServerObject::new(server, shown).here(forbidden.map(|why| why.to_string()), confinement)
 }
 
-async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Result<Server, Error> {
+async fn register(app: &App, headers: &HeaderMap, caller: &str, request: &CreateServer) -> Result<Server, Error> {
     let id = format!("mcp_server-{}", Uuid::new_v4());
     let server = match app.store.create_server(&id, &request.server_name, &request.connector).await {
         Ok(server) => {
             tracing::info!(server.id, server.r#type = server.server_type.as_str(), "server registered");
+            // Without it the server is registered all the same, and says that it wants a sign-in.
+            if let Err(error) = app.mcp.adopt_sign_in(&server, caller).await {
+                tracing::error!(server.id, %error, "cannot look for a sign-in of before");
+            }
             server
         }
         Err(store::Error::NameTaken) => earlier_try(app, headers, request).await?.ok_or(Error::NameTaken)?,
