@@ -183,7 +183,7 @@ impl<'a> Kept<'a> {
         assert_eq!(server["status"]["state"], "ready", "{server}");
         let id = server["id"].as_str().unwrap().to_owned();
         let tool_id = admin.path(&id, "echo").await.rsplit('/').nth(1).unwrap().to_owned();
-        for name in ["test", "gone"] {
+        for name in ["test", "connect", "gone"] {
             admin.create(name, json!({"server_url": "http://127.0.0.1:1/mcp"})).await;
         }
         let before = admin.send("GET", SERVERS, None).await.expect(200);
@@ -219,12 +219,12 @@ impl<'a> Kept<'a> {
             (&Method::POST, path) if path.ends_with("/run") || path.ends_with("/execute") => {
                 json!({"args": {"message": "m"}}).to_string()
             }
-            (&Method::POST, path) if path.ends_with("/servers/test") => self.flat("tried"),
+            (&Method::POST, "/v1/tools/mcp/servers/test" | "/v1/tools/mcp/servers/connect") => self.flat("tried"),
             (&Method::PUT, _) => self.flat("put"),
             (&Method::PATCH, "/v1/tools/mcp/servers/{mcp_server_name}") => {
                 json!({"stdio_config": stdio(&self.bait)}).to_string()
             }
-            (&Method::PATCH, "/v1/tools/mcp/servers/test") => json!({}).to_string(),
+            (&Method::PATCH, "/v1/tools/mcp/servers/test" | "/v1/tools/mcp/servers/connect") => json!({}).to_string(),
             (&Method::PATCH, "/v1/mcp-servers/{mcp_server_id}") => json!({"config": stdio(&self.bait)}).to_string(),
             _ => String::new(),
         }

@@ -329,6 +329,7 @@ async fn both_forms_of_every_path_are_served_directly() {
             ("PUT", ALL.to_owned() + slash, Some(flat(name))),
             ("GET", ALL.to_owned() + slash, None),
             ("POST", at(&["test"]), Some(flat("t"))),
+            ("POST", at(&["connect"]), Some(flat("t"))),
             ("PATCH", at(&[name]), Some(json!({}))),
             ("GET", at(&[name, "tools"]), None),
             ("POST", at(&[name, "echo"]), None),
@@ -468,11 +469,14 @@ async fn the_policy_for_commands_holds_for_every_way_to_name_one() {
     let url = json!({"server_name": "u", "type": "streamable_http", "server_url": http.url});
     put(&portolan, &url).await.expect(200);
     portolan.post(&path(&["test"]), &url).await.expect(200);
+    let told = portolan.post(&path(&["connect"]), &url).await;
+    assert!(told.status == 200 && told.text.contains(r#"data: {"event":"success""#), "{}", told.text);
     let script = portolan.script(&json!({}));
     let command = stdio("c", &script);
     for (method, path, body) in [
         ("PUT", ALL.to_owned(), command.clone()),
         ("POST", path(&["test"]), command.clone()),
+        ("POST", path(&["connect"]), command.clone()),
         ("PATCH", path(&["u"]), json!({ "stdio_config": command })),
     ] {
         let error = portolan.send(method, &path, Some(&body)).await.expect(403);

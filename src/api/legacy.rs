@@ -32,11 +32,12 @@ pub async fn list(State(app): State<App>, shown: Shown) -> Result<Response, Erro
 pub async fn add(
     State(app): State<App>,
     headers: HeaderMap,
+    caller: Caller,
     shown: Shown,
     Given(given): Given,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
-    let server = servers::add(&app, headers, CreateServer::read(body)?, given).await?;
+    let server = servers::add(&app, headers, &caller, CreateServer::read(body)?, given).await?;
     let servers = match app.store.servers().await {
         Ok(servers) => servers,
         // It is registered: an error here would make clients register it again.

@@ -16,6 +16,7 @@ use crate::mcp::{AgentId, SyncError, Variables};
 use crate::model::{Connector, Server, ServerType, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
+use super::access::Caller;
 use super::guard::{JsonBody, ServerId, UnusedBody, refuse_nul_in};
 use super::reveal::Shown;
 use super::variables::Given;
@@ -28,11 +29,12 @@ const REPEATED_CREATE: TimeDelta = TimeDelta::minutes(5);
 pub async fn create(
     State(app): State<App>,
     headers: HeaderMap,
+    caller: Caller,
     shown: Shown,
     Given(given): Given,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
-    let server = add(&app, headers, CreateServer::read(body)?, given).await?;
+    let server = add(&app, headers, &caller, CreateServer::read(body)?, given).await?;
     Ok(Json(show(&app, &server, shown)).into_response())
 }
 
@@ -40,12 +42,13 @@ pub async fn create(
 pub(super) async fn add(
     app: &App,
     headers: HeaderMap,
+    caller: &Caller,
     request: CreateServer,
     given: Variables,
 ) -> Result<Server, Error> {
     app.mcp.check(&request.connector).map_err(Error::Disabled)?;
-    let creating = app.clone();
-    app.to_the_end(async move { register(&creating, &headers, &request, &given).await }).await
+    let (creating, caller) = (app.clone(), caller.name().unwrap_or_default().to_owned());
+    app.to_the_end(async move { register(&creating, &headers, &caller, &request, &given).await }).await
 }
 
 /// Name and connector as a create of them would store them; for what comes another way and is held to the same rules.
@@ -67,11 +70,21 @@ fn show<'a>(app: &App, server: &'a Server, shown: Shown) -> ServerObject<'a> {
     ServerObject::new(server, shown).here(forbidden.map(|why| why.to_string()), confinement)
 }
 
-async fn register(app: &App, headers: &HeaderMap, request: &CreateServer, given: &Variables) -> Result<Server, Error> {
+async fn register(
+    app: &App,
+    headers: &HeaderMap,
+    caller: &str,
+    request: &CreateServer,
+    given: &Variables,
+) -> Result<Server, Error> {
     let id = format!("mcp_server-{}", Uuid::new_v4());
     let server = match app.store.create_server(&id, &request.server_name, &request.connector).await {
         Ok(server) => {
             tracing::info!(server.id, server.r#type = server.server_type.as_str(), "server registered");
+            // Without it the server is registered all the same, and says that it wants a sign-in.
+            if let Err(error) = app.mcp.adopt_sign_in(&server, caller).await {
+                tracing::error!(server.id, %error, "cannot look for a sign-in of before");
+            }
             server
         }
         Err(store::Error::NameTaken) => earlier_try(app, headers, request).await?.ok_or(Error::NameTaken)?,

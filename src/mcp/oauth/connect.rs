@@ -62,7 +62,7 @@ struct Pending {
 
 /// What came of it, in the same place.
 #[derive(Serialize, Deserialize)]
-enum Ended {
+pub(super) enum Ended {
     /// With the tokens for a server that is not registered.
     Well(Option<Box<SignIn>>),
     Badly(String),
@@ -427,9 +427,12 @@ impl SignIns {
             let finished = self.0.finished.notified();
             match self.store().authorization(id).await {
                 Ok(Some(begun)) if matches!(begun.progress, Progress::Done | Progress::Failed) => {
-                    // Nobody else waits for it. What cannot be removed goes when its time is over.
-                    let _ = self.store().forget_authorization(id).await;
                     let ended = begun.material.and_then(|material| serde_json::from_slice(&material).ok());
+                    // Nobody else waits for it, but for a sign-in whose server may yet be registered. What is not removed
+                    // goes when its time is over.
+                    if !matches!(ended, Some(Ended::Well(Some(_)))) {
+                        let _ = self.store().forget_authorization(id).await;
+                    }
                     return match ended {
                         Some(Ended::Well(sign_in)) => Ok(sign_in),
                         Some(Ended::Badly(reason)) => Err(reason),
