@@ -15,7 +15,7 @@ use crate::api::{Bodies, EveryPage, Origins, Runs, TokenError, Tokens};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
-pub use crate::mcp::{BECOME, KEEP, become_child, keep_child};
+pub use crate::mcp::{BECOME, Commands, KEEP, become_child, keep_child};
 use crate::mcp::{Egress, Mcp, TlsError};
 use crate::store::{KeySource, OpenError, SealError, Store};
 use crate::{api, serve, store};
@@ -150,6 +150,16 @@ pub async fn open_store(settings: &Settings) -> Result<Store, OpenError> {
     let keys = KeySource::new(settings.secrets.key.clone(), settings.secrets.key_file.clone());
     let url = settings.storage.database_url.as_ref().map(|url| url.expose());
     Store::open(url, &settings.storage.data_dir, keys.map_err(SealError::from)?).await
+}
+
+/// As [`open_store`], for a command that may come before the first start: makes the data folder if it is missing.
+///
+/// # Errors
+/// One sentence for the person who starts it.
+pub async fn open_store_for_command(settings: &Settings) -> Result<Store, StartError> {
+    let folder = &settings.storage.data_dir;
+    make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
+    Ok(open_store(settings).await?)
 }
 
 /// The folder holds other people's keys: only its owner gets in. One that is there already keeps the mode it was given.

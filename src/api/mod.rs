@@ -6,7 +6,9 @@ mod drip;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod guard;
+mod import;
 mod origin;
+mod portolan;
 mod repeats;
 mod reveal;
 mod runs;
@@ -35,6 +37,7 @@ use crate::serve::Full;
 pub use access::{Access, Scope};
 use access::{Door, admit, authorize};
 pub use guard::Bodies;
+pub use import::{Import, Report, export};
 pub use origin::{EveryPage, Origins};
 pub use runs::Runs;
 pub use tokens::{Token, TokenError, Tokens, parse as parse_tokens};
@@ -76,6 +79,8 @@ pub fn routes() -> Vec<Route> {
         route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}", READ, tools::retrieve),
         route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/run", RUN, tools::run),
         route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/approve", ADMIN, tools::approve),
+        route(Method::POST, "/v1/portolan/import", ADMIN, portolan::import),
+        route(Method::GET, "/v1/portolan/export", ADMIN, portolan::export),
         route(Method::GET, "/v1/health/", Open, status::health),
         route(Method::GET, "/v1/ready", Open, status::ready),
         route(Method::GET, "/openapi.yaml", Open, status::openapi),

@@ -5,4 +5,5 @@ mod mask;
 mod request;
 
 pub use answer::{ServerObject, ToolExecutionResult, ToolObject, tools_array};
+pub use mask::same_origin;
 pub use request::{CreateServer, UpdateServer, approved_hash, run_arguments};
