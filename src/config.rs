@@ -31,6 +31,8 @@ pub enum Command {
     /// Make a key that seals stored secrets, or give one up
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Take over the MCP servers of a Letta V1 database, which is only read: servers, tools, headers, tokens and sign-ins
+    MigrateLetta(MigrateLetta),
     /// Seal all stored secrets again with the first key of the key file, while Portolan serves
     RotateKeys {
         /// Only say how many servers each key seals
@@ -79,6 +81,38 @@ pub enum KeyCommand {
     },
 }
 
+/// Where Letta's data is, and what of it to take.
+#[derive(Args, Clone, Debug)]
+pub struct MigrateLetta {
+    /// Letta's database, postgres://… or sqlite:FILE; better given as the variable, because it has a password
+    #[arg(long, env = "LETTA_PG_URI", hide_env_values = true, value_parser = secret, value_name = "URL")]
+    pub from: Secret,
+    /// Only say what would come and what would not
+    #[arg(long)]
+    pub dry_run: bool,
+    /// File that holds Letta's LETTA_ENCRYPTION_KEY, instead of that variable
+    #[arg(long, value_name = "FILE")]
+    pub encryption_key_file: Option<PathBuf>,
+    /// What Letta sealed its secrets with; given as the variable
+    #[arg(long, env = "LETTA_ENCRYPTION_KEY", hide = true, hide_env_values = true, value_parser = secret, value_name = "KEY")]
+    pub letta_encryption_key: Option<Secret>,
+    /// Take every value as it stands: Letta had no LETTA_ENCRYPTION_KEY, and some only look sealed
+    #[arg(long)]
+    pub unsealed: bool,
+    /// Take servers whose secrets cannot be opened without them, rather than leave those servers
+    #[arg(long)]
+    pub without_secrets: bool,
+    /// Take the servers of one organization, by its id or name; without it, those of all
+    #[arg(long, value_name = "ORGANIZATION")]
+    pub organization: Option<String>,
+    /// PostgreSQL schema of Letta's tables; without it, the one that has them
+    #[arg(long, value_name = "NAME")]
+    pub schema: Option<String>,
+    /// Read a version of Letta's schema that is not known here, too
+    #[arg(long)]
+    pub any_version: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum Token {
     /// Make a token: print it once, and the line by which Portolan knows it
@@ -110,6 +144,8 @@ pub struct Settings {
     pub logs: Logs,
     #[command(flatten)]
     pub upstream: Upstream,
+    #[command(flatten)]
+    pub variables: Variables,
     #[command(flatten)]
     pub egress: Egress,
     #[command(flatten)]
@@ -295,6 +331,46 @@ pub struct Upstream {
     pub legacy_arg_split: bool,
     #[command(flatten)]
     pub tools: Tools,
+    #[command(flatten)]
+    pub sign_in: SignIn,
+}
+
+/// Where the answer of a sign-in comes to, and what says who Portolan is, below the public URL.
+const CALLBACK_PATH: &str = "/v1/tools/mcp/oauth/callback";
+const CLIENT_METADATA_PATH: &str = "/v1/tools/mcp/oauth/client-metadata.json";
+
+/// Sign-ins to MCP servers by OAuth.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Sign-in")]
+pub struct SignIn {
+    /// Where browsers reach Portolan, for example https://portolan.example.com; they come back there from a sign-in to an
+    /// MCP server
+    #[arg(long, env = "PORTOLAN_PUBLIC_URL", value_parser = base_url, global = true, value_name = "URL")]
+    pub public_url: Option<Url>,
+    /// The same under the name that Letta gave it
+    #[arg(long, env = "LETTA_AGENTS_ENDPOINT", value_parser = base_url, global = true, value_name = "URL")]
+    pub letta_agents_endpoint: Option<Url>,
+    /// How long a person may take to sign in
+    #[arg(long, env = "PORTOLAN_SIGN_IN_TIMEOUT", default_value = "5m", value_parser = duration, global = true, value_name = "TIME")]
+    pub sign_in_timeout: Duration,
+}
+
+impl SignIn {
+    /// Where an authorization server is to send the browser; `None` when Portolan does not know where it is reached.
+    pub fn redirect_uri(&self) -> Option<String> {
+        self.below(CALLBACK_PATH)
+    }
+
+    /// Where authorization servers can read who Portolan is; `None` when they would not take it (Client ID Metadata
+    /// Document, draft-ietf-oauth-client-id-metadata-document: https alone).
+    pub fn client_metadata_url(&self) -> Option<String> {
+        self.below(CLIENT_METADATA_PATH).filter(|url| url.starts_with("https://"))
+    }
+
+    fn below(&self, path: &str) -> Option<String> {
+        let base = self.public_url.as_ref().or(self.letta_agents_endpoint.as_ref())?;
+        Some(format!("{}{path}", base.as_str().trim_end_matches('/')))
+    }
 }
 
 /// What servers offer.
@@ -327,6 +403,16 @@ pub enum ToolPolicy {
     Report,
     /// A definition that nobody has approved is not run
     Hold,
+}
+
+/// Values for `{{ VARIABLE }}` in tokens, headers, arguments and environments of servers.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Variables")]
+pub struct Variables {
+    /// JSON file of values for templates in servers, {"NAME": "value"}; a request's own come before them. Read again on
+    /// SIGHUP
+    #[arg(long, env = "PORTOLAN_VARIABLES_FILE", global = true, value_name = "FILE")]
+    pub variables_file: Option<PathBuf>,
 }
 
 /// Which addresses Portolan connects to.
@@ -521,6 +607,14 @@ fn origin(text: &str) -> Result<Origin, String> {
         Some(Origin::One(format!("{}://{host}{port}", url.scheme())))
     });
     written.ok_or_else(|| "write scheme, host and port alone, for example https://app.example.com".to_owned())
+}
+
+fn base_url(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text).ok().filter(|url| {
+        let bare = url.query().is_none() && url.fragment().is_none() && url.username().is_empty();
+        matches!(url.scheme(), "http" | "https") && url.host().is_some() && bare && url.password().is_none()
+    });
+    url.ok_or_else(|| "write scheme and host alone, for example https://portolan.example.com".to_owned())
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

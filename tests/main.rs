@@ -16,6 +16,7 @@ mod headers;
 mod house;
 mod import;
 mod known;
+mod legacy;
 mod masking;
 mod misbehaviour;
 mod process;

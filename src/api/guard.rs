@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use axum::body::HttpBody;
-use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use bytes::BytesMut;
@@ -69,7 +69,46 @@ impl<S: Send + Sync> FromRequestParts<S> for ToolId {
     }
 }
 
-fn is_id(text: &str) -> bool {
+/// The server that a path names in place of an id, as Letta's older SDKs do; white space around a name does not count, as
+/// where it was given.
+pub struct ServerName(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for ServerName {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let name = names(parts, state).await.and_then(|names| names.into_iter().next());
+        // No name has control characters, and PostgreSQL has no text with NUL.
+        let name = name.filter(|name| !name.contains(char::is_control)).ok_or(Error::NoServerNamed)?;
+        Ok(Self(name.trim().to_owned()))
+    }
+}
+
+/// The tool that a path names, and the server it is looked for at.
+pub struct ToolName {
+    pub server_name: String,
+    pub tool_name: String,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ToolName {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let ServerName(server_name) = ServerName::from_request_parts(parts, state).await?;
+        let tool_name = names(parts, state).await.and_then(|names| names.into_iter().nth(1));
+        Ok(Self { server_name, tool_name: tool_name.ok_or(Error::NoToolNamed)? })
+    }
+}
+
+/// The names in a path, in their order. The last one may be a word of ours, `…/servers/test`: a server may be called so.
+async fn names<S: Send + Sync>(parts: &mut Parts, state: &S) -> Option<Vec<String>> {
+    let Path(given) = Path::<Vec<(String, String)>>::from_request_parts(parts, state).await.ok()?;
+    let own = parts.extensions.get::<MatchedPath>()?.as_str().trim_end_matches('/').rsplit('/').next()?.to_owned();
+    Some(given.into_iter().map(|(_, name)| name).chain([own]).collect())
+}
+
+/// Whether a path can have this id.
+pub fn is_id(text: &str) -> bool {
     text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
@@ -269,7 +308,7 @@ fn object(body: &[u8], what: &str) -> Result<Map<String, Value>, Error> {
 }
 
 /// PostgreSQL has no text with NUL, and neither has an argument, an environment variable or a header.
-fn refuse_nul_in(object: &Map<String, Value>, loc: &mut Vec<Value>) -> Result<(), Error> {
+pub(super) fn refuse_nul_in(object: &Map<String, Value>, loc: &mut Vec<Value>) -> Result<(), Error> {
     for (key, value) in object {
         loc.push(json!(shown(key)));
         if key.contains('\0') {

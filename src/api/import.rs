@@ -12,10 +12,9 @@ use uuid::Uuid;
 
 use crate::error::{Error, Issue};
 use crate::interchange::{
-    Document, Entry, Format, Passed, Variable, Written, canonical, has_template, headers, leave_out, plain_json, read,
-    write,
+    Document, Entry, Format, Passed, Variable, Written, canonical, headers, leave_out, plain_json, read, write,
 };
-use crate::mcp;
+use crate::mcp::{self, is_templated};
 use crate::model::{Connector, Remote, Server, Stdio};
 use crate::store::{self, NewServer, Step, Store, now};
 
@@ -216,7 +215,7 @@ fn checked(
     stored: Option<&Server>,
 ) -> Result<CreateServer, Vec<Issue>> {
     let at = |key: &str| entry.place(&[json!("body"), json!("config"), json!(key)]);
-    if body["config"]["server_url"].as_str().is_some_and(has_template) {
+    if body["config"]["server_url"].as_str().is_some_and(is_templated) {
         return Err(vec![issue(&at("server_url"), "A placeholder cannot stand in a URL here; write the URL itself.")]);
     }
     let asked = CreateServer::read(body).map_err(|error| match error {

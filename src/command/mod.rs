@@ -4,6 +4,7 @@
 pub mod export;
 pub mod import;
 pub mod key;
+pub mod migrate_letta;
 pub mod rotate_keys;
 pub mod token;
 

@@ -4,10 +4,11 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
+use crate::mcp::templates;
 use crate::model::{Connector, Remote, Secret, SecretMap, Stdio};
 use crate::secrets::{Spot, is_secret_variable, secret_args, secret_spots, without_scheme};
 
-use super::placeholders::{template, templates, variable_name, with_templates};
+use super::placeholders::{template, variable_name, with_templates};
 
 /// These servers, by name, without their secrets, and the names of the templates that stand for them. The same servers give
 /// the same names.
@@ -15,7 +16,7 @@ pub fn leave_out(servers: &[(&str, &Connector)]) -> (Vec<Connector>, BTreeSet<St
     let mut names = Names::default();
     for (_, connector) in servers {
         each_text(connector, |text| {
-            names.taken.extend(templates(text).iter().map(|template| template.name.to_owned()));
+            names.taken.extend(templates(text).map(|template| template.name.to_owned()));
         });
     }
     let bare = servers.iter().map(|(server, connector)| match connector {
@@ -144,12 +145,12 @@ impl Names {
 
 /// A text without those of its templates that have no default: nothing of them is secret.
 fn without_templates(text: &str) -> String {
-    with_templates(text, |found| found.default.map(|default| template(found.name, Some(default))).unwrap_or_default())
+    with_templates(text, |name, default| default.map(|default| template(name, Some(default))).unwrap_or_default())
 }
 
 /// A part of a text, and all of the templates that it has a part of.
 fn whole_templates(text: &str, part: Range<usize>) -> Range<usize> {
-    let touched = templates(text).into_iter().map(|template| template.range);
+    let touched = templates(text).map(|template| template.range);
     let touched = touched.filter(|range| range.start < part.end && part.start < range.end);
     touched.fold(part.clone(), |part, range| part.start.min(range.start)..part.end.max(range.end))
 }

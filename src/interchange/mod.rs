@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 pub use left_out::leave_out;
-pub use placeholders::{canonical, has_template};
+pub use placeholders::canonical;
 pub use read::{Document, Entry, Variable, read};
 pub use text::plain_json;
 pub use write::{Written, headers, write};

@@ -9,7 +9,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::placeholders::{Placeholder, placeholders, template, templates, variable_name};
+use crate::mcp::{is_templated, templates};
+
+use super::placeholders::{Placeholder, placeholders, template, variable_name};
 use super::{Fault, Format, Passed, is_sse};
 
 /// The most faults that are named.
@@ -304,7 +306,7 @@ impl Reader {
     /// A text without placeholders; whether it is one is checked elsewhere.
     fn plain(&mut self, value: Value, place: &[Value]) -> Value {
         let text = value.as_str().unwrap_or_default();
-        if !placeholders(text, self.format).is_empty() || !templates(text).is_empty() {
+        if !placeholders(text, self.format).is_empty() || is_templated(text) {
             self.fault(place, MISPLACED);
         }
         value
@@ -380,9 +382,10 @@ impl Reader {
     }
 }
 
-/// Whether a template can have this default.
+/// Whether a template can have this default, to the letter.
 fn is_default(text: &str) -> bool {
-    !text.is_empty() && text.trim() == text && !text.contains(['}']) && !text.contains("${") && !text.contains("{{")
+    let whole = text.trim() == text || text.chars().count() == 1;
+    !text.is_empty() && whole && !text.contains('}') && !text.contains("${") && !text.contains("{{")
 }
 
 /// Numbers and switches as texts: programs take them for variables, too.

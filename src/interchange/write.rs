@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 use crate::model::{Connector, Remote, SecretMap, ServerType, Stdio};
 use crate::secrets::{is_secret_name, without_scheme};
 
-use super::placeholders::{Template, canonical, placeholders, with_templates};
+use super::placeholders::{canonical, placeholders, with_templates};
 use super::{Format, Passed, is_sse};
 
 /// A file.
@@ -155,10 +155,10 @@ impl Writer<'_> {
         if self.format == Format::Letta {
             return canonical(text).into();
         }
-        with_templates(text, |found| self.placeholder(key, found)).into()
+        with_templates(text, |name, default| self.placeholder(key, name, default)).into()
     }
 
-    fn placeholder(&mut self, key: &str, Template { name, default, .. }: &Template<'_>) -> String {
+    fn placeholder(&mut self, key: &str, name: &str, default: Option<&str>) -> String {
         const LOST: &str = "This file has no defaults for variables, so that it has to be set.";
         const OTHER: &str = "The variable has another default elsewhere, and an input only one.";
         match (self.format, default) {
@@ -172,9 +172,9 @@ impl Writer<'_> {
                     Some(_) => {}
                     None => self.inputs.push(Input {
                         id: id.clone(),
-                        variable: (*name).to_owned(),
+                        variable: name.to_owned(),
                         default,
-                        is_password: self.made.contains(*name) || is_secret_name(name),
+                        is_password: self.made.contains(name) || is_secret_name(name),
                     }),
                 }
                 format!("${{input:{id}}}")

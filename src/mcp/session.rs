@@ -30,6 +30,7 @@ use super::message::{self, METHOD_NOT_FOUND, RpcError};
 use super::remote::HttpError;
 use super::sse::SseWire;
 use super::stdio::StdioWire;
+use super::template::Filled;
 use super::watch::Bell;
 use super::{AgentId, Error, mirror};
 
@@ -172,14 +173,14 @@ impl Session {
     /// 2026-07-28, versioning), then, for a server that ends the connection over it, `initialize` on a new one.
     /// `permit` is given back when the last child is gone.
     pub async fn open(
-        connector: &Connector,
+        filled: &Filled,
         known: Option<Era>,
         context: &Context,
         bell: Bell,
         permit: Option<OwnedSemaphorePermit>,
     ) -> Result<Self, Error> {
         let permit = permit.map(Arc::new);
-        let time = match connector {
+        let time = match &filled.connector {
             Connector::Stdio(_) => context.settings.start_timeout,
             Connector::Sse(_) | Connector::StreamableHttp(_) => context.settings.handshake_timeout,
         };
@@ -188,7 +189,7 @@ impl Session {
             Some(era) => (Attempt::Only(era), Attempt::Find),
             None => (Attempt::Find, Attempt::Only(Era::Initialize)),
         };
-        let attempt = |attempt| Self::attempt(connector, attempt, context, &bell, permit.clone(), deadline);
+        let attempt = |attempt| Self::attempt(filled, attempt, context, &bell, permit.clone(), deadline);
         let opened = match attempt(first).await {
             // Past the deadline the first child may still be there.
             Err(error)
@@ -204,7 +205,7 @@ impl Session {
     }
 
     async fn attempt(
-        connector: &Connector,
+        filled: &Filled,
         attempt: Attempt,
         context: &Context,
         bell: &Bell,
@@ -215,9 +216,10 @@ impl Session {
         let guard = end.clone().drop_guard();
         let share = context.budget.share();
         let opening = async {
-            let wire = match connector {
+            let wire = match &filled.connector {
                 Connector::Stdio(config) => Wire::Stdio(
-                    StdioWire::open(config, context, share, bell.clone(), permit, end.clone(), deadline).await?,
+                    StdioWire::open(config, filled, context, share, bell.clone(), permit, end.clone(), deadline)
+                        .await?,
                 ),
                 Connector::Sse(remote) => {
                     Wire::Sse(SseWire::open(remote, context, share, bell.clone(), end.clone(), deadline).await?)
