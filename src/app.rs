@@ -164,16 +164,6 @@ pub async fn open_store(settings: &Settings) -> Result<Store, OpenError> {
     Store::open(url, &settings.storage.data_dir, keys.map_err(SealError::from)?).await
 }
 
-/// As [`open_store`], for a command that may come before the first start: makes the data folder if it is missing.
-///
-/// # Errors
-/// One sentence for the person who starts it.
-pub async fn open_store_for_command(settings: &Settings) -> Result<Store, StartError> {
-    let folder = &settings.storage.data_dir;
-    make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
-    Ok(open_store(settings).await?)
-}
-
 /// The folder holds other people's keys: only its owner gets in. One that is there already keeps the mode it was given.
 fn make_private(folder: &Path) -> std::io::Result<()> {
     if let Ok(metadata) = std::fs::metadata(folder) {

@@ -382,7 +382,7 @@ async fn a_bad_file_of_any_kind_is_told_its_place_and_stores_nothing() {
         ),
         (
             one(r#"{"url": "http://169.254.169.254/canary"}"#),
-            "mcpServers.bad.url: This is a link-local address, where cloud providers keep credentials; it is never connected to.",
+            "mcpServers.bad.url: This address may not be connected to: it is that of a cloud's metadata service.",
         ),
         (
             one(r#"{"url": "http://h/", "headers": {"Host Name": "canary"}}"#),
@@ -451,15 +451,20 @@ async fn a_bad_file_of_any_kind_is_told_its_place_and_stores_nothing() {
     ];
     let mut wrong = Vec::new();
     for (file, expected) in cases {
-        let answer = post(&portolan, "", file.clone()).await.expect(422);
+        let answer = post(&portolan, "", file.clone()).await;
+        if answer.status != 422 {
+            wrong.push(format!("{file}\n{}", answer.text));
+            continue;
+        }
+        let answer = answer.expect(422);
         let detail = answer["detail"].as_str().unwrap();
         if detail != expected && !(file.contains(&long) && detail.ends_with(expected)) {
             wrong.push(format!("{file}\n{detail}\n{expected}"));
         }
         assert!(!answer.to_string().to_lowercase().contains("canary"), "{answer}");
-        assert!(servers(&portolan).await.is_empty(), "{file}");
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n\n"));
+    assert!(servers(&portolan).await.is_empty());
     let invalid = post(&portolan, "", b"{\"mcpServers\":\n{\"a\xff".to_vec()).await.expect(422);
     assert_eq!(invalid["detail"], "The file is not UTF-8 (line 2 column 4).");
     let large = format!("{{\"mcpServers\": {{}}, \"x\": \"{}\"}}", "x".repeat(1024 * 1024));

@@ -140,7 +140,9 @@ pub fn file_object(text: &[u8]) -> Result<Map<String, Value>, Error> {
     if text.len() > MAX_BODY {
         return Err(Error::BodyTooLarge { limit: MAX_BODY });
     }
-    object(text, "file")
+    let object = object(text, "file")?;
+    refuse_nul_in(&object, &mut vec![json!("body")])?;
+    Ok(object)
 }
 
 /// A body that is a file, to be read as one.

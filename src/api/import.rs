@@ -89,9 +89,19 @@ impl Import {
         }
     }
 
-    fn read(self, file: &[u8]) -> Result<Document, Error> {
+    /// What a file says.
+    ///
+    /// # Errors
+    /// [`Error::Invalid`], [`Error::BodyTooLarge`].
+    pub(super) fn read(self, file: &[u8]) -> Result<Document, Error> {
         let text = plain_json(file).map_err(|msg| Error::invalid(vec![json!("body")], msg))?;
-        read(file_object(&text)?, self.format)
+        let object = file_object(&text).map_err(|error| match error {
+            Error::Invalid(issues) => {
+                Error::Invalid(issues.into_iter().map(|found| issue(&found.loc[1..], &found.msg)).collect())
+            }
+            other => other,
+        })?;
+        read(object, self.format)
             .map_err(|faults| Error::Invalid(faults.into_iter().map(|fault| issue(&fault.place, &fault.msg)).collect()))
     }
 }
@@ -305,7 +315,7 @@ fn restore_remote(config: &mut Map<String, Value>, stored: &Remote, bare: &Remot
 }
 
 /// Whether two configurations mean the same, however their headers are given and their templates spelt.
-fn same(one: &Connector, other: &Connector) -> bool {
+pub(super) fn same(one: &Connector, other: &Connector) -> bool {
     match (one, other) {
         (Connector::Stdio(one), Connector::Stdio(other)) => {
             let args = |stdio: &Stdio| stdio.args.iter().map(|arg| canonical(arg)).collect::<Vec<_>>();

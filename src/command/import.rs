@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use crate::api::{Import, Report};
-use crate::app::{Commands, open_store_for_command};
+use crate::app::{Commands, make_data_folder, open_store};
 use crate::config::Settings;
 use crate::error::Error;
 
@@ -19,7 +19,8 @@ const MOST: u64 = 1024 * 1024 + 1;
 pub async fn run(settings: &Settings, file: &Path, asked: Import) -> Result<(), String> {
     let text = read(file).map_err(|error| format!("Cannot read {}: {error}.", file.display()))?;
     let commands = Commands::read(&settings.children).map_err(|error| error.to_string())?;
-    let store = open_store_for_command(settings).await.map_err(|error| error.to_string())?;
+    make_data_folder(settings).map_err(|error| error.to_string())?;
+    let store = open_store(settings).await.map_err(|error| error.to_string())?;
     let done = asked.run(&store, &text, |connector| commands.check(connector)).await;
     store.close().await;
     tell(&done.map_err(failed)?.report);

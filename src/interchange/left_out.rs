@@ -72,7 +72,7 @@ impl Names {
         });
         let parts = secret_args(args);
         let bare = args.iter().zip(parts).enumerate().map(|(number, (arg, parts))| {
-            let flag = number.checked_sub(1).map(|before| args[before].as_str()).filter(|flag| flag.starts_with('-'));
+            let flag = number.checked_sub(1).map(|before| args[before].as_str()).filter(|flag| is_flag(flag));
             self.bare_text(server, arg, parts, flag, number)
         });
         Stdio { command: command.clone(), args: bare.collect(), env }
@@ -94,7 +94,8 @@ impl Names {
             if part.start < from || without_templates(&text[part.clone()]).is_empty() {
                 continue;
             }
-            let before = text[..part.start].trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+            // Nothing of an earlier part, which is a secret.
+            let before = text[from..part.start].trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
             let before = strip_scheme(before);
             let word = before.rsplit(|c: char| !(c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))).next();
             let called = word.filter(|word| !word.is_empty()).or(flag.filter(|_| part.start == 0));
@@ -143,6 +144,11 @@ impl Names {
     }
 }
 
+/// Whether an argument is the name of a flag and nothing else: only then may another one be called so.
+fn is_flag(arg: &str) -> bool {
+    arg.starts_with('-') && arg.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+}
+
 /// A text without those of its templates that have no default: nothing of them is secret.
 fn without_templates(text: &str) -> String {
     with_templates(text, |name, default| default.map(|default| template(name, Some(default))).unwrap_or_default())
@@ -179,6 +185,7 @@ mod tests {
             "--token=two",
             "--h=Authorization: Bearer three",
             "{{ API_KEY | sk-ant-abc123 }}",
+            "sk-ant-one,sk-ant-two",
             "run",
         ];
         let stdio = Connector::Stdio(Stdio {
@@ -209,6 +216,7 @@ mod tests {
                 "--token={{ GIT_TOKEN_2 }}",
                 "--h=Authorization: Bearer {{ GIT_AUTHORIZATION }}",
                 "{{ GIT_ARG_5 }}",
+                "{{ GIT_ARG_6 }},{{ GIT_ARG_6_2 }}",
                 "run"
             ]
         );
@@ -221,6 +229,6 @@ mod tests {
         assert_eq!(headers, ["{{ MY_SERVER_X_A }}", "Bearer {{ B }}", ""]);
         let Connector::Sse(twin) = &bare[2] else { panic!() };
         assert_eq!(twin.auth_token.as_ref().unwrap().expose(), "Bearer {{ MY_SERVER_AUTHORIZATION_2 }}");
-        assert_eq!(made.len(), 14);
+        assert_eq!(made.len(), 16);
     }
 }
