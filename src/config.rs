@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use url::{Host, Url};
 
+use crate::interchange::Format;
 use crate::model::{Scope, Secret};
 
 /// Portolan: the MCP-servers part of the Letta API, served from your own machine.
@@ -41,6 +42,32 @@ pub enum Command {
     /// Make tokens for clients
     #[command(subcommand)]
     Token(Token),
+    /// Register the servers of a configuration file: mcpServers (Claude, Cursor, Windsurf, Letta) or servers (VS Code)
+    Import {
+        /// The file, at most 1 MiB; - reads standard input
+        file: PathBuf,
+        /// Whose file it is; without it, its shape says so
+        #[arg(long, value_enum)]
+        format: Option<Format>,
+        /// Also remove the servers that are not in the file
+        #[arg(long)]
+        replace: bool,
+        /// Only say what would be done
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Write the servers as the configuration file of another program
+    Export {
+        /// For which program
+        #[arg(long, value_enum, default_value = "claude")]
+        format: Format,
+        /// With secrets in clear; without it, each is a variable to be set
+        #[arg(long)]
+        secrets: bool,
+        /// The file to write, with mode 0600 when it holds secrets; without it, standard output
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
 }
 
 #[derive(Clone, Debug, Subcommand)]

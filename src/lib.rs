@@ -17,7 +17,8 @@
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `reveal` (who sees secrets), `wire` (Letta's JSON, in and out; `mask`: what stands for a secret; `events`: what a connect tells), `page` (what a browser sees after a sign-in), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), `variables` (values that a request brings), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `reveal` (who sees secrets), `wire` (Letta's JSON, in and out; `mask`: what stands for a secret; `events`: what a connect tells), `page` (what a browser sees after a sign-in), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), `variables` (values that a request brings), `import` (what an import does, and an export), one file per group of routes |
+//! | [`interchange`] | the files of other programs: `read` and `write` (what they say of servers), `text` (from bytes to JSON), `placeholders` (theirs, and templates), `left_out` (secrets that a file does not show) |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
 //! | `session` | handshake, list, call |
@@ -51,18 +52,19 @@
 //! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
 //! | `serve` | `config`, `axum` |
 //! | `error` | `mcp`, `model`, `store`, `axum` |
-//! | `config` | `model` |
+//! | `config` | `interchange`, `model` |
 //! | `corpus` | |
 //! | `model` | `sqlx` |
 //! | `secrets` | `model` |
+//! | `interchange` | `mcp`, `model`, `secrets` |
 //! | `telemetry` | |
-//! | `api` | `app`, `config`, `corpus`, `error`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
+//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `rmcp` |
 //! | `store` | `corpus`, `model`, `sqlx` |
-//! | `command` | `api`, `app`, `config`, `error`, `mcp`, `model`, `store` |
+//! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of
-//! `api`, `main` and `command` use the tokens, and `command` the rules of a create.
+//! `api`, `main` and `command` use the tokens, and `command` the rules of a create and the import.
 //!
 //! # One request
 //!
@@ -79,6 +81,7 @@ pub mod config;
 #[cfg(test)]
 mod corpus;
 pub mod error;
+pub mod interchange;
 pub mod mcp;
 pub mod model;
 pub mod secrets;

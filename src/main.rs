@@ -6,6 +6,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
+use portolan::api::Import;
 use portolan::app::{App, BECOME, KEEP, become_child, ensure_guarded, keep_child};
 use portolan::command;
 use portolan::config::{Cli, Command, Settings, Token};
@@ -45,6 +46,14 @@ fn main() -> ExitCode {
         Command::RotateKeys { dry_run } => run(async {
             telemetry::init(&settings.logs.log)?;
             command::rotate_keys::run(&settings, dry_run).await
+        }),
+        Command::Import { file, format, replace, dry_run } => run(async {
+            telemetry::init(&settings.logs.log)?;
+            command::import::run(&settings, &file, Import { format, replace, dry_run }).await
+        }),
+        Command::Export { format, secrets, output } => run(async {
+            telemetry::init(&settings.logs.log)?;
+            command::export::run(&settings, format, secrets, output.as_deref()).await
         }),
     };
     match result {

@@ -14,6 +14,7 @@ mod endurance;
 mod entry;
 mod headers;
 mod house;
+mod import;
 mod known;
 mod legacy;
 mod letta;

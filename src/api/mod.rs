@@ -6,10 +6,12 @@ mod drip;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod guard;
+mod import;
 mod legacy;
 mod oauth;
 mod origin;
 mod page;
+mod portolan;
 mod repeats;
 mod reveal;
 mod runs;
@@ -39,6 +41,7 @@ use crate::serve::Full;
 pub use access::{Access, Scope};
 use access::{Door, admit, authorize};
 pub use guard::Bodies;
+pub use import::{Import, Report, export};
 pub use origin::{EveryPage, Origins};
 pub use runs::Runs;
 pub use servers::as_registered;
@@ -108,6 +111,8 @@ pub fn routes() -> Vec<Route> {
         route(Method::POST, "/v1/tools/mcp/servers/{mcp_server_name}/{mcp_tool_name}", ADMIN, legacy::add_tool),
         route(Method::POST, "/v1/tools/mcp/servers/{mcp_server_name}/resync", ADMIN, legacy::resync),
         route(Method::POST, NAMED_EXECUTE, RUN, legacy::execute),
+        route(Method::POST, "/v1/portolan/import", ADMIN, portolan::import),
+        route(Method::GET, "/v1/portolan/export", ADMIN, portolan::export),
         route(Method::GET, "/v1/health/", Open, status::health),
         route(Method::GET, "/v1/ready", Open, status::ready),
         route(Method::GET, "/openapi.yaml", Open, status::openapi),

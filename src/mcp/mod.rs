@@ -48,6 +48,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ::http::HeaderValue;
+use futures_util::{StreamExt, stream};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -61,6 +62,7 @@ use crate::store::Store;
 
 pub use address::{Forbidden, Scope, UrlError, scope, server_url};
 pub use budget::Held;
+pub use commands::{Commands, TemplatesError};
 pub use confine::become_child;
 pub use egress::{Destination, Egress, TlsError, Trust};
 pub use error::{Error, SyncError};
@@ -71,7 +73,7 @@ pub use listing::{accept, definition};
 pub use oauth::{ConnectEvent, SignInError, Subject};
 pub use order::{BECOME, KEEP};
 pub use schema::{Health, Room, json_schema, listed_schema};
-pub use template::{bare, templates};
+pub use template::{bare, is_templated, templates};
 pub use variables::{Variables, VariablesError, VariablesFile, VariablesFileError};
 
 use budget::Budget;
@@ -89,6 +91,9 @@ use watch::{News, watch};
 /// How long the end of all sessions may take at a stop: a child has two periods of grace, a remote server a moment for
 /// the goodbye.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How many servers that came together are connected to at a time.
+const FIRST_SYNCS: usize = 4;
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
@@ -170,6 +175,7 @@ impl Mcp {
         let mcp = Self { store, pool, egress, sign_ins, settings, children, variables, tracker, stop, syncing };
         mcp.tracker.spawn(watch(mcp.clone(), news));
         mcp.tidy();
+        mcp.catch_up();
         mcp
     }
 
@@ -196,6 +202,27 @@ impl Mcp {
         let stop = self.stop.clone();
         let sync = self.tracker.spawn(async move { stop.run_until_cancelled(sync).await });
         timeout(patience, sync).await.is_ok()
+    }
+
+    /// As [`Mcp::first_sync`], of several new servers, a few at a time; nobody waits for it.
+    pub fn first_syncs(&self, server_ids: Vec<String>) {
+        let mcp = self.clone();
+        let patience = self.settings.create_sync_timeout;
+        let sync = move |id: String| {
+            let mcp = mcp.clone();
+            async move {
+                match mcp.store.server(&id).await {
+                    Ok(Some(server)) => drop(mcp.first_sync(server, &Variables::default(), patience).await),
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::error!(server.id = id, %error, "a new server cannot be read for its first sync")
+                    }
+                }
+            }
+        };
+        let stop = self.stop.clone();
+        let all = stream::iter(server_ids).for_each_concurrent(FIRST_SYNCS, sync);
+        self.tracker.spawn(async move { stop.run_until_cancelled(all).await });
     }
 
     /// Lists the server's tools, following all pages, and makes the stored ones equal to them in one transaction.
@@ -475,6 +502,20 @@ impl Mcp {
                 mcp.children.keep_only(folders, servers.iter().map(|server| &*server.id));
             })
             .await;
+        });
+    }
+
+    /// Connects to the servers that came while nobody served, in the background.
+    fn catch_up(&self) {
+        let mcp = self.clone();
+        self.tracker.spawn(async move {
+            // What the database has to say is said where it is asked for an answer.
+            let Ok(servers) = mcp.store.servers().await else { return };
+            let is_new = |server: &Server| server.state == State::NeverConnected && server.last_synced_at.is_none();
+            let new: Vec<_> = servers.into_iter().filter(is_new).map(|server| server.id).collect();
+            if !new.is_empty() {
+                mcp.first_syncs(new);
+            }
         });
     }
 
