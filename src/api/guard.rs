@@ -298,7 +298,7 @@ fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {
 }
 
 /// PostgreSQL has no text with NUL, and neither has an argument, an environment variable or a header.
-fn refuse_nul_in(object: &Map<String, Value>, loc: &mut Vec<Value>) -> Result<(), Error> {
+pub(super) fn refuse_nul_in(object: &Map<String, Value>, loc: &mut Vec<Value>) -> Result<(), Error> {
     for (key, value) in object {
         loc.push(json!(shown(key)));
         if key.contains('\0') {

@@ -17,6 +17,7 @@ mod servers;
 mod status;
 mod tokens;
 mod tools;
+mod variables;
 mod wire;
 
 use axum::Router;
@@ -40,6 +41,7 @@ use access::{Door, admit, authorize};
 pub use guard::Bodies;
 pub use origin::{EveryPage, Origins};
 pub use runs::Runs;
+pub use servers::as_registered;
 pub use tokens::{Token, TokenError, Tokens, parse as parse_tokens};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");

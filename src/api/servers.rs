@@ -7,18 +7,19 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use chrono::TimeDelta;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Map, json};
 use uuid::Uuid;
 
 use crate::app::App;
 use crate::error::Error;
-use crate::mcp::{AgentId, SyncError};
-use crate::model::{Server, ServerType, State as ServerState};
+use crate::mcp::{AgentId, SyncError, Variables};
+use crate::model::{Connector, Server, ServerType, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
 use super::access::Caller;
-use super::guard::{JsonBody, ServerId, UnusedBody};
+use super::guard::{JsonBody, ServerId, UnusedBody, refuse_nul_in};
 use super::reveal::Shown;
+use super::variables::Given;
 use super::wire::{CreateServer, ServerObject, UpdateServer};
 
 /// How old a server may be to be taken for the outcome of an earlier try of the same create: an SDK gives up waiting
@@ -30,9 +31,10 @@ pub async fn create(
     headers: HeaderMap,
     caller: Caller,
     shown: Shown,
+    Given(given): Given,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
-    let server = add(&app, headers, &caller, CreateServer::read(body)?).await?;
+    let server = add(&app, headers, &caller, CreateServer::read(body)?, given).await?;
     Ok(Json(show(&app, &server, shown)).into_response())
 }
 
@@ -42,10 +44,23 @@ pub(super) async fn add(
     headers: HeaderMap,
     caller: &Caller,
     request: CreateServer,
+    given: Variables,
 ) -> Result<Server, Error> {
     app.mcp.check(&request.connector).map_err(Error::Disabled)?;
     let (creating, caller) = (app.clone(), caller.name().unwrap_or_default().to_owned());
-    app.to_the_end(async move { register(&creating, &headers, &caller, &request).await }).await
+    app.to_the_end(async move { register(&creating, &headers, &caller, &request, &given).await }).await
+}
+
+/// Name and connector as a create of them would store them; for what comes another way and is held to the same rules.
+///
+/// # Errors
+/// [`Error::Invalid`] with all that a create would refuse.
+pub fn as_registered(server_name: &str, connector: &Connector) -> Result<(String, Connector), Error> {
+    let body =
+        Map::from_iter([("server_name".to_owned(), json!(server_name)), ("config".to_owned(), json!(connector))]);
+    refuse_nul_in(&body, &mut vec![json!("body")])?;
+    let request = CreateServer::read(body)?;
+    Ok((request.server_name, request.connector))
 }
 
 /// A server as its row has it, and as this process knows it.
@@ -55,7 +70,13 @@ fn show<'a>(app: &App, server: &'a Server, shown: Shown) -> ServerObject<'a> {
     ServerObject::new(server, shown).here(forbidden.map(|why| why.to_string()), confinement)
 }
 
-async fn register(app: &App, headers: &HeaderMap, caller: &str, request: &CreateServer) -> Result<Server, Error> {
+async fn register(
+    app: &App,
+    headers: &HeaderMap,
+    caller: &str,
+    request: &CreateServer,
+    given: &Variables,
+) -> Result<Server, Error> {
     let id = format!("mcp_server-{}", Uuid::new_v4());
     let server = match app.store.create_server(&id, &request.server_name, &request.connector).await {
         Ok(server) => {
@@ -71,7 +92,7 @@ async fn register(app: &App, headers: &HeaderMap, caller: &str, request: &Create
     };
     let mut done = true;
     if server.last_synced_at.is_none() {
-        done = app.mcp.first_sync(server.clone(), app.settings.upstream.create_sync_timeout).await;
+        done = app.mcp.first_sync(server.clone(), given, app.settings.upstream.create_sync_timeout).await;
     }
     let mut server = match app.store.server(&server.id).await {
         Ok(current) => current.ok_or(Error::NoServer)?,
@@ -184,14 +205,20 @@ pub async fn refresh(
     State(app): State<App>,
     ServerId(id): ServerId,
     agent: ForAgent,
+    Given(given): Given,
     _: UnusedBody,
 ) -> Result<Response, Error> {
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
-    resync(&app, server, agent).await
+    resync(&app, server, agent, &given).await
 }
 
-pub(super) async fn resync(app: &App, server: Server, ForAgent(agent): ForAgent) -> Result<Response, Error> {
-    match app.mcp.sync_tools(&server, agent.as_ref()).await {
+pub(super) async fn resync(
+    app: &App,
+    server: Server,
+    ForAgent(agent): ForAgent,
+    given: &Variables,
+) -> Result<Response, Error> {
+    match app.mcp.sync_tools(&server, agent.as_ref(), given).await {
         Ok(changes) => Ok(Json(changes).into_response()),
         Err(SyncError::Gone) => Err(Error::NoServer),
         Err(SyncError::Server(source)) => Err(Error::Refresh { server_name: server.server_name, source }),

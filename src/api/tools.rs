@@ -14,12 +14,14 @@ use tokio::task::spawn_blocking;
 use crate::app::App;
 use crate::error::Error;
 use crate::mcp::Room;
+use crate::mcp::Variables;
 use crate::model::ServerTool;
 
 use super::drip;
 use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
 use super::repeats::Repeat;
 use super::runs::Sent;
+use super::variables::Given;
 use super::wire::{ToolExecutionResult, ToolObject, approved_hash, run_arguments, tools_array};
 
 /// The answer is that of a run which another request asked for (CONTRACT row 16).
@@ -49,9 +51,10 @@ pub async fn run(
     State(app): State<App>,
     ids: ToolId,
     repeat: Repeat,
+    Given(given): Given,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
-    answer(&app, ids, &repeat, run_arguments(body)?, |json| json).await
+    answer(&app, ids, &repeat, given, run_arguments(body)?, |json| json).await
 }
 
 /// The answer to a run: its JSON is what `shape` makes of that of a [`ToolExecutionResult`].
@@ -59,17 +62,18 @@ pub(super) async fn answer(
     app: &App,
     ids: ToolId,
     repeat: &Repeat,
+    given: Variables,
     arguments: Map<String, Value>,
     shape: fn(Bytes) -> Bytes,
 ) -> Result<Response, Error> {
-    let call = repeat.call(&ids, &arguments);
+    let call = repeat.call(&ids, &arguments, &given);
     let running = app.clone();
     let work = |sent: Sent| async move {
         let found = find(&running, &ids).await?;
         if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
             return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
         }
-        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &sent).await?;
+        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent).await?;
         Ok(ToolExecutionResult::from(outcome).json())
     };
     let (outcome, repeated) = match call {

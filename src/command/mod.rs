@@ -2,6 +2,7 @@
 //! sentence where it fails.
 
 pub mod key;
+pub mod migrate_letta;
 pub mod rotate_keys;
 pub mod token;
 

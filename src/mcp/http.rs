@@ -414,8 +414,8 @@ fn may_come_back(status: StatusCode) -> bool {
 async fn refused(id: u64, in_session: bool, response: reqwest::Response, signer: Option<&Signer>) -> CallError {
     let status = response.status();
     let error = HttpError::of(&response, signer);
-    // What nobody has signed in to has done nothing. With a configured token it may be that one call which is refused.
-    if matches!(error, HttpError::SignIn(_)) && signer.is_some() {
+    // The sign-in is over, and nothing was done. Without one it may be that one call which is refused.
+    if matches!(error, HttpError::SignIn(_)) && signer.is_some_and(Signer::has_signed) {
         return CallError::NotSent(error.into());
     }
     if matches!(error, HttpError::SignIn(_)) || status == StatusCode::TOO_MANY_REQUESTS {

@@ -115,8 +115,8 @@ impl SseWire {
                 posted = &mut posting => match posted {
                     Ok(()) => {}
                     Err(error) if error.is_unsent() => return Err(CallError::NotSent(error.into())),
-                    // What nobody has signed in to has done nothing.
-                    Err(error @ HttpError::SignIn(_)) if self.0.signer.is_some() => {
+                    // The sign-in is over, and nothing was done.
+                    Err(error @ HttpError::SignIn(_)) if self.0.signer.as_ref().is_some_and(Signer::has_signed) => {
                         return Err(CallError::NotSent(error.into()));
                     }
                     Err(HttpError::Status { status, retry_after }) if status.is_server_error() => {

@@ -67,8 +67,6 @@ pub(crate) struct Rules {
     pub(crate) metadata: Value,
     /// What is answered in place of what a path is for.
     pub(crate) instead: HashMap<String, Instead>,
-    /// Stands at the end of every secret that it gives out.
-    pub(crate) mark: &'static str,
 }
 
 impl Default for Rules {
@@ -83,7 +81,6 @@ impl Default for Rules {
             client_documents: None,
             metadata: json!({}),
             instead: HashMap::new(),
-            mark: "",
         }
     }
 }
@@ -250,7 +247,6 @@ impl Authority {
             is_embedded,
             metadata: Mutex::new(json!({})),
             challenge: Mutex::default(),
-            refused: AtomicUsize::new(0),
         })
     }
 
@@ -356,7 +352,6 @@ pub(crate) struct Guard {
     is_embedded: bool,
     metadata: Mutex<Value>,
     challenge: Mutex<Option<String>>,
-    refused: AtomicUsize,
 }
 
 impl Guard {
@@ -368,11 +363,6 @@ impl Guard {
     /// In place of its own `WWW-Authenticate`.
     pub(crate) fn set_challenge(&self, challenge: &str) {
         *locked(&self.challenge) = Some(challenge.to_owned());
-    }
-
-    /// How many requests came without a token that is good here.
-    pub(crate) fn refused(&self) -> usize {
-        self.refused.load(Relaxed)
     }
 
     pub(crate) fn unset_challenge(&self) {
@@ -408,7 +398,6 @@ impl Guard {
         if bearer.is_some_and(|token| self.issuer.knows(token, &format!("http://{addr}{of}"))) {
             return None;
         }
-        self.refused.fetch_add(1, Relaxed);
         let error = if bearer.is_some() { r#"error="invalid_token", "# } else { "" };
         let own = || format!(r#"Bearer {error}resource_metadata="http://{addr}{RESOURCE}{of}""#);
         let challenge = locked(&self.challenge).clone().unwrap_or_else(own);
@@ -517,7 +506,7 @@ impl Issuer {
         let secret = match rules.registration {
             Registration::Closed => return plain(StatusCode::NOT_FOUND),
             Registration::Public => None,
-            Registration::Secret(method) => Some((method, secret("secret", rules))),
+            Registration::Secret(method) => Some((method, secret("secret"))),
         };
         let client = Client { id: format!("client-{}", Uuid::new_v4()), secret, redirect_uris };
         let mut answer = json!({ "client_id": client.id, "client_id_issued_at": 1_700_000_000 });
@@ -586,7 +575,7 @@ impl Issuer {
                     used: false,
                     family: books.families - 1,
                 };
-                let text = secret("code", rules);
+                let text = secret("code");
                 query.append_pair("code", &text);
                 books.codes.insert(text, code);
             }
@@ -682,7 +671,7 @@ impl Issuer {
             ends: Instant::now() + lasts,
             spent: false,
         };
-        let access = secret("access", rules);
+        let access = secret("access");
         let mut answer = json!({ "access_token": access, "token_type": "Bearer" });
         books.access.insert(access, token());
         if let Some(seconds) = rules.expires_in {
@@ -692,7 +681,7 @@ impl Issuer {
             answer["scope"] = json!(scope);
         }
         if is_person && rules.refresh != Refresh::Never {
-            let refresh = secret("refresh", rules);
+            let refresh = secret("refresh");
             answer["refresh_token"] = json!(refresh);
             books.refresh.insert(refresh, token());
         }
@@ -757,8 +746,8 @@ fn decoded(text: &str) -> String {
     form_urlencoded::parse(format!("v={text}").as_bytes()).next().map_or_else(String::new, |(_, value)| value.into())
 }
 
-fn secret(kind: &str, rules: &Rules) -> String {
-    format!("{kind}-{}{}", Uuid::new_v4().simple(), rules.mark)
+fn secret(kind: &str) -> String {
+    format!("{kind}-{}", Uuid::new_v4().simple())
 }
 
 fn put_over(document: &mut Value, changes: &Value) {

@@ -1,10 +1,11 @@
 //! Sign-in to MCP servers, against an authorization server that checks what a good one checks: from connect over the user's
 //! consent to a run (CONTRACT row 24). `tokens` is about the time after it, `refused` about what must not work, `pages` about
-//! the callback.
+//! the callback, `secrets` about what nobody may see.
 
 mod older;
 mod pages;
 mod refused;
+mod secrets;
 mod tokens;
 
 use std::sync::Arc;
@@ -26,7 +27,7 @@ const PUBLIC: &str = "https://portolan.test";
 const CALLBACK: &str = "https://portolan.test/v1/tools/mcp/oauth/callback";
 
 /// How long a machine that is busy may take for a step that has several exchanges.
-const LONG: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(120);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Kind {
@@ -122,13 +123,17 @@ struct Watch {
 impl Watch {
     async fn start(portolan: &Portolan, id: &str) -> Self {
         let path = format!("/v1/mcp-servers/connect/{id}");
-        let response = portolan.request("GET", &path).send().await.unwrap();
+        Self::open(portolan.request("GET", &path), &path).await
+    }
+
+    async fn open(request: reqwest::RequestBuilder, path: &str) -> Self {
+        let response = request.send().await.unwrap();
         assert_eq!(response.status().as_u16(), 200);
         let headers = response.headers().iter();
         let headers: Vec<_> =
             headers.map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect();
         assert_eq!(response.headers()["content-type"], "text/event-stream; charset=utf-8");
-        Self { path, response, headers, text: String::new(), read: 0 }
+        Self { path: path.to_owned(), response, headers, text: String::new(), read: 0 }
     }
 
     /// The next event; `None` at the end.
@@ -498,6 +503,6 @@ async fn a_stop_ends_the_streams_and_a_client_that_leaves_ends_the_wait() {
     let mut watch = Watch::start(&portolan, &id).await;
     watch.url().await;
     let reading = tokio::spawn(async move { watch.next().await });
-    timeout(PATIENCE, portolan.stop()).await.expect("nobody waits for the user");
+    timeout(2 * PATIENCE, portolan.stop()).await.expect("nobody waits for the user");
     assert_eq!(reading.await.unwrap(), None, "the stream ends where it is");
 }

@@ -54,6 +54,8 @@ struct Memory {
     known: Known,
     /// Until then a token that is about to end is good enough.
     rest_until: Option<Instant>,
+    /// There has been a token.
+    has_signed: bool,
 }
 
 #[derive(Clone)]
@@ -100,7 +102,8 @@ fn is_same_place(one: &str, other: &str) -> bool {
 
 impl Signer {
     pub(super) fn new(ins: SignIns, server_id: Option<String>, remote: &Remote) -> Self {
-        let memory = Memory { known: if server_id.is_some() { Known::Unread } else { Known::None }, rest_until: None };
+        let known = if server_id.is_some() { Known::Unread } else { Known::None };
+        let memory = Memory { known, rest_until: None, has_signed: false };
         Self(Arc::new(Source {
             ins,
             server_id,
@@ -114,7 +117,7 @@ impl Signer {
     /// Of a server that is not registered, to which somebody has just signed in.
     pub(super) fn signed_in(self, sign_in: &SignIn) -> Self {
         if let Some(token) = Token::new(sign_in, 1, now()) {
-            self.0.memory().known = Known::Token(Arc::new(token));
+            self.0.know(Some(Arc::new(token)));
         }
         self
     }
@@ -130,6 +133,11 @@ impl Signer {
     /// The id of the server, if it is registered and a person can sign in to it.
     pub fn connects(&self) -> Option<&str> {
         self.0.server_id.as_deref().filter(|_| !self.0.is_machine())
+    }
+
+    /// Whether there is a sign-in, or was one: a 401 then says that it is over.
+    pub fn has_signed(&self) -> bool {
+        self.0.memory().has_signed
     }
 
     /// Portolan signs in as itself, without a person.
@@ -163,7 +171,9 @@ impl Signer {
     async fn token(&self) -> Result<Option<Arc<Token>>, Problem> {
         let fresh = match &*self.0.memory() {
             Memory { known: Known::None, .. } => Some(None),
-            Memory { known: Known::Token(token), rest_until } if !token.is_due() || is_resting(*rest_until, token) => {
+            Memory { known: Known::Token(token), rest_until, .. }
+                if !token.is_due() || is_resting(*rest_until, token) =>
+            {
                 Some(Some(token.clone()))
             }
             _ => None,
@@ -222,7 +232,10 @@ impl Source {
 
     fn know(&self, token: Option<Arc<Token>>) -> Option<Arc<Token>> {
         let known = token.clone().map_or(Known::None, Known::Token);
-        *self.memory() = Memory { known, rest_until: None };
+        let mut memory = self.memory();
+        let has_signed = memory.has_signed || token.is_some();
+        *memory = Memory { known, rest_until: None, has_signed };
+        drop(memory);
         token
     }
 
