@@ -15,8 +15,8 @@ use crate::api::{Bodies, EveryPage, Origins, Runs, TokenError, Tokens};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
-pub use crate::mcp::{BECOME, KEEP, become_child, keep_child};
-use crate::mcp::{Egress, Mcp, TlsError};
+pub use crate::mcp::{BECOME, Commands, KEEP, become_child, keep_child};
+use crate::mcp::{Egress, Mcp, TlsError, VariablesFile, VariablesFileError};
 use crate::store::{KeySource, OpenError, SealError, Store};
 use crate::{api, serve, store};
 
@@ -64,6 +64,8 @@ pub enum StartError {
     Origins(#[from] EveryPage),
     #[error(transparent)]
     Children(#[from] ChildrenError),
+    #[error(transparent)]
+    Variables(#[from] VariablesFileError),
     #[error("Cannot use the system's certificates for TLS: {0}.")]
     Client(#[from] TlsError),
 }
@@ -96,13 +98,14 @@ impl App {
         let origins = Origins::new(&settings.browsers, !settings.tokens.are_given())?;
         let tokens = Tokens::open(settings.tokens.clone())?;
         let folder = &settings.storage.data_dir;
-        make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })?;
+        make_data_folder(&settings)?;
         let store = open_store(&settings).await?;
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
         let children =
             Children::new(settings.children.clone(), folder.join("children"), own_files(&settings), tracker.clone())?;
-        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, tracker.clone());
+        let variables = VariablesFile::open(settings.variables.variables_file.clone())?;
+        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, variables, tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
         Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, bodies, origins, tracker })
@@ -142,6 +145,15 @@ impl App {
     }
 }
 
+/// Makes the folder for everything that is kept on disk, if it is missing.
+///
+/// # Errors
+/// [`StartError::DataDir`].
+pub fn make_data_folder(settings: &Settings) -> Result<(), StartError> {
+    let folder = &settings.storage.data_dir;
+    make_private(folder).map_err(|cause| StartError::DataDir { folder: folder.clone(), cause })
+}
+
 /// Opens the database of these settings with their keys; its folder is there.
 ///
 /// # Errors
@@ -171,6 +183,7 @@ fn make_private(folder: &Path) -> std::io::Result<()> {
 fn own_files(settings: &Settings) -> Vec<PathBuf> {
     let mut own = vec![settings.storage.data_dir.clone()];
     own.extend(settings.secrets.key_file.clone());
+    own.extend(settings.variables.variables_file.clone());
     own.extend([&settings.tokens.tokens_file, &settings.tokens.token_file].into_iter().flatten().cloned());
     let url = settings.storage.database_url.as_ref().map(|url| url.expose());
     if let Some(file) = url.and_then(store::sqlite_file) {

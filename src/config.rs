@@ -11,6 +11,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use url::{Host, Url};
 
+use crate::interchange::Format;
 use crate::model::{Scope, Secret};
 
 /// Portolan: the MCP-servers part of the Letta API, served from your own machine.
@@ -30,6 +31,8 @@ pub enum Command {
     /// Make a key that seals stored secrets, or give one up
     #[command(subcommand)]
     Key(KeyCommand),
+    /// Take over the MCP servers of a Letta V1 database, which is only read: servers, tools, headers, tokens and sign-ins
+    MigrateLetta(MigrateLetta),
     /// Seal all stored secrets again with the first key of the key file, while Portolan serves
     RotateKeys {
         /// Only say how many servers each key seals
@@ -39,6 +42,32 @@ pub enum Command {
     /// Make tokens for clients
     #[command(subcommand)]
     Token(Token),
+    /// Register the servers of a configuration file: mcpServers (Claude, Cursor, Windsurf, Letta) or servers (VS Code)
+    Import {
+        /// The file, at most 1 MiB; - reads standard input
+        file: PathBuf,
+        /// Whose file it is; without it, its shape says so
+        #[arg(long, value_enum)]
+        format: Option<Format>,
+        /// Also remove the servers that are not in the file
+        #[arg(long)]
+        replace: bool,
+        /// Only say what would be done
+        #[arg(long)]
+        dry_run: bool,
+    },
+    /// Write the servers as the configuration file of another program
+    Export {
+        /// For which program
+        #[arg(long, value_enum, default_value = "claude")]
+        format: Format,
+        /// With secrets in clear; without it, each is a variable to be set
+        #[arg(long)]
+        secrets: bool,
+        /// The file to write, with mode 0600 when it holds secrets; without it, standard output
+        #[arg(long, value_name = "FILE")]
+        output: Option<PathBuf>,
+    },
 }
 
 #[derive(Clone, Debug, Subcommand)]
@@ -50,6 +79,38 @@ pub enum KeyCommand {
         /// The id of the key, as the refused start names it
         id: String,
     },
+}
+
+/// Where Letta's data is, and what of it to take.
+#[derive(Args, Clone, Debug)]
+pub struct MigrateLetta {
+    /// Letta's database, postgres://… or sqlite:FILE; better given as the variable, because it has a password
+    #[arg(long, env = "LETTA_PG_URI", hide_env_values = true, value_parser = secret, value_name = "URL")]
+    pub from: Secret,
+    /// Only say what would come and what would not
+    #[arg(long)]
+    pub dry_run: bool,
+    /// File that holds Letta's LETTA_ENCRYPTION_KEY, instead of that variable
+    #[arg(long, value_name = "FILE")]
+    pub encryption_key_file: Option<PathBuf>,
+    /// What Letta sealed its secrets with; given as the variable
+    #[arg(long, env = "LETTA_ENCRYPTION_KEY", hide = true, hide_env_values = true, value_parser = secret, value_name = "KEY")]
+    pub letta_encryption_key: Option<Secret>,
+    /// Take every value as it stands: Letta had no LETTA_ENCRYPTION_KEY, and some only look sealed
+    #[arg(long)]
+    pub unsealed: bool,
+    /// Take servers whose secrets cannot be opened without them, rather than leave those servers
+    #[arg(long)]
+    pub without_secrets: bool,
+    /// Take the servers of one organization, by its id or name; without it, those of all
+    #[arg(long, value_name = "ORGANIZATION")]
+    pub organization: Option<String>,
+    /// PostgreSQL schema of Letta's tables; without it, the one that has them
+    #[arg(long, value_name = "NAME")]
+    pub schema: Option<String>,
+    /// Read a version of Letta's schema that is not known here, too
+    #[arg(long)]
+    pub any_version: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -83,6 +144,8 @@ pub struct Settings {
     pub logs: Logs,
     #[command(flatten)]
     pub upstream: Upstream,
+    #[command(flatten)]
+    pub variables: Variables,
     #[command(flatten)]
     pub egress: Egress,
     #[command(flatten)]
@@ -340,6 +403,16 @@ pub enum ToolPolicy {
     Report,
     /// A definition that nobody has approved is not run
     Hold,
+}
+
+/// Values for `{{ VARIABLE }}` in tokens, headers, arguments and environments of servers.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Variables")]
+pub struct Variables {
+    /// JSON file of values for templates in servers, {"NAME": "value"}; a request's own come before them. Read again on
+    /// SIGHUP
+    #[arg(long, env = "PORTOLAN_VARIABLES_FILE", global = true, value_name = "FILE")]
+    pub variables_file: Option<PathBuf>,
 }
 
 /// Which addresses Portolan connects to.

@@ -56,6 +56,11 @@ pub enum Error {
     NoServer,
     #[error("This MCP server has no tool with this id.")]
     NoTool,
+    /// As these two, where a path names what it means.
+    #[error("There is no MCP server with this name.")]
+    NoServerNamed,
+    #[error("This MCP server has no tool with this name; resync it if it should.")]
+    NoToolNamed,
     #[error("{}", held(.is_new))]
     ToolHeld { is_new: bool },
     #[error("The definition of this tool has another hash now; look at it again before you approve it.")]
@@ -77,6 +82,9 @@ pub enum Error {
     Refresh { server_name: String, source: mcp::Error },
     #[error("Failed to connect to MCP server.")]
     Connect(#[source] mcp::Error),
+    /// A template has no value, or one that cannot be used (CONTRACT row 17); nothing was sent.
+    #[error(transparent)]
+    Variables(mcp::Error),
     /// Nothing was sent, and nothing is known to be wrong with another attempt in a while (CONTRACT row 14).
     #[error("{source}")]
     Overload { source: mcp::Error, retry_after: Duration },
@@ -125,6 +133,7 @@ impl From<mcp::Error> for Error {
     fn from(error: mcp::Error) -> Self {
         match (&error, error.retry_after()) {
             (mcp::Error::Deleted, _) => Self::NoServer,
+            (mcp::Error::NoValue { .. } | mcp::Error::BadValue { .. }, _) => Self::Variables(error),
             (_, Some(retry_after)) => Self::Overload { source: error, retry_after },
             (_, None) => Self::Connect(error),
         }
@@ -150,7 +159,9 @@ impl Error {
 
     fn status(&self) -> (StatusCode, &'static str) {
         match self {
-            Self::NoRoute | Self::NoServer | Self::NoTool => (StatusCode::NOT_FOUND, "not_found"),
+            Self::NoRoute | Self::NoServer | Self::NoTool | Self::NoServerNamed | Self::NoToolNamed => {
+                (StatusCode::NOT_FOUND, "not_found")
+            }
             Self::Unauthorized => (StatusCode::UNAUTHORIZED, "unauthorized"),
             Self::Guessing { .. } => (StatusCode::TOO_MANY_REQUESTS, "too_many_attempts"),
             Self::Forbidden => (StatusCode::FORBIDDEN, "forbidden"),
@@ -168,6 +179,8 @@ impl Error {
             Self::BodyIncomplete => (StatusCode::BAD_REQUEST, "body_incomplete"),
             Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
             Self::Invalid(_) => (StatusCode::UNPROCESSABLE_ENTITY, "invalid_request"),
+            Self::Variables(mcp::Error::NoValue { .. }) => (StatusCode::UNPROCESSABLE_ENTITY, "variable_missing"),
+            Self::Variables(_) => (StatusCode::UNPROCESSABLE_ENTITY, "variable_invalid"),
             // Letta's own status for a server that a refresh cannot reach (CONTRACT row 11).
             Self::Refresh { .. } => (StatusCode::NOT_FOUND, "mcp_server_unavailable"),
             Self::Connect(_) => (StatusCode::BAD_GATEWAY, "mcp_connection_error"),
@@ -210,6 +223,10 @@ impl Error {
         let mut body = json!({ "detail": self.to_string(), "code": code, "request_id": request_id });
         match self {
             Self::Invalid(issues) => body["errors"] = json!(issues),
+            Self::Variables(_) => {
+                let loc = vec![json!("header"), json!(mcp::Variables::HEADER)];
+                body["errors"] = json!([Issue { loc, msg: self.to_string() }]);
+            }
             Self::Refresh { source, .. } => {
                 body["detail"] = json!({
                     "code": "MCPServerUnavailable", "message": self.to_string(), "error": source.to_string(),
@@ -237,6 +254,7 @@ impl Error {
             | Self::Sealed(_)
             | Self::Refresh { .. }
             | Self::Connect(_)
+            | Self::Variables(_)
             | Self::Internal(_) => {
                 headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
             }
@@ -320,6 +338,8 @@ mod tests {
             Error::Disabled(mcp::Error::StdioOff),
             Error::NoServer,
             Error::NoTool,
+            Error::NoServerNamed,
+            Error::NoToolNamed,
             Error::ToolHeld { is_new: true },
             Error::ToolChanged,
             Error::NameTaken,
@@ -330,6 +350,8 @@ mod tests {
             Error::invalid(vec![json!("body")], "No."),
             Error::Refresh { server_name: "s".to_owned(), source: failure() },
             Error::Connect(failure()),
+            Error::Variables(mcp::Error::NoValue { name: "A".to_owned() }),
+            Error::Variables(mcp::Error::BadValue { place: "auth_token".to_owned() }),
             Error::Overload { source: mcp::Error::QueueFull, retry_after: Duration::from_millis(1) },
             Error::Full { repeatable: true },
             Error::Full { repeatable: false },
@@ -343,6 +365,7 @@ mod tests {
                 Error::Overload { .. } | Error::Crowded | Error::Unavailable(_) => true,
                 Error::Full { repeatable } => repeatable,
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
+                Error::NoServerNamed | Error::NoToolNamed => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
                 Error::ToolHeld { .. } | Error::ToolChanged => false,
                 Error::HostUnclear | Error::HostNotAllowed | Error::PageNotAllowed => false,
@@ -353,7 +376,7 @@ mod tests {
                 | Error::Refresh { .. }
                 | Error::Connect(_)
                 | Error::Internal(_) => false,
-                Error::Unauthorized | Error::Guessing { .. } => false,
+                Error::Unauthorized | Error::Guessing { .. } | Error::Variables(_) => false,
             };
             let answer = error.render("id");
             let repeated = matches!(answer.status().as_u16(), 408 | 409 | 429 | 500..)

@@ -17,7 +17,8 @@
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `reveal` (who sees secrets), `wire` (Letta's JSON, in and out; `mask`: what stands for a secret; `events`: what a connect tells), `page` (what a browser sees after a sign-in), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `reveal` (who sees secrets), `wire` (Letta's JSON, in and out; `mask`: what stands for a secret; `events`: what a connect tells), `page` (what a browser sees after a sign-in), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), `variables` (values that a request brings), `import` (what an import does, and an export), one file per group of routes |
+//! | [`interchange`] | the files of other programs: `read` and `write` (what they say of servers), `text` (from bytes to JSON), `placeholders` (theirs, and templates), `left_out` (secrets that a file does not show) |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
 //! | `session` | handshake, list, call |
@@ -28,6 +29,7 @@
 //! | `oauth` | sign-in to servers: `connect` (with a person), `signer` (what requests use), `provider` and `token` (what an authorization server is asked), `way` (how it is reached) |
 //! | `fields`, `mirror` | which header fields go out, and arguments as header fields |
 //! | `commands` | which commands may be started |
+//! | `template`, `variables`, `variants` | `{{ VARIABLE }}` in a configuration; the values for it; the sessions of requests that bring their own |
 //! | `child`, `keeper` | a process of ours, and that neither it nor what it starts outlives us |
 //! | `confine`, `reach` | what a command gives up before it is one; which files it may reach |
 //! | `homes`, `users`, `order` | its private folders; the user it runs as; what these processes tell each other |
@@ -35,8 +37,8 @@
 //! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
-//! | [`store`] | speaks SQL: one file per table; `changes` (what a new list of tools means), `known` (tools that were read before, in memory), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
-//! | [`command`] | what the program does besides serving, one file per command |
+//! | [`store`] | speaks SQL: one file per table; `changes` (what a new list of tools means), `known` (tools that were read before, in memory), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
+//! | [`command`] | what the program does besides serving, one file per command; of `migrate_letta`, `plan` (what becomes of each server) and `unseal` (Letta's own sealing) |
 //!
 //! # Who may import whom
 //!
@@ -50,18 +52,19 @@
 //! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
 //! | `serve` | `config`, `axum` |
 //! | `error` | `mcp`, `model`, `store`, `axum` |
-//! | `config` | `model` |
+//! | `config` | `interchange`, `model` |
 //! | `corpus` | |
 //! | `model` | `sqlx` |
 //! | `secrets` | `model` |
+//! | `interchange` | `mcp`, `model`, `secrets` |
 //! | `telemetry` | |
-//! | `api` | `app`, `config`, `corpus`, `error`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
+//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `rmcp` |
 //! | `store` | `corpus`, `model`, `sqlx` |
-//! | `command` | `api`, `app`, `config`, `model`, `store` |
+//! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of
-//! `api`, `main` and `command` use the tokens.
+//! `api`, `main` and `command` use the tokens, and `command` the rules of a create and the import.
 //!
 //! # One request
 //!
@@ -78,6 +81,7 @@ pub mod config;
 #[cfg(test)]
 mod corpus;
 pub mod error;
+pub mod interchange;
 pub mod mcp;
 pub mod model;
 pub mod secrets;

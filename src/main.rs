@@ -6,11 +6,10 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
-use portolan::api::Tokens;
+use portolan::api::Import;
 use portolan::app::{App, BECOME, KEEP, become_child, ensure_guarded, keep_child};
 use portolan::command;
 use portolan::config::{Cli, Command, Settings, Token};
-use portolan::store::Store;
 use portolan::telemetry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
@@ -40,9 +39,21 @@ fn main() -> ExitCode {
         Command::Serve => run(serve(settings)),
         Command::Token(Token::New { name, scope, file }) => command::token::make(&name, scope, file.as_deref()),
         Command::Key(key) => run(command::key::run(&settings, key)),
+        Command::MigrateLetta(wanted) => run(async {
+            telemetry::init(&settings.logs.log)?;
+            command::migrate_letta::run(&settings, &wanted).await
+        }),
         Command::RotateKeys { dry_run } => run(async {
             telemetry::init(&settings.logs.log)?;
             command::rotate_keys::run(&settings, dry_run).await
+        }),
+        Command::Import { file, format, replace, dry_run } => run(async {
+            telemetry::init(&settings.logs.log)?;
+            command::import::run(&settings, &file, Import { format, replace, dry_run }).await
+        }),
+        Command::Export { format, secrets, output } => run(async {
+            telemetry::init(&settings.logs.log)?;
+            command::export::run(&settings, format, secrets, output.as_deref()).await
         }),
     };
     match result {
@@ -88,7 +99,7 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
         tracing::info!("no token is set: every program on this machine may come in");
     }
     let mut signals = Signals::listen()?;
-    let reloading = reload(app.tokens.clone(), app.store.clone(), listen_for(SignalKind::hangup())?);
+    let reloading = reload(app.clone(), listen_for(SignalKind::hangup())?);
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let shutdown = CancellationToken::new();
@@ -144,16 +155,23 @@ fn fit_open_files(connections: &mut usize) {
     }
 }
 
-/// Reads the tokens and the keys again at each SIGHUP.
-async fn reload(tokens: Tokens, store: Store, mut hangup: Signal) -> Infallible {
+/// Reads the tokens, the variables and the keys again at each SIGHUP.
+async fn reload(app: App, mut hangup: Signal) -> Infallible {
     while hangup.recv().await.is_some() {
-        let reloading = tokens.clone();
+        let reloading = app.tokens.clone();
         match tokio::task::spawn_blocking(move || reloading.reload()).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::error!("the tokens stay as they were: {error}"),
             Err(broken) => tracing::error!(%broken, "the tokens stay as they were"),
         }
-        match store.reload_keys().await {
+        let reloading = app.mcp.clone();
+        match tokio::task::spawn_blocking(move || reloading.reload_variables()).await {
+            Ok(Ok(None)) => {}
+            Ok(Ok(Some(variables))) => tracing::info!(variables, "variables read again"),
+            Ok(Err(error)) => tracing::error!("the variables stay as they were: {error}"),
+            Err(broken) => tracing::error!(%broken, "the variables stay as they were"),
+        }
+        match app.store.reload_keys().await {
             Ok(keys) => tracing::info!(keys, "keys read again"),
             Err(error) => tracing::error!("the keys stay as they were: {error}"),
         }

@@ -174,11 +174,18 @@ struct Kept<'a> {
 impl<'a> Kept<'a> {
     async fn new(portolan: &'a Portolan) -> Self {
         let admin = portolan.remote_with(ADMIN);
-        let (script, bait) = (portolan.script(&json!({})), portolan.script(&json!({})));
+        // One tool is called as a step of a path.
+        let mut tools = fake::script::standard_tools();
+        tools.push(json!({"name": "tools", "inputSchema": {"type": "object"}}));
+        let tools = json!({ "tools": tools });
+        let (script, bait) = (portolan.script(&tools), portolan.script(&tools));
         let server = admin.create("kept", stdio(&script)).await;
         assert_eq!(server["status"]["state"], "ready", "{server}");
         let id = server["id"].as_str().unwrap().to_owned();
         let tool_id = admin.path(&id, "echo").await.rsplit('/').nth(1).unwrap().to_owned();
+        for name in ["test", "connect", "gone"] {
+            admin.create(name, json!({"server_url": "http://127.0.0.1:1/mcp"})).await;
+        }
         let before = admin.send("GET", SERVERS, None).await.expect(200);
         Self { portolan, admin, id, tool_id, script, bait, before }
     }
@@ -190,16 +197,34 @@ impl<'a> Kept<'a> {
         assert_eq!((self.script.count("tools/list"), self.script.count("tools/call")), (1, 0));
     }
 
-    fn path(&self, template: &str) -> String {
+    fn path(&self, method: &Method, template: &str) -> String {
         let path = template.replace("{mcp_server_id}", &self.id).replace("{tool_id}", &self.tool_id);
+        // The other one is deleted by its id.
+        let name = if method == Method::DELETE { "gone" } else { "kept" };
+        let path = path.replace("{mcp_server_name}", name);
+        let path = path.replace("{mcp_tool_name}", "echo").replace("{tool_name}", "echo");
         path.replace("{file}", "docs.js").replace("{session_id}", "mcp-oauth-0")
+    }
+
+    fn flat(&self, name: &str) -> String {
+        let mut body = stdio(&self.bait);
+        body["server_name"] = json!(name);
+        body.to_string()
     }
 
     /// A body that the route would take.
     fn body(&self, method: &Method, template: &str) -> String {
         match (method, template) {
             (&Method::POST, SERVERS) => json!({"server_name": "bait", "config": stdio(&self.bait)}).to_string(),
-            (&Method::POST, path) if path.ends_with("/run") => json!({"args": {"message": "m"}}).to_string(),
+            (&Method::POST, path) if path.ends_with("/run") || path.ends_with("/execute") => {
+                json!({"args": {"message": "m"}}).to_string()
+            }
+            (&Method::POST, "/v1/tools/mcp/servers/test" | "/v1/tools/mcp/servers/connect") => self.flat("tried"),
+            (&Method::PUT, _) => self.flat("put"),
+            (&Method::PATCH, "/v1/tools/mcp/servers/{mcp_server_name}") => {
+                json!({"stdio_config": stdio(&self.bait)}).to_string()
+            }
+            (&Method::PATCH, "/v1/tools/mcp/servers/test" | "/v1/tools/mcp/servers/connect") => json!({}).to_string(),
             (&Method::PATCH, "/v1/mcp-servers/{mcp_server_id}") => json!({"config": stdio(&self.bait)}).to_string(),
             _ => String::new(),
         }
@@ -224,7 +249,7 @@ async fn no_route_lets_a_stranger_or_a_narrow_token_in_however_it_is_spelt() {
         bearer(ADMIN) + "x-bare-password: password other\r\n",
     ];
     for route in routes() {
-        let (method, path) = (&route.method, kept.path(route.path));
+        let (method, path) = (&route.method, kept.path(&route.method, route.path));
         let body = kept.body(method, route.path);
         let spelt = spellings(&path, &authority(&portolan));
         let refused = join_all(spelt.iter().map(async |(target, same)| {
@@ -262,7 +287,7 @@ async fn no_route_lets_a_stranger_or_a_narrow_token_in_however_it_is_spelt() {
     let mut twins = routes();
     twins.sort_by_key(|route| route.method == Method::DELETE);
     for route in twins {
-        let (method, path) = (&route.method, kept.path(route.path));
+        let (method, path) = (&route.method, kept.path(&route.method, route.path));
         let body = kept.body(method, route.path);
         for (target, _) in spellings(&path, &authority(&portolan)).iter().filter(|(_, same)| *same) {
             let answer =
@@ -287,7 +312,7 @@ async fn what_is_no_route_is_nothing_for_strangers_either() {
         "/v1/",
         "/v2/mcp-servers",
         "/latest/mcp-servers/",
-        "/v1/tools/mcp/servers",
+        "/v1/tools/mcp",
         "/v1/mcp-servers/a/b",
         "/v1/healthy",
         "/v1/health/x",
@@ -311,10 +336,14 @@ async fn what_is_no_route_is_nothing_for_strangers_either() {
             // HEAD is served wherever GET is.
             let row = has(if method == "HEAD" { "GET" } else { method });
             let is_open = row.is_some_and(|route| route.access == Access::Open);
-            let answer = stranger.send(method, &kept.path(path), None).await;
+            let answer = stranger.send(method, &kept.path(&Method::GET, path), None).await;
             assert_eq!(answer.status, if is_open { 200 } else { 401 }, "{method} {path}");
             if row.is_none() {
-                assert_eq!(reader.send(method, &kept.path(path), None).await.status, 405, "{method} {path}");
+                assert_eq!(
+                    reader.send(method, &kept.path(&Method::GET, path), None).await.status,
+                    405,
+                    "{method} {path}"
+                );
             }
         }
     }

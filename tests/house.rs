@@ -42,8 +42,21 @@ fn may_import() -> Vec<(&'static str, Vec<&'static str>)> {
     rows.map(|(module, allowed)| (module, names(allowed))).collect()
 }
 
-const OURS: [&str; 12] =
-    ["api", "app", "command", "config", "corpus", "error", "mcp", "model", "secrets", "serve", "store", "telemetry"];
+const OURS: [&str; 13] = [
+    "api",
+    "app",
+    "command",
+    "config",
+    "corpus",
+    "error",
+    "interchange",
+    "mcp",
+    "model",
+    "secrets",
+    "serve",
+    "store",
+    "telemetry",
+];
 const GUARDED: [&str; 3] = ["axum", "rmcp", "sqlx"];
 
 fn sources(folder: &Path, found: &mut Vec<std::path::PathBuf>) {

@@ -22,13 +22,13 @@ use super::wire::ToolExecutionResult;
 /// The JSON of a run's answer, or why nothing was sent to the tool.
 pub type Ended = Result<Bytes, Arc<Error>>;
 
-/// The answer that `run` becomes. Whoever drops the answer, or its body, drops the run.
-pub async fn answer(mut run: BoxFuture<'static, Ended>, settings: &Settings) -> Response {
+/// The answer that `run` becomes, with its JSON in another `shape`. Whoever drops the answer, or its body, drops the run.
+pub async fn answer(mut run: BoxFuture<'static, Ended>, settings: &Settings, shape: fn(Bytes) -> Bytes) -> Response {
     let started = Instant::now();
     match timeout(settings.early_head_after, &mut run).await {
-        Ok(Ok(json)) => with_head(json.into()),
+        Ok(Ok(json)) => with_head(shape(json).into()),
         Ok(Err(error)) => error.answer(),
-        Err(_) => with_head(late(run, started, settings)),
+        Err(_) => with_head(late(run, started, settings, shape)),
     }
 }
 
@@ -37,7 +37,7 @@ fn with_head(body: Body) -> Response {
 }
 
 /// A space at once and then from time to time, at last the JSON. The status is settled: an error is told as a result.
-fn late(run: BoxFuture<'static, Ended>, started: Instant, settings: &Settings) -> Body {
+fn late(run: BoxFuture<'static, Ended>, started: Instant, settings: &Settings, shape: fn(Bytes) -> Bytes) -> Body {
     let not_run = move |error: Arc<Error>| {
         let reason = format!("The tool was not called. {}", error.sentence());
         ToolExecutionResult::failed(reason, started.elapsed()).json()
@@ -48,7 +48,7 @@ fn late(run: BoxFuture<'static, Ended>, started: Instant, settings: &Settings) -
         let (mut run, mut spaces) = state?;
         let (chunk, rest) = tokio::select! {
             biased;
-            ended = &mut run => (ended.unwrap_or_else(not_run), None),
+            ended = &mut run => (shape(ended.unwrap_or_else(not_run)), None),
             _ = spaces.tick() => (Bytes::from_static(b" "), Some((run, spaces))),
         };
         Some((Ok::<_, Infallible>(chunk), rest))

@@ -1,10 +1,15 @@
 //! What holds for any body that a client may send; see [`crate::mcp::fuzz`].
 
+use std::collections::BTreeSet;
+
 use axum::response::IntoResponse;
+use clap::ValueEnum;
 
 use crate::error::Error;
+use crate::interchange::{Format, leave_out, read, write};
 
 use super::guard;
+use super::import::{Import, same};
 use super::parse_tokens;
 use super::wire::{CreateServer, UpdateServer, run_arguments};
 
@@ -40,8 +45,30 @@ pub fn tokens(data: &[u8]) {
     assert_eq!(names.len(), tokens.len());
 }
 
+/// A file of servers: read without a panic, what is wrong is a 422, and what is taken is the same after it was written.
+pub fn file(data: &[u8]) {
+    let document = match Import::default().read(data) {
+        Ok(document) => document,
+        Err(error) => return refused(error),
+    };
+    for entry in &document.entries {
+        let Ok(create) = CreateServer::read(entry.body()) else { continue };
+        let servers = [(&*create.server_name, &create.connector)];
+        let file = write(Format::Letta, &servers, &BTreeSet::new()).file;
+        let again = read(file, Some(Format::Letta)).expect("what was written can be read");
+        let again = CreateServer::read(again.entries[0].body()).expect("what was taken is taken again");
+        assert!(again.server_name == create.server_name && same(&again.connector, &create.connector));
+        // Whatever is left out, the file is one.
+        for format in Format::value_variants() {
+            let (bare, made) = leave_out(&servers);
+            let file = write(*format, &[(servers[0].0, &bare[0])], &made).file;
+            assert!(read(file, Some(*format)).is_ok());
+        }
+    }
+}
+
 fn refused(error: Error) {
-    assert!(matches!(error, Error::Invalid(_)), "{error:?}");
+    assert!(matches!(error, Error::Invalid(_) | Error::BodyTooLarge { .. }), "{error:?}");
     assert!(error.into_response().status().is_client_error());
 }
 
@@ -51,5 +78,6 @@ mod tests {
     fn the_corpus_holds() {
         crate::corpus::replay("body", super::body);
         crate::corpus::replay("tokens", super::tokens);
+        crate::corpus::replay("file", super::file);
     }
 }

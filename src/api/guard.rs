@@ -5,7 +5,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use axum::body::HttpBody;
-use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, Request};
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use bytes::BytesMut;
@@ -81,6 +81,44 @@ impl<S: Send + Sync> FromRequestParts<S> for SessionId {
     }
 }
 
+/// The server that a path names in place of an id, as Letta's older SDKs do; white space around a name does not count, as
+/// where it was given.
+pub struct ServerName(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for ServerName {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let name = names(parts, state).await.and_then(|names| names.into_iter().next());
+        // No name has control characters, and PostgreSQL has no text with NUL.
+        let name = name.filter(|name| !name.contains(char::is_control)).ok_or(Error::NoServerNamed)?;
+        Ok(Self(name.trim().to_owned()))
+    }
+}
+
+/// The tool that a path names, and the server it is looked for at.
+pub struct ToolName {
+    pub server_name: String,
+    pub tool_name: String,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for ToolName {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let ServerName(server_name) = ServerName::from_request_parts(parts, state).await?;
+        let tool_name = names(parts, state).await.and_then(|names| names.into_iter().nth(1));
+        Ok(Self { server_name, tool_name: tool_name.ok_or(Error::NoToolNamed)? })
+    }
+}
+
+/// The names in a path, in their order. The last one may be a word of ours, `…/servers/test`: a server may be called so.
+async fn names<S: Send + Sync>(parts: &mut Parts, state: &S) -> Option<Vec<String>> {
+    let Path(given) = Path::<Vec<(String, String)>>::from_request_parts(parts, state).await.ok()?;
+    let own = parts.extensions.get::<MatchedPath>()?.as_str().trim_end_matches('/').rsplit('/').next()?.to_owned();
+    Some(given.into_iter().map(|(_, name)| name).chain([own]).collect())
+}
+
 fn is_id(text: &str) -> bool {
     (1..=64).contains(&text.len())
         && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
@@ -104,9 +142,32 @@ impl FromRequest<App> for JsonBody {
 
 /// What the body of a create or an update says.
 pub fn server_object(body: &[u8]) -> Result<Map<String, Value>, Error> {
-    let object = object(body)?;
+    let object = object(body, "request body")?;
     refuse_nul_in(&object, &mut vec![json!("body")])?;
     Ok(object)
+}
+
+/// What a file of servers says.
+pub fn file_object(text: &[u8]) -> Result<Map<String, Value>, Error> {
+    if text.len() > MAX_BODY {
+        return Err(Error::BodyTooLarge { limit: MAX_BODY });
+    }
+    let object = object(text, "file")?;
+    refuse_nul_in(&object, &mut vec![json!("body")])?;
+    Ok(object)
+}
+
+/// A body that is a file, to be read as one.
+pub struct FileBody(pub Vec<u8>);
+
+impl FromRequest<App> for FileBody {
+    type Rejection = Error;
+
+    async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
+        let is_json = is_json(&request);
+        let body = read(request, MAX_BODY, app).await?;
+        if is_json { Ok(Self(body.bytes.to_vec())) } else { Err(Error::UnsupportedMediaType) }
+    }
 }
 
 /// The JSON body of a run; none at all, of whatever type, is an empty object.
@@ -136,7 +197,7 @@ async fn object_if_any(request: Request, limit: usize, app: &App) -> Result<Map<
     let body = read(request, limit, app).await?;
     match (body.bytes.is_empty(), is_json) {
         (true, _) => Ok(Map::new()),
-        (false, true) => object(&body.bytes),
+        (false, true) => object(&body.bytes, "request body"),
         (false, false) => Err(Error::UnsupportedMediaType),
     }
 }
@@ -234,11 +295,12 @@ async fn read(request: Request, limit: usize, app: &App) -> Result<Held, Error> 
     if refused > 0 { Err(Error::BodyTooLarge { limit }) } else { Ok(held) }
 }
 
-fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {
+/// `what` it is, for messages.
+fn object(body: &[u8], what: &str) -> Result<Map<String, Value>, Error> {
     let body_issue = |msg: String| Error::Invalid(vec![Issue { loc: vec![json!("body")], msg }]);
     match serde_json::from_slice(body) {
         Ok(Strict(Value::Object(object))) => Ok(object),
-        Ok(_) => Err(body_issue("The request body must be a JSON object.".to_owned())),
+        Ok(_) => Err(body_issue(format!("The {what} must be a JSON object."))),
         Err(error) => {
             let place = format!("line {} column {}", error.line(), error.column());
             // Only our own message is shown: it names a key, where serde_json's could quote the body.
@@ -249,18 +311,18 @@ fn object(body: &[u8]) -> Result<Map<String, Value>, Error> {
                     format!("The key {key} appears twice in one object ({place}).")
                 }
                 None if reason.starts_with(TOO_MANY) => {
-                    format!("The request body has more than {MAX_VALUES} values, counting those within others.")
+                    format!("The {what} has more than {MAX_VALUES} values, counting those within others.")
                 }
                 None if reason.starts_with(TOO_LONG) => format!("A key has more than {MAX_KEY} bytes ({place})."),
-                None if reason.starts_with(TOO_DEEP) => format!("The request body is nested too deeply ({place})."),
-                None => format!("The request body is not valid JSON ({place})."),
+                None if reason.starts_with(TOO_DEEP) => format!("The {what} is nested too deeply ({place})."),
+                None => format!("The {what} is not valid JSON ({place})."),
             }))
         }
     }
 }
 
 /// PostgreSQL has no text with NUL, and neither has an argument, an environment variable or a header.
-fn refuse_nul_in(object: &Map<String, Value>, loc: &mut Vec<Value>) -> Result<(), Error> {
+pub(super) fn refuse_nul_in(object: &Map<String, Value>, loc: &mut Vec<Value>) -> Result<(), Error> {
     for (key, value) in object {
         loc.push(json!(shown(key)));
         if key.contains('\0') {

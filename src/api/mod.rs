@@ -6,9 +6,12 @@ mod drip;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod guard;
+mod import;
+mod legacy;
 mod oauth;
 mod origin;
 mod page;
+mod portolan;
 mod repeats;
 mod reveal;
 mod runs;
@@ -16,6 +19,7 @@ mod servers;
 mod status;
 mod tokens;
 mod tools;
+mod variables;
 mod wire;
 
 use axum::Router;
@@ -37,8 +41,10 @@ use crate::serve::Full;
 pub use access::{Access, Scope};
 use access::{Door, admit, authorize};
 pub use guard::Bodies;
+pub use import::{Import, Report, export};
 pub use origin::{EveryPage, Origins};
 pub use runs::Runs;
+pub use servers::as_registered;
 pub use tokens::{Token, TokenError, Tokens, parse as parse_tokens};
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -67,6 +73,12 @@ pub fn routes() -> Vec<Route> {
     const ADMIN: Access = Access::Needs(Scope::Admin);
     const ALL: &str = "/v1/mcp-servers/";
     const ONE: &str = "/v1/mcp-servers/{mcp_server_id}";
+    const LEGACY: &str = "/v1/tools/mcp/servers";
+    const NAMED: &str = "/v1/tools/mcp/servers/{mcp_server_name}";
+    const NAMED_TEST: &str = "/v1/tools/mcp/servers/test";
+    const NAMED_CONNECT: &str = "/v1/tools/mcp/servers/connect";
+    const NAMED_TOOLS: &str = "/v1/tools/mcp/servers/{mcp_server_name}/tools";
+    const NAMED_EXECUTE: &str = "/v1/tools/mcp/servers/{mcp_server_name}/tools/{tool_name}/execute";
     vec![
         route(Method::POST, ALL, ADMIN, servers::create),
         route(Method::GET, ALL, READ, servers::list),
@@ -83,6 +95,24 @@ pub fn routes() -> Vec<Route> {
         route(Method::GET, "/v1/tools/mcp/oauth/callback", Open, oauth::callback),
         route(Method::GET, "/v1/tools/mcp/oauth/callback/{session_id}", Open, oauth::callback_of_session),
         route(Method::GET, "/v1/tools/mcp/oauth/client-metadata.json", Open, oauth::client_metadata),
+        route(Method::GET, LEGACY, READ, legacy::list),
+        route(Method::PUT, LEGACY, ADMIN, legacy::add),
+        // A server may be called as these routes are, and a tool, too: their names are paths of their own then.
+        route(Method::POST, NAMED_TEST, ADMIN, legacy::test),
+        route(Method::PATCH, NAMED_TEST, ADMIN, legacy::update),
+        route(Method::DELETE, NAMED_TEST, ADMIN, legacy::delete),
+        route(Method::POST, NAMED_CONNECT, ADMIN, legacy::connect),
+        route(Method::PATCH, NAMED_CONNECT, ADMIN, legacy::update),
+        route(Method::DELETE, NAMED_CONNECT, ADMIN, legacy::delete),
+        route(Method::PATCH, NAMED, ADMIN, legacy::update),
+        route(Method::DELETE, NAMED, ADMIN, legacy::delete),
+        route(Method::GET, NAMED_TOOLS, RUN, legacy::tools),
+        route(Method::POST, NAMED_TOOLS, ADMIN, legacy::add_tool),
+        route(Method::POST, "/v1/tools/mcp/servers/{mcp_server_name}/{mcp_tool_name}", ADMIN, legacy::add_tool),
+        route(Method::POST, "/v1/tools/mcp/servers/{mcp_server_name}/resync", ADMIN, legacy::resync),
+        route(Method::POST, NAMED_EXECUTE, RUN, legacy::execute),
+        route(Method::POST, "/v1/portolan/import", ADMIN, portolan::import),
+        route(Method::GET, "/v1/portolan/export", ADMIN, portolan::export),
         route(Method::GET, "/v1/health/", Open, status::health),
         route(Method::GET, "/v1/ready", Open, status::ready),
         route(Method::GET, "/openapi.yaml", Open, status::openapi),
@@ -130,7 +160,8 @@ fn refusal(request: &Request) -> Option<Error> {
 
 /// There is no room for this request, of which nothing was done.
 fn full(request: &Request) -> Error {
-    let is_run = request.uri().path().trim_end_matches('/').ends_with("/run");
+    let path = request.uri().path().trim_end_matches('/');
+    let is_run = path.ends_with("/run") || path.ends_with("/execute");
     Error::Full { repeatable: !(is_run && repeats::must_be_noted(request.headers())) }
 }
 

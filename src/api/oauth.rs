@@ -21,11 +21,12 @@ use tokio::time::timeout;
 
 use crate::app::App;
 use crate::error::Error;
-use crate::mcp::{ConnectEvent, SignInError, Subject};
+use crate::mcp::{ConnectEvent, SignInError, Subject, Variables};
 
 use super::access::Caller;
 use super::guard::{ServerId, SessionId};
 use super::page;
+use super::variables::Given;
 use super::wire::{frame, masked_url};
 
 /// How long a stream may be silent: proxies give up on an idle connection after a minute, some after half of one.
@@ -39,6 +40,7 @@ pub async fn connect(
     State(app): State<App>,
     ServerId(id): ServerId,
     caller: Caller,
+    Given(given): Given,
     method: Method,
 ) -> Result<Response, Error> {
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
@@ -46,14 +48,14 @@ pub async fn connect(
     if method == Method::HEAD {
         return Ok(streaming(Body::empty()));
     }
-    Ok(stream(&app, Subject::Registered(server), &caller))
+    Ok(stream(&app, Subject::Registered(server), &caller, given))
 }
 
 /// Connects, and tells of it as it happens. Whoever drops the answer ends the connecting, and so does a stop of Portolan,
 /// which ends all event streams.
-pub(super) fn stream(app: &App, subject: Subject, caller: &Caller) -> Response {
+pub(super) fn stream(app: &App, subject: Subject, caller: &Caller, given: Variables) -> Response {
     let redirect_uri = app.settings.upstream.sign_in.redirect_uri();
-    let events = app.mcp.connect(subject, redirect_uri, caller.name().unwrap_or_default());
+    let events = app.mcp.connect(subject, redirect_uri, caller.name().unwrap_or_default(), given);
     streaming(Body::from_stream(frames(events, PING_EVERY)))
 }
 
@@ -84,7 +86,7 @@ pub struct Brought {
     iss: Option<String>,
 }
 
-type Given = Result<Query<Brought>, QueryRejection>;
+type BroughtQuery = Result<Query<Brought>, QueryRejection>;
 
 /// As [`callback`], on the path that Letta had before 0.16.4. What counts is the state.
 pub async fn callback_of_session(
@@ -92,13 +94,13 @@ pub async fn callback_of_session(
     app: State<App>,
     method: Method,
     headers: HeaderMap,
-    brought: Given,
+    brought: BroughtQuery,
 ) -> Response {
     callback(app, method, headers, brought).await
 }
 
 /// The browser of whoever signed in, or a program that was told where it came to. Who holds the state may finish the sign-in.
-pub async fn callback(State(app): State<App>, method: Method, headers: HeaderMap, brought: Given) -> Response {
+pub async fn callback(State(app): State<App>, method: Method, headers: HeaderMap, brought: BroughtQuery) -> Response {
     // A link is looked at with HEAD before somebody follows it: the code is good once.
     let outcome = match (method, brought) {
         (Method::HEAD, _) => Err(SignInError::MissingState),

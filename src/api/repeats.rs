@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::error::Error;
+use crate::mcp::Variables;
 
 use super::access::{Caller, X_BARE_PASSWORD};
 use super::guard::ToolId;
@@ -40,7 +41,7 @@ enum Way {
 pub struct Call {
     /// The same for all requests that mean one run.
     pub identity: Digest,
-    /// The same for equal arguments, whatever the order of their keys.
+    /// The same for equal arguments and values of variables, whatever the order of their keys.
     pub arguments: Digest,
     pub naming: Naming,
 }
@@ -98,7 +99,9 @@ fn place() -> Vec<Value> {
 
 /// A key that was used for other arguments: one of the two requests is a mistake.
 pub fn key_taken() -> Error {
-    Error::invalid(place(), "This Idempotency-Key was used for a run with other arguments; each run needs its own key.")
+    let reason =
+        "This Idempotency-Key was used for a run with other arguments or variables; each run needs its own key.";
+    Error::invalid(place(), reason)
 }
 
 fn credentials(headers: &HeaderMap) -> Digest {
@@ -114,10 +117,20 @@ fn credentials(headers: &HeaderMap) -> Digest {
 
 impl Repeat {
     /// `None` for a run of its own.
-    pub fn call(&self, ToolId { server_id, tool_id }: &ToolId, arguments: &Map<String, Value>) -> Option<Call> {
+    pub fn call(
+        &self,
+        ToolId { server_id, tool_id }: &ToolId,
+        arguments: &Map<String, Value>,
+        variables: &Variables,
+    ) -> Option<Call> {
         let way = self.way.as_ref()?;
         let mut hash = Sha256::new();
         object(&mut hash, arguments);
+        // With other values it may be another account that a tool works for.
+        for (name, value) in variables.iter() {
+            part(&mut hash, name.as_bytes());
+            part(&mut hash, value.expose().as_bytes());
+        }
         let arguments: Digest = hash.finalize().into();
         let mut hash = Sha256::new();
         hash.update(self.caller);

@@ -1,22 +1,25 @@
-//! `/v1/mcp-servers/`: register, list, retrieve, change, delete, refresh.
+//! `/v1/mcp-servers/`: register, list, retrieve, change, delete, refresh. What these do to a server, `legacy` does by name.
 
 use axum::Json;
-use axum::extract::{Query, State};
+use axum::extract::{FromRequestParts, Query, State};
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use chrono::TimeDelta;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Map, json};
 use uuid::Uuid;
 
 use crate::app::App;
 use crate::error::Error;
-use crate::mcp::{AgentId, SyncError};
-use crate::model::{Server, ServerType, State as ServerState};
+use crate::mcp::{AgentId, SyncError, Variables};
+use crate::model::{Connector, Server, ServerType, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
-use super::guard::{JsonBody, ServerId, UnusedBody};
+use super::access::Caller;
+use super::guard::{JsonBody, ServerId, UnusedBody, refuse_nul_in};
 use super::reveal::Shown;
+use super::variables::Given;
 use super::wire::{CreateServer, ServerObject, UpdateServer};
 
 /// How old a server may be to be taken for the outcome of an earlier try of the same create: an SDK gives up waiting
@@ -26,14 +29,38 @@ const REPEATED_CREATE: TimeDelta = TimeDelta::minutes(5);
 pub async fn create(
     State(app): State<App>,
     headers: HeaderMap,
+    caller: Caller,
     shown: Shown,
+    Given(given): Given,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
-    let request = CreateServer::read(body)?;
-    app.mcp.check(&request.connector).map_err(Error::Disabled)?;
-    let creating = app.clone();
-    let server = app.to_the_end(async move { register(&creating, &headers, &request).await }).await?;
+    let server = add(&app, headers, &caller, CreateServer::read(body)?, given).await?;
     Ok(Json(show(&app, &server, shown)).into_response())
+}
+
+/// Registers a server that the policy allows, and connects to it.
+pub(super) async fn add(
+    app: &App,
+    headers: HeaderMap,
+    caller: &Caller,
+    request: CreateServer,
+    given: Variables,
+) -> Result<Server, Error> {
+    app.mcp.check(&request.connector).map_err(Error::Disabled)?;
+    let (creating, caller) = (app.clone(), caller.name().unwrap_or_default().to_owned());
+    app.to_the_end(async move { register(&creating, &headers, &caller, &request, &given).await }).await
+}
+
+/// Name and connector as a create of them would store them; for what comes another way and is held to the same rules.
+///
+/// # Errors
+/// [`Error::Invalid`] with all that a create would refuse.
+pub fn as_registered(server_name: &str, connector: &Connector) -> Result<(String, Connector), Error> {
+    let body =
+        Map::from_iter([("server_name".to_owned(), json!(server_name)), ("config".to_owned(), json!(connector))]);
+    refuse_nul_in(&body, &mut vec![json!("body")])?;
+    let request = CreateServer::read(body)?;
+    Ok((request.server_name, request.connector))
 }
 
 /// A server as its row has it, and as this process knows it.
@@ -43,11 +70,21 @@ fn show<'a>(app: &App, server: &'a Server, shown: Shown) -> ServerObject<'a> {
     ServerObject::new(server, shown).here(forbidden.map(|why| why.to_string()), confinement)
 }
 
-async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Result<Server, Error> {
+async fn register(
+    app: &App,
+    headers: &HeaderMap,
+    caller: &str,
+    request: &CreateServer,
+    given: &Variables,
+) -> Result<Server, Error> {
     let id = format!("mcp_server-{}", Uuid::new_v4());
     let server = match app.store.create_server(&id, &request.server_name, &request.connector).await {
         Ok(server) => {
             tracing::info!(server.id, server.r#type = server.server_type.as_str(), "server registered");
+            // Without it the server is registered all the same, and says that it wants a sign-in.
+            if let Err(error) = app.mcp.adopt_sign_in(&server, caller).await {
+                tracing::error!(server.id, %error, "cannot look for a sign-in of before");
+            }
             server
         }
         Err(store::Error::NameTaken) => earlier_try(app, headers, request).await?.ok_or(Error::NameTaken)?,
@@ -55,7 +92,7 @@ async fn register(app: &App, headers: &HeaderMap, request: &CreateServer) -> Res
     };
     let mut done = true;
     if server.last_synced_at.is_none() {
-        done = app.mcp.first_sync(server.clone(), app.settings.upstream.create_sync_timeout).await;
+        done = app.mcp.first_sync(server.clone(), given, app.settings.upstream.create_sync_timeout).await;
     }
     let mut server = match app.store.server(&server.id).await {
         Ok(current) => current.ok_or(Error::NoServer)?,
@@ -101,9 +138,13 @@ pub async fn update(
     shown: Shown,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
-    let request = UpdateServer::read(body)?;
+    let server = change(&app, id, UpdateServer::read(body)?).await?;
+    Ok(Json(show(&app, &server, shown)).into_response())
+}
+
+pub(super) async fn change(app: &App, id: String, request: UpdateServer) -> Result<Server, Error> {
     let changing = app.clone();
-    let server = app.to_the_end(async move {
+    app.to_the_end(async move {
         let mut reconfigured = false;
         let change = |server: &Server| -> Result<ServerUpdate, Error> {
             let server_name = request.server_name.clone().unwrap_or_else(|| server.server_name.clone());
@@ -119,11 +160,16 @@ pub async fn update(
             changing.mcp.reconfigured(&id, server.revision);
         }
         Ok(server)
-    });
-    Ok(Json(show(&app, &server.await?, shown)).into_response())
+    })
+    .await
 }
 
 pub async fn delete(State(app): State<App>, ServerId(id): ServerId, _: UnusedBody) -> Result<StatusCode, Error> {
+    remove(&app, id).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+pub(super) async fn remove(app: &App, id: String) -> Result<(), Error> {
     let deleting = app.clone();
     app.to_the_end(async move {
         if !deleting.store.delete_server(&id).await? {
@@ -131,28 +177,48 @@ pub async fn delete(State(app): State<App>, ServerId(id): ServerId, _: UnusedBod
         }
         deleting.mcp.deleted(&id);
         tracing::info!(server.id = id, "server deleted");
-        Ok(StatusCode::NO_CONTENT)
+        Ok(())
     })
     .await
 }
 
-#[derive(Deserialize)]
-pub struct RefreshQuery {
-    agent_id: Option<String>,
+/// The agent that a request asks for, in its query.
+pub struct ForAgent(Option<AgentId>);
+
+impl FromRequestParts<App> for ForAgent {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Error> {
+        #[derive(Deserialize)]
+        struct Asked {
+            agent_id: Option<String>,
+        }
+        let bad_agent = || Error::invalid(vec![json!("query"), json!("agent_id")], "This is not a valid agent id.");
+        let query = Query::<Asked>::from_request_parts(parts, app).await.map_err(|_| bad_agent())?;
+        // JavaScript SDKs send a null as an empty value (docs/CONTRACT.md, what the SDKs send).
+        let agent = query.0.agent_id.filter(|agent| !agent.is_empty());
+        Ok(Self(agent.map(|agent| AgentId::new(&agent).ok_or_else(bad_agent)).transpose()?))
+    }
 }
 
 pub async fn refresh(
     State(app): State<App>,
     ServerId(id): ServerId,
-    query: Result<Query<RefreshQuery>, axum::extract::rejection::QueryRejection>,
+    agent: ForAgent,
+    Given(given): Given,
     _: UnusedBody,
 ) -> Result<Response, Error> {
-    let bad_agent = || Error::invalid(vec![json!("query"), json!("agent_id")], "This is not a valid agent id.");
-    // JavaScript SDKs send a null as an empty value (docs/CONTRACT.md, what the SDKs send).
-    let agent = query.map_err(|_| bad_agent())?.0.agent_id.filter(|agent| !agent.is_empty());
-    let agent = agent.map(|agent| AgentId::new(&agent).ok_or_else(bad_agent)).transpose()?;
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
-    match app.mcp.sync_tools(&server, agent.as_ref()).await {
+    resync(&app, server, agent, &given).await
+}
+
+pub(super) async fn resync(
+    app: &App,
+    server: Server,
+    ForAgent(agent): ForAgent,
+    given: &Variables,
+) -> Result<Response, Error> {
+    match app.mcp.sync_tools(&server, agent.as_ref(), given).await {
         Ok(changes) => Ok(Json(changes).into_response()),
         Err(SyncError::Gone) => Err(Error::NoServer),
         Err(SyncError::Server(source)) => Err(Error::Refresh { server_name: server.server_name, source }),

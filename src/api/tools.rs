@@ -7,17 +7,21 @@ use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::{HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use serde_json::{Map, Value};
 use tokio::task::spawn_blocking;
 
 use crate::app::App;
 use crate::error::Error;
 use crate::mcp::Room;
+use crate::mcp::Variables;
 use crate::model::ServerTool;
 
 use super::drip;
 use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
 use super::repeats::Repeat;
 use super::runs::Sent;
+use super::variables::Given;
 use super::wire::{ToolExecutionResult, ToolObject, approved_hash, run_arguments, tools_array};
 
 /// The answer is that of a run which another request asked for (CONTRACT row 16).
@@ -38,7 +42,7 @@ pub async fn retrieve(State(app): State<App>, ids: ToolId) -> Result<Response, E
     Ok(object(&app, &found))
 }
 
-fn object(app: &App, found: &ServerTool) -> Response {
+pub(super) fn object(app: &App, found: &ServerTool) -> Response {
     let hold = app.settings.upstream.tools.holds();
     Json(ToolObject::new(&found.server, &found.tool, hold, &mut Room::default())).into_response()
 }
@@ -47,17 +51,29 @@ pub async fn run(
     State(app): State<App>,
     ids: ToolId,
     repeat: Repeat,
+    Given(given): Given,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
-    let arguments = run_arguments(body)?;
-    let call = repeat.call(&ids, &arguments);
+    answer(&app, ids, &repeat, given, run_arguments(body)?, |json| json).await
+}
+
+/// The answer to a run: its JSON is what `shape` makes of that of a [`ToolExecutionResult`].
+pub(super) async fn answer(
+    app: &App,
+    ids: ToolId,
+    repeat: &Repeat,
+    given: Variables,
+    arguments: Map<String, Value>,
+    shape: fn(Bytes) -> Bytes,
+) -> Result<Response, Error> {
+    let call = repeat.call(&ids, &arguments, &given);
     let running = app.clone();
     let work = |sent: Sent| async move {
         let found = find(&running, &ids).await?;
         if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
             return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
         }
-        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &sent).await?;
+        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent).await?;
         Ok(ToolExecutionResult::from(outcome).json())
     };
     let (outcome, repeated) = match call {
@@ -67,7 +83,7 @@ pub async fn run(
     if repeated {
         tracing::debug!("this run was asked for before");
     }
-    let mut response = drip::answer(outcome, &app.settings.runs).await;
+    let mut response = drip::answer(outcome, &app.settings.runs, shape).await;
     if repeated {
         response.headers_mut().insert(X_PORTOLAN_REPEATED, HeaderValue::from_static("true"));
     }
@@ -92,7 +108,7 @@ pub async fn approve(State(app): State<App>, ids: ToolId, OptionalBody(body): Op
     .await
 }
 
-async fn find(app: &App, ToolId { server_id, tool_id }: &ToolId) -> Result<Arc<ServerTool>, Error> {
+pub(super) async fn find(app: &App, ToolId { server_id, tool_id }: &ToolId) -> Result<Arc<ServerTool>, Error> {
     match app.store.tool(server_id, tool_id).await? {
         Some(found) => Ok(found),
         None if app.store.server(server_id).await?.is_some() => Err(Error::NoTool),

@@ -1,7 +1,10 @@
 //! What the program does besides serving, one file per command. Each writes lines to standard output, and ends with one
 //! sentence where it fails.
 
+pub mod export;
+pub mod import;
 pub mod key;
+pub mod migrate_letta;
 pub mod rotate_keys;
 pub mod token;
 

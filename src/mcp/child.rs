@@ -3,7 +3,7 @@
 //! Between Portolan and the child stands its keeper, another process of this program: it starts the child, tells how that
 //! went and how the child ended, and ends it with everything that it started. Whoever owns a child calls [`supervise`].
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -29,7 +29,8 @@ use super::Error;
 use super::commands::{Commands, TemplatesError};
 use super::homes::{self, Homes, Residence};
 use super::keeper::children_of;
-use super::order::{self, END, KEEP, Order, Reach, Report, TERMINATE, User};
+use super::order::{self, END, KEEP, Named, Order, Reach, Report, TERMINATE, User};
+use super::template::FilledStdio;
 use super::users::{UserError, find_user, may_pass};
 
 /// What a child gets of Portolan's own environment; the rest comes from its configuration.
@@ -199,6 +200,14 @@ impl Children {
         self.0.commands.check(connector)
     }
 
+    /// Whether the policy may allow it once its variables have values.
+    ///
+    /// # Errors
+    /// Those of [`Children::check`].
+    pub fn check_unfilled(&self, connector: &Connector) -> Result<(), Error> {
+        self.0.commands.check_unfilled(connector)
+    }
+
     /// How the last child of this server was confined; `None` when none was started.
     pub fn level(&self, server_id: &str) -> Option<Arc<[String]>> {
         self.0.levels.lock().expect("no code panics while it holds the levels").get(server_id).cloned()
@@ -231,14 +240,14 @@ impl Children {
     pub async fn start(
         &self,
         server_id: &str,
-        config: &Config,
+        command: FilledStdio<'_>,
         split_args: bool,
         deadline: Instant,
     ) -> Result<Child, Error> {
-        self.check(&Connector::Stdio(config.clone()))?;
+        self.check(&command.filled.connector)?;
         let cannot = |error: io::Error| Error::Spawn(error.kind());
         let residence = self.0.homes.enter(server_id);
-        let order = self.order(config, split_args, &residence);
+        let order = self.order(command, split_args, &residence);
         let order = order::line(&order).map_err(cannot)?;
         let (stdin, ours_in) = io::pipe().map_err(cannot)?;
         let (ours_out, stdout) = io::pipe().map_err(cannot)?;
@@ -308,26 +317,39 @@ impl Children {
         Ok((keeper, Known(self.clone(), id)))
     }
 
-    fn order(&self, config: &Config, split_args: bool, residence: &Residence) -> Order {
+    fn order(&self, command: FilledStdio<'_>, split_args: bool, residence: &Residence) -> Order {
+        let FilledStdio { config, filled } = command;
         let Shared { settings, user, wrapper, reach, .. } = &*self.0;
-        let mut line = wrapper.clone();
-        line.push(config.command.clone());
-        if split_args {
-            line.extend(config.args.iter().flat_map(|arg| arg.split_whitespace()).map(str::to_owned));
-        } else {
-            line.extend(config.args.iter().cloned());
-        }
-        let program = line.remove(0);
+        let line = |config: &Config| {
+            let mut line = wrapper.clone();
+            line.push(config.command.clone());
+            for (number, arg) in config.args.iter().enumerate() {
+                // A value must not become several arguments, nor none.
+                if split_args && !filled.was_templated(number) {
+                    line.extend(arg.split_whitespace().map(str::to_owned));
+                } else {
+                    line.push(arg.clone());
+                }
+            }
+            let program = line.remove(0);
+            (program, line)
+        };
+        let (program, args) = line(config);
         let (home, tmp) = (residence.home(), residence.tmp());
         let inherited = INHERITED.into_iter().filter_map(|name| Some((name.to_owned(), std::env::var(name).ok()?)));
         let private = [("HOME", &home), ("TMPDIR", &tmp)];
         let private = private.into_iter().map(|(name, path)| (name.to_owned(), path.to_string_lossy().into_owned()));
-        let own = config.env.iter().flatten().map(|(name, value)| (name.clone(), value.expose().to_owned()));
-        let env: std::collections::BTreeMap<_, _> = inherited.chain(private).chain(own).collect();
+        let rest: BTreeMap<_, _> = inherited.chain(private).collect();
+        let env = |config: &Config| {
+            let own = config.env.iter().flatten().map(|(name, value)| (name.clone(), value.expose().to_owned()));
+            let env: BTreeMap<_, _> = rest.clone().into_iter().chain(own).collect();
+            env.into_iter().collect()
+        };
+        let named = filled.named.as_ref().map(|config| Named { args: line(config).1, env: env(config) });
         Order {
             program,
-            args: line,
-            env: env.into_iter().collect(),
+            args,
+            env: env(config),
             home,
             tmp,
             alone: residence.alone,
@@ -336,6 +358,7 @@ impl Children {
             max_files: settings.child_max_files,
             max_processes: settings.child_max_processes,
             reach: reach.clone(),
+            named,
         }
     }
 

@@ -10,6 +10,7 @@ use crate::config::{Children, StdioPolicy};
 use crate::model::{Connector, Stdio};
 
 use super::Error;
+use super::template::is_templated;
 
 pub enum Commands {
     Any,
@@ -74,9 +75,24 @@ impl Commands {
     /// # Errors
     /// [`Error::StdioOff`], [`Error::NoTemplate`].
     pub fn check(&self, connector: &Connector) -> Result<(), Error> {
+        self.check_but_for(connector, |_| false)
+    }
+
+    /// As [`Commands::check`], of a configuration whose variables have no values yet: whether it may be one that is
+    /// allowed.
+    ///
+    /// # Errors
+    /// [`Error::StdioOff`], [`Error::NoTemplate`].
+    pub fn check_unfilled(&self, connector: &Connector) -> Result<(), Error> {
+        self.check_but_for(connector, is_templated)
+    }
+
+    fn check_but_for(&self, connector: &Connector, is_open: fn(&str) -> bool) -> Result<(), Error> {
         match (connector, self) {
             (Connector::Stdio(_), Self::Off) => Err(Error::StdioOff),
-            (Connector::Stdio(stdio), Self::Templates(templates)) if !templates.iter().any(|one| one.fits(stdio)) => {
+            (Connector::Stdio(stdio), Self::Templates(templates))
+                if !templates.iter().any(|one| one.fits(stdio, is_open)) =>
+            {
                 Err(Error::NoTemplate)
             }
             _ => Ok(()),
@@ -85,11 +101,13 @@ impl Commands {
 }
 
 impl Template {
-    fn fits(&self, stdio: &Stdio) -> bool {
+    /// `is_open`: which arguments may be anything.
+    fn fits(&self, stdio: &Stdio, is_open: fn(&str) -> bool) -> bool {
         let Stdio { command, args, env } = stdio;
         *command == self.command
             && args.len() == self.args.len()
             && args.iter().zip(&self.args).all(|(given, allowed)| match allowed {
+                _ if is_open(given) => true,
                 Argument::Exactly(text) => given == text,
                 Argument::OneOf(texts) => texts.contains(given),
             })

@@ -25,6 +25,17 @@ pub enum Error {
     StdioOff,
     #[error("This command line is none of those that --stdio-templates names, and may not be used.")]
     NoTemplate,
+    /// A template of its configuration cannot be filled in.
+    #[error(
+        "The variable {name} has no value; give it one in the header x-portolan-variables or in the file of \
+         --variables-file, or write a default, as {{{{ {name} | default }}}}."
+    )]
+    NoValue { name: String },
+    /// What came of a template is not what may be configured.
+    #[error("The values of its variables make {place} one that cannot be used; nothing was sent.")]
+    BadValue { place: String },
+    #[error("As many callers as may have values of their own at this server are busy; try again in a moment.")]
+    NoVariantFree,
     #[error("The command ended ({status}){}.", last_words(.stderr.as_deref()))]
     Exited { status: std::process::ExitStatus, stderr: Option<String> },
     #[error("{}", http_reason(.0))]
@@ -106,6 +117,9 @@ impl Error {
             self,
             Self::StdioOff
                 | Self::NoTemplate
+                | Self::NoValue { .. }
+                | Self::BadValue { .. }
+                | Self::NoVariantFree
                 | Self::Reconfigured
                 | Self::Deleted
                 | Self::Stopping
@@ -116,6 +130,11 @@ impl Error {
                 | Self::NotReady
                 | Self::Resting { .. }
         )
+    }
+
+    /// It is about the values of variables.
+    pub fn is_about_values(&self) -> bool {
+        matches!(self, Self::NoValue { .. } | Self::BadValue { .. })
     }
 
     /// It is about one call: the server may be well.
@@ -152,6 +171,7 @@ impl Error {
             | Self::QueueFull
             | Self::QueueTimeout
             | Self::NoChildFree
+            | Self::NoVariantFree
             | Self::Store
             | Self::Stopping => Some(Duration::from_secs(1)),
             _ => None,

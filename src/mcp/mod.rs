@@ -35,7 +35,10 @@ mod schema;
 mod session;
 mod sse;
 mod stdio;
+mod template;
 mod users;
+mod variables;
+mod variants;
 mod watch;
 
 use std::borrow::Cow;
@@ -45,6 +48,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ::http::HeaderValue;
+use futures_util::{StreamExt, stream};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -53,37 +57,43 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
 use crate::model::{Connector, Era, Flagged, Offered, Server, Skipped, State, Tool, ToolChanges};
-use crate::secrets::{self, scrub};
+use crate::secrets::scrub;
 use crate::store::Store;
 
 pub use address::{Forbidden, Scope, UrlError, scope, server_url};
 pub use budget::Held;
+pub use commands::{Commands, TemplatesError};
 pub use confine::become_child;
 pub use egress::{Destination, Egress, TlsError, Trust};
 pub use error::{Error, SyncError};
 pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_value};
 pub use hidden::flags;
 pub use keeper::keep_child;
-pub use listing::definition;
+pub use listing::{accept, definition};
 pub use oauth::{ConnectEvent, SignInError, Subject};
 pub use order::{BECOME, KEEP};
-pub use schema::{Room, json_schema};
+pub use schema::{Health, Room, json_schema, listed_schema};
+pub use template::{bare, is_templated, templates};
+pub use variables::{Variables, VariablesError, VariablesFile, VariablesFileError};
 
 use budget::Budget;
 use child::Children;
 use exchange::Answer;
-use listing::accept;
 use message::RpcError;
 use oauth::SignIns;
 use pool::Pool;
 use result::ToolResult;
 use schema::{HEARTBEAT, declares};
 use session::{CallError, Context, Listed, Session};
+use template::Filled;
 use watch::{News, watch};
 
 /// How long the end of all sessions may take at a stop: a child has two periods of grace, a remote server a moment for
 /// the goodbye.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How many servers that came together are connected to at a time.
+const FIRST_SYNCS: usize = 4;
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
@@ -121,6 +131,7 @@ pub struct Mcp {
     sign_ins: SignIns,
     settings: Upstream,
     children: Children,
+    variables: VariablesFile,
     tracker: TaskTracker,
     stop: CancellationToken,
     /// One sync of a server at a time, so that an older list never lands on a newer one.
@@ -133,12 +144,20 @@ type Turn = tokio::sync::Mutex<Option<Synced>>;
 struct Synced {
     began: Instant,
     agent: Option<AgentId>,
+    given: Variables,
     result: Result<ToolChanges, Error>,
 }
 
 impl Mcp {
     /// Sessions and background work are tasks on `tracker`. To be called in the runtime that serves.
-    pub fn new(store: Store, settings: Upstream, egress: Egress, children: Children, tracker: TaskTracker) -> Self {
+    pub fn new(
+        store: Store,
+        settings: Upstream,
+        egress: Egress,
+        children: Children,
+        variables: VariablesFile,
+        tracker: TaskTracker,
+    ) -> Self {
         let stop = CancellationToken::new();
         let sign_ins = SignIns::new(store.clone(), egress.clone(), tracker.clone(), settings.sign_in.clone());
         let context = Context {
@@ -151,24 +170,27 @@ impl Mcp {
             stop: stop.clone(),
         };
         let news = Arc::new(News::default());
-        let pool = Arc::new(Pool::new(context, store.clone(), news.clone()));
-        let mcp = Self { store, pool, egress, sign_ins, settings, children, tracker, stop, syncing: Arc::default() };
+        let pool = Arc::new(Pool::new(context, store.clone(), news.clone(), variables.clone()));
+        let syncing = Arc::default();
+        let mcp = Self { store, pool, egress, sign_ins, settings, children, variables, tracker, stop, syncing };
         mcp.tracker.spawn(watch(mcp.clone(), news));
         mcp.tidy();
+        mcp.catch_up();
         mcp
     }
 
     /// Lists the tools of a new server for the first time, in the background: the sync goes on when the caller leaves.
-    /// Waits at most `patience`; `false` when it is still going on. What came of it is in the server's status.
-    pub async fn first_sync(&self, server: Server, patience: Duration) -> bool {
-        let mcp = self.clone();
+    /// Waits at most `patience`; `false` when it is still going on. What came of it is in the server's status. `given` are
+    /// the values that the request brings, here and below.
+    pub async fn first_sync(&self, server: Server, given: &Variables, patience: Duration) -> bool {
+        let (mcp, given) = (self.clone(), given.clone());
         let sync = async move {
             let turn = mcp.turn(&server.id);
             let _turn = turn.lock().await;
             // A repeated create may have waited for the turn of the first, and has nothing left to do.
             let result = match mcp.store.server(&server.id).await {
                 Ok(Some(current)) if current.state == State::NeverConnected => {
-                    mcp.sync(&current, None, true).await.map(|_| ())
+                    mcp.sync(&current, None, &given, true).await.map(|_| ())
                 }
                 Ok(_) => Ok(()),
                 Err(error) => Err(error.into()),
@@ -182,32 +204,59 @@ impl Mcp {
         timeout(patience, sync).await.is_ok()
     }
 
+    /// As [`Mcp::first_sync`], of several new servers, a few at a time; nobody waits for it.
+    pub fn first_syncs(&self, server_ids: Vec<String>) {
+        let mcp = self.clone();
+        let patience = self.settings.create_sync_timeout;
+        let sync = move |id: String| {
+            let mcp = mcp.clone();
+            async move {
+                match mcp.store.server(&id).await {
+                    Ok(Some(server)) => drop(mcp.first_sync(server, &Variables::default(), patience).await),
+                    Ok(None) => {}
+                    Err(error) => {
+                        tracing::error!(server.id = id, %error, "a new server cannot be read for its first sync")
+                    }
+                }
+            }
+        };
+        let stop = self.stop.clone();
+        let all = stream::iter(server_ids).for_each_concurrent(FIRST_SYNCS, sync);
+        self.tracker.spawn(async move { stop.run_until_cancelled(all).await });
+    }
+
     /// Lists the server's tools, following all pages, and makes the stored ones equal to them in one transaction.
     ///
     /// # Errors
     /// [`SyncError::Server`] when the list cannot be had; the stored tools are as they were, and the reason is noted in
     /// the server's status.
-    pub async fn sync_tools(&self, server: &Server, agent: Option<&AgentId>) -> Result<ToolChanges, SyncError> {
+    pub async fn sync_tools(
+        &self,
+        server: &Server,
+        agent: Option<&AgentId>,
+        given: &Variables,
+    ) -> Result<ToolChanges, SyncError> {
         let arrived = Instant::now();
         let turn = self.turn(&server.id);
         let mut last = turn.lock().await;
         // Of those who wait, the next one asks the server for all.
-        if let Some(Synced { began, agent: asked_for, result }) = &*last
+        if let Some(Synced { began, agent: asked_for, given: had, result }) = &*last
             && *began > arrived
             && asked_for.as_ref() == agent
+            && had == given
         {
             return result.clone().map_err(Into::into);
         }
         let began = Instant::now();
         // The row may have changed while others had their turn.
         let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
-        let synced = self.sync(&server, agent, true).await;
+        let synced = self.sync(&server, agent, given, true).await;
         let result = match &synced {
             Ok(changes) => Some(Ok(changes.clone())),
             Err(SyncError::Server(error)) => Some(Err(error.clone())),
             Err(_) => None,
         };
-        *last = result.map(|result| Synced { began, agent: agent.cloned(), result });
+        *last = result.map(|result| Synced { began, agent: agent.cloned(), given: given.clone(), result });
         synced
     }
 
@@ -223,7 +272,7 @@ impl Mcp {
         let turn = self.turn(server_id);
         let _turn = turn.lock().await;
         let synced = match self.store.server(server_id).await {
-            Ok(Some(server)) => self.sync(&server, None, false).await.map(|_| ()),
+            Ok(Some(server)) => self.sync(&server, None, &Variables::default(), false).await.map(|_| ()),
             Ok(None) => Ok(()),
             Err(error) => Err(error.into()),
         };
@@ -240,23 +289,36 @@ impl Mcp {
                 drop(server);
                 self.relist(server_id).await;
             }
-            Ok(Some(server)) => drop(self.session(&server, false).await),
+            Ok(Some(server)) => drop(self.session(&server, &Variables::default(), false).await),
             Ok(None) => self.pool.forget(server_id),
             Err(_) => {}
         }
     }
 
     /// `now`: somebody asked for it, and wants no answer of before.
-    async fn sync(&self, server: &Server, agent: Option<&AgentId>, now: bool) -> Result<ToolChanges, SyncError> {
-        let (listed, era) = self.list(server, agent, now).await?;
-        self.keep(server, &listed, era).await
+    async fn sync(
+        &self,
+        server: &Server,
+        agent: Option<&AgentId>,
+        given: &Variables,
+        now: bool,
+    ) -> Result<ToolChanges, SyncError> {
+        let (listed, era) = self.list(server, agent, given, now).await?;
+        self.keep(server, given, &listed, era).await
     }
 
     /// Makes the stored tools of a server equal to what it listed.
-    async fn keep(&self, server: &Server, listed: &Listed, era: Era) -> Result<ToolChanges, SyncError> {
+    async fn keep(
+        &self,
+        server: &Server,
+        given: &Variables,
+        listed: &Listed,
+        era: Era,
+    ) -> Result<ToolChanges, SyncError> {
         let (offered, skipped) = accept(&listed.tools);
         // A server may call a tool by what it was given.
-        let secrets = server.config.0.as_ref().map(secrets::of).unwrap_or_default();
+        let filled = server.config.0.as_ref().ok().and_then(|connector| self.filled(connector, given).ok());
+        let secrets = filled.map(|filled| filled.secrets).unwrap_or_default();
         let notice = notice(&skipped).map(|notice| scrub(&notice, &secrets));
         let hold = self.settings.tools.holds();
         let synced =
@@ -284,10 +346,16 @@ impl Mcp {
     }
 
     /// Lists on the live session; on one that proves dead, once more on a new one.
-    async fn list(&self, server: &Server, agent: Option<&AgentId>, now: bool) -> Result<(Listed, Era), Error> {
+    async fn list(
+        &self,
+        server: &Server,
+        agent: Option<&AgentId>,
+        given: &Variables,
+        now: bool,
+    ) -> Result<(Listed, Era), Error> {
         let mut second = false;
         loop {
-            let (session, new) = self.session(server, now).await?;
+            let (session, new) = self.session(server, given, now).await?;
             let deadline = Instant::now() + self.settings.list_timeout;
             match session.list_tools(agent, deadline).await {
                 Ok(listed) => return Ok((listed, session.era())),
@@ -307,12 +375,12 @@ impl Mcp {
     }
 
     /// The live session of a server, and whether it was opened just now. An opening goes on when the caller leaves.
-    async fn session(&self, server: &Server, now: bool) -> Result<(Arc<Session>, bool), Error> {
-        if let Some(session) = self.pool.live(server) {
+    async fn session(&self, server: &Server, given: &Variables, now: bool) -> Result<(Arc<Session>, bool), Error> {
+        if let Some(session) = self.pool.live(server, given) {
             return Ok((session, false));
         }
-        let (pool, server) = (self.pool.clone(), server.clone());
-        let opening = self.tracker.spawn(async move { pool.session(&server, now).await });
+        let (pool, server, given) = (self.pool.clone(), server.clone(), given.clone());
+        let opening = self.tracker.spawn(async move { pool.session(&server, &given, now).await });
         // It ends without an outcome only with the runtime.
         opening.await.unwrap_or(Err(Error::Stopping))
     }
@@ -329,6 +397,7 @@ impl Mcp {
         server: &Server,
         tool: &Tool,
         mut arguments: Map<String, Value>,
+        given: &Variables,
         sent: &AtomicBool,
     ) -> Result<Outcome, Error> {
         let started = Instant::now();
@@ -338,13 +407,13 @@ impl Mcp {
         }
         let _place = self.pool.enter(&server.id, deadline).await?;
         let mut server = Cow::Borrowed(server);
-        let mut called = self.call(&server, tool, &arguments, deadline, sent).await;
+        let mut called = self.call(&server, tool, &arguments, given, deadline, sent).await;
         // A kept session was found dead, or of an old configuration, before anything was sent: a new one is as good.
         if let Err(Failed { again: true, .. }) = called {
             if let Ok(Ok(current)) = timeout_at(deadline, self.store.server(&server.id)).await {
                 server = Cow::Owned(current.ok_or(Error::Deleted)?);
             }
-            called = self.call(&server, tool, &arguments, deadline, sent).await;
+            called = self.call(&server, tool, &arguments, given, deadline, sent).await;
         }
         let (is_error, text, answer) = match called.map_err(|failed| failed.error) {
             Ok(answer) => match ToolResult::read(&answer.result) {
@@ -375,10 +444,11 @@ impl Mcp {
         server: &Server,
         tool: &Tool,
         arguments: &Map<String, Value>,
+        given: &Variables,
         deadline: Instant,
         sent: &AtomicBool,
     ) -> Result<Answer, Failed> {
-        let session = timeout_at(deadline, self.session(server, false)).await.unwrap_or(Err(Error::NotReady));
+        let session = timeout_at(deadline, self.session(server, given, false)).await.unwrap_or(Err(Error::NotReady));
         let (session, new) = session.map_err(|error| {
             let again = matches!(error, Error::Reconfigured);
             Failed { error: CallError::NotSent(error), again }
@@ -435,12 +505,39 @@ impl Mcp {
         });
     }
 
-    /// Whether such a server may be had here.
+    /// Connects to the servers that came while nobody served, in the background.
+    fn catch_up(&self) {
+        let mcp = self.clone();
+        self.tracker.spawn(async move {
+            // What the database has to say is said where it is asked for an answer.
+            let Ok(servers) = mcp.store.servers().await else { return };
+            let is_new = |server: &Server| server.state == State::NeverConnected && server.last_synced_at.is_none();
+            let new: Vec<_> = servers.into_iter().filter(is_new).map(|server| server.id).collect();
+            if !new.is_empty() {
+                mcp.first_syncs(new);
+            }
+        });
+    }
+
+    /// Whether such a server may be had here. An argument with templates may be any; what it is then is looked at before
+    /// each start.
     ///
     /// # Errors
     /// [`Error::StdioOff`], [`Error::NoTemplate`]: the policy for commands forbids it.
     pub fn check(&self, connector: &Connector) -> Result<(), Error> {
-        self.children.check(connector)
+        self.children.check_unfilled(connector)
+    }
+
+    fn filled(&self, connector: &Connector, given: &Variables) -> Result<Filled, Error> {
+        Filled::new(connector, &self.variables.choose_for(connector, given)?)
+    }
+
+    /// Reads the operator's variables again; how many there are now, `None` without a file.
+    ///
+    /// # Errors
+    /// One sentence for the administrator; all values stay as they were.
+    pub fn reload_variables(&self) -> Result<Option<usize>, VariablesFileError> {
+        self.variables.reload()
     }
 
     /// How the last child of a server was confined; `None` when this process started none.

@@ -36,6 +36,25 @@ pub struct Order {
     pub max_processes: Option<u64>,
     /// `None` when Landlock is not asked for.
     pub reach: Option<Reach>,
+    /// What of this names files that it may reach, where that is less than all: values that came with a request do not.
+    pub named: Option<Named>,
+}
+
+/// Arguments and environment as their configuration has them.
+#[derive(Serialize, Deserialize)]
+pub struct Named {
+    pub args: Vec<String>,
+    pub env: Vec<(String, String)>,
+}
+
+impl Order {
+    /// The arguments and the environment that name files.
+    pub fn naming(&self) -> (&[String], &[(String, String)]) {
+        match &self.named {
+            Some(named) => (&named.args, &named.env),
+            None => (&self.args, &self.env),
+        }
+    }
 }
 
 /// A user and a group, by number.

@@ -6,6 +6,9 @@
 //! meanwhile. A session is in use as long as somebody holds its `Arc`; the pool's own hold ends when the server's
 //! configuration has a newer revision, when the server is deleted, or when Portolan stops, and calls that are under way
 //! finish on it.
+//!
+//! A server whose templates get values from requests has a session more for each set of values, for the requests with
+//! these values alone. Their failures say nothing of the server: its status tells of the session without.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hasher, RandomState};
@@ -23,6 +26,9 @@ use crate::store::{Reached, Store};
 use super::Error;
 use super::oauth::Signer;
 use super::session::{Context, Session};
+use super::template::{Filled, Filling, Mark, Needs};
+use super::variables::{Variables, VariablesFile};
+use super::variants::Variants;
 use super::watch::News;
 
 /// How long a server rests after a failure: doubled from the first to the last. One that could be opened and ended soon
@@ -45,6 +51,7 @@ pub struct Pool {
     context: Context,
     store: Store,
     news: Arc<News>,
+    variables: VariablesFile,
     slots: Mutex<Slots>,
     /// One permit per child that may run.
     children: Arc<Semaphore>,
@@ -61,6 +68,10 @@ struct Slot {
     /// Held while a session is being opened.
     history: Lock<History>,
     turns: Turns,
+    /// What the templates of the configuration need, once somebody has looked, and the revision.
+    needs: Mutex<Option<(i64, Arc<Needs>)>>,
+    /// The slots of those who bring values of their own. These have none themselves.
+    variants: Mutex<Variants<Self>>,
 }
 
 /// The places of a server's calls; they stay with the server when its configuration changes.
@@ -72,7 +83,8 @@ struct Turns {
 
 impl Slot {
     fn new(turns: Turns) -> Arc<Self> {
-        Arc::new(Self { live: Mutex::default(), history: Lock::default(), turns })
+        let (live, history, needs, variants) = Default::default();
+        Arc::new(Self { live, history, turns, needs, variants })
     }
 }
 
@@ -80,6 +92,8 @@ impl Slot {
 struct Live {
     /// Of the configuration it was opened with.
     revision: i64,
+    /// Of the values that its templates got.
+    mark: Option<Mark>,
     session: Arc<Session>,
 }
 
@@ -150,16 +164,108 @@ fn back_off(scale: (Duration, Duration), failures: u32) -> Duration {
     full / 2 + jitter(full / 2)
 }
 
+/// A server that stays away is not written down each time.
+fn is_news(server: &Server, error: &Error) -> bool {
+    server.state != error.state() || server.error.as_deref() != Some(&*error.to_string())
+}
+
 impl Slot {
     fn live(&self) -> MutexGuard<'_, Option<Live>> {
         self.live.lock().expect("no code panics while it holds the session")
     }
 
-    /// A row may have been read before a change that has its session already: the newer session serves it too.
-    fn usable(&self, revision: i64) -> Option<Arc<Session>> {
+    /// A row may have been read before a change that has its session already: the newer session serves it too. The
+    /// values must be the same.
+    fn usable(&self, revision: i64, wanted: Option<&Mark>) -> Option<Arc<Session>> {
         let live = self.live();
-        let Live { revision: opened, session } = live.as_ref()?;
-        (*opened >= revision && !session.is_closed()).then(|| session.clone())
+        let Live { revision: opened, mark, session } = live.as_ref()?;
+        let serves = *opened >= revision && mark.as_ref() == wanted;
+        (serves && !session.is_closed()).then(|| session.clone())
+    }
+
+    /// Whether it has a session of this revision or a newer one, whatever the values.
+    fn is_of(&self, revision: i64) -> bool {
+        self.live().as_ref().is_some_and(|live| live.revision >= revision && !live.session.is_closed())
+    }
+
+    /// Nobody uses its session, if it has one.
+    fn is_idle(&self) -> bool {
+        self.live().as_ref().is_none_or(|live| Arc::strong_count(&live.session) == 1)
+    }
+
+    fn take_idle(&self, since: Duration) -> Option<Live> {
+        self.live().take_if(|live| Arc::strong_count(&live.session) == 1 && live.session.used().elapsed() >= since)
+    }
+
+    /// What the templates of the server's configuration need.
+    fn needs(&self, server: &Server) -> Arc<Needs> {
+        let mut known = self.needs.lock().expect("no code panics while it holds the needs");
+        if let Some((revision, needs)) = &*known
+            && *revision == server.revision
+        {
+            return needs.clone();
+        }
+        let needs: Arc<Needs> = Arc::new(server.config.0.as_ref().map(Needs::of).unwrap_or_default());
+        *known = Some((server.revision, needs.clone()));
+        needs
+    }
+
+    fn variants(&self) -> MutexGuard<'_, Variants<Self>> {
+        self.variants.lock().expect("no code panics while it holds the variants")
+    }
+
+    /// The slot for these values, if there is one: this one, but for values of a request.
+    fn known(self: &Arc<Self>, filling: &Filling) -> Option<Arc<Self>> {
+        match &filling.mark {
+            Some(mark) if filling.is_own => self.variants().get(mark),
+            _ => Some(self.clone()),
+        }
+    }
+
+    /// The slot for these values.
+    ///
+    /// # Errors
+    /// [`Error::NoVariantFree`].
+    fn of(self: &Arc<Self>, filling: &Filling) -> Result<Arc<Self>, Error> {
+        match &filling.mark {
+            Some(mark) if filling.is_own => {
+                let make = || Self::new(self.turns.clone());
+                self.variants().get_or_make(mark, make, Self::is_idle).ok_or(Error::NoVariantFree)
+            }
+            _ => Ok(self.clone()),
+        }
+    }
+
+    /// The variant that has this session.
+    fn holder(&self, session: &Arc<Session>) -> Option<Arc<Self>> {
+        let holds = |live: &Live| Arc::ptr_eq(&live.session, session);
+        self.variants().all().into_iter().find(|variant| variant.live().as_ref().is_some_and(holds))
+    }
+
+    /// Lets go of every session.
+    fn clear(&self) {
+        self.live().take();
+        let mut variants = self.variants();
+        variants.retain(|variant| {
+            variant.live().take();
+            false
+        });
+    }
+
+    /// Closes variants that nobody has used for long, and forgets those that are not worth remembering.
+    fn sweep(&self, idle_timeout: Duration) {
+        let now = Instant::now();
+        self.variants().retain(|variant| {
+            let idle = variant.take_idle(idle_timeout);
+            if Arc::strong_count(variant) > 1 || variant.live().is_some() {
+                return true;
+            }
+            let Ok(mut history) = variant.history.try_lock() else { return true };
+            if let Some(idle) = idle {
+                history.end(&idle, None);
+            }
+            history.last.as_ref().is_some_and(|failure| now < failure.until)
+        });
     }
 
     /// Takes the session out of the slot if it is this one.
@@ -169,10 +275,10 @@ impl Slot {
 }
 
 impl Pool {
-    pub fn new(context: Context, store: Store, news: Arc<News>) -> Self {
+    pub fn new(context: Context, store: Store, news: Arc<News>, variables: VariablesFile) -> Self {
         let slots = Mutex::new(Slots { by_server: HashMap::new(), closed: false });
         let children = Arc::new(Semaphore::new(context.settings.max_children));
-        Self { context, store, news, slots, children }
+        Self { context, store, news, variables, slots, children }
     }
 
     fn slots(&self) -> MutexGuard<'_, Slots> {
@@ -218,29 +324,48 @@ impl Pool {
         permit.map(Place).map_err(|_| Error::Stopping)
     }
 
-    /// The session of this server, if there is a live one.
-    pub fn live(&self, server: &Server) -> Option<Arc<Session>> {
+    /// The session of this server for a request that brings these values, if there is a live one.
+    pub fn live(&self, server: &Server, given: &Variables) -> Option<Arc<Session>> {
         let slot = self.slots().by_server.get(&server.id).cloned()?;
-        let session = slot.usable(server.revision)?;
+        let needs = slot.needs(server);
+        let session = if needs.is_empty() {
+            slot.usable(server.revision, None)?
+        } else {
+            let filling = self.variables.choose(&needs, given).ok()?;
+            slot.known(&filling)?.usable(server.revision, filling.mark.as_ref())?
+        };
         session.touch();
         Some(session)
     }
 
-    /// The live session of this server, and whether it was opened for this call. To be awaited to its end: an opening
-    /// that is dropped half-way is lost to those who wait for it. `now` does not wait for the end of a rest.
+    /// The live session of this server for a request that brings these values, and whether it was opened for this call.
+    /// To be awaited to its end: an opening that is dropped half-way is lost to those who wait for it. `now` does not wait
+    /// for the end of a rest.
     ///
     /// # Errors
-    /// Why it could not be opened, which is in the server's status then; [`Error::Resting`]; [`Error::Deleted`];
-    /// [`Error::Reconfigured`] when the server was changed meanwhile; [`Error::NoChildFree`]; [`Error::Stopping`].
-    pub async fn session(&self, server: &Server, now: bool) -> Result<(Arc<Session>, bool), Error> {
+    /// Why it could not be opened, which is in the server's status then, but for a request's values; [`Error::NoValue`];
+    /// [`Error::BadValue`]; [`Error::Resting`]; [`Error::Deleted`]; [`Error::Reconfigured`] when the server was changed
+    /// meanwhile; [`Error::NoChildFree`]; [`Error::NoVariantFree`]; [`Error::Stopping`].
+    pub async fn session(&self, server: &Server, given: &Variables, now: bool) -> Result<(Arc<Session>, bool), Error> {
         let arrived = Instant::now();
-        let slot = self.slot(&server.id)?;
+        let main = self.slot(&server.id)?;
+        let needs = main.needs(server);
+        let filling = match self.variables.choose(&needs, given) {
+            Ok(filling) => filling,
+            Err(error) => {
+                if server.last_synced_at.is_none() && is_news(server, &error) {
+                    self.note(server, &mut *main.history.lock().await, Err(&error)).await;
+                }
+                return Err(error);
+            }
+        };
+        let slot = main.of(&filling)?;
         let mut history = slot.history.lock().await;
-        if let Some(session) = slot.usable(server.revision) {
+        if let Some(session) = slot.usable(server.revision, filling.mark.as_ref()) {
             session.touch();
             return Ok((session, false));
         }
-        self.check_current(&server.id, &slot)?;
+        self.check_current(&server.id, &slot, &filling)?;
         self.bury(&slot, &mut history);
         if let Some(failure) = history.last.as_ref().filter(|failure| failure.revision == server.revision) {
             if failure.of_opening && failure.at > arrived {
@@ -261,20 +386,24 @@ impl Pool {
                 return Err(Error::Store);
             }
         };
-        let opened = self.open(&server).await;
+        // Values were chosen for what was configured before.
+        if main.needs(&server) != needs {
+            return Err(Error::Reconfigured);
+        }
+        let opened = self.open(&server, &filling).await;
         // After a forget or a stop in the meantime its caller may find out why.
-        self.check_current(&server.id, &slot)?;
+        self.check_current(&server.id, &slot, &filling)?;
         match opened {
             Ok(session) => {
                 tracing::info!(server.id, server.r#type = server.server_type.as_str(), "session opened");
                 history.last = None;
                 // A server that was never listed is ready when it has been.
-                if server.last_synced_at.is_some() {
+                if server.last_synced_at.is_some() && !filling.is_own {
                     self.note(&server, &mut history, Ok(session.era())).await;
                 }
                 // Looked at again after the wait: from now on a forget finds the session.
-                self.check_current(&server.id, &slot)?;
-                *slot.live() = Some(Live { revision: server.revision, session: session.clone() });
+                self.check_current(&server.id, &slot, &filling)?;
+                *slot.live() = Some(Live { revision: server.revision, mark: filling.mark, session: session.clone() });
                 Ok((session, true))
             }
             Err(error) => {
@@ -282,10 +411,17 @@ impl Pool {
                 if !error.is_ours() {
                     history.failures += 1;
                     pause = error.pause().unwrap_or_else(|| back_off(BACK_OFF, history.failures));
-                    // A server that stays away is not written down each time.
-                    if server.state != error.state() || server.error.as_deref() != Some(&*error.to_string()) {
-                        self.note(&server, &mut history, Err(&error)).await;
-                    }
+                }
+                // What comes of values says nothing of the server, unless nothing else is known of it.
+                let of_values = error.is_about_values() || filling.mark.is_some() && matches!(error, Error::NoTemplate);
+                let is_told = match (of_values, filling.is_own) {
+                    (false, _) if error.is_ours() => false,
+                    (_, true) => server.state == State::NeverConnected,
+                    (true, false) => server.last_synced_at.is_none(),
+                    (false, false) => true,
+                };
+                if is_told && is_news(&server, &error) {
+                    self.note(&server, &mut history, Err(&error)).await;
                 }
                 // Noted also when it is ours: those who wait share it.
                 history.fail(server.revision, &error, pause, server.server_type == ServerType::Stdio);
@@ -294,36 +430,44 @@ impl Pool {
         }
     }
 
-    async fn open(&self, server: &Server) -> Result<Arc<Session>, Error> {
+    async fn open(&self, server: &Server, filling: &Filling) -> Result<Arc<Session>, Error> {
         let connector = server.config.0.as_ref().map_err(|unreadable| Error::Config(*unreadable))?;
+        let filled = Filled::new(connector, filling)?;
         let signer = match connector {
             Connector::Stdio(_) => None,
             Connector::Sse(remote) | Connector::StreamableHttp(remote) => self.context.sign_ins.of(&server.id, remote),
         };
-        self.connect(&server.id, connector, signer, server.era()).await.map(Arc::new)
+        self.connect(&server.id, &filled, signer, server.era()).await.map(Arc::new)
     }
 
-    /// A session of its own to a connector that is not registered, which ends when it is dropped; `id` is that of no
-    /// server.
-    pub async fn open_apart(&self, id: &str, connector: &Connector, signer: Option<Signer>) -> Result<Session, Error> {
-        self.connect(id, connector, signer, None).await
+    /// A session of its own to a connector that is not registered, for a request that brings these values. It ends when it
+    /// is dropped; `id` is that of no server.
+    pub async fn open_apart(
+        &self,
+        id: &str,
+        connector: &Connector,
+        given: &Variables,
+        signer: Option<Signer>,
+    ) -> Result<Session, Error> {
+        let filled = Filled::new(connector, &self.variables.choose_for(connector, given)?)?;
+        self.connect(id, &filled, signer, None).await
     }
 
     async fn connect(
         &self,
         id: &str,
-        connector: &Connector,
+        filled: &Filled,
         signer: Option<Signer>,
         era: Option<Era>,
     ) -> Result<Session, Error> {
         // Before it makes another child leave.
-        self.context.children.check(connector)?;
-        let permit = match connector {
+        self.context.children.check(&filled.connector)?;
+        let permit = match &filled.connector {
             Connector::Stdio(_) => Some(self.child_permit().await?),
             Connector::Sse(_) | Connector::StreamableHttp(_) => None,
         };
         let bell = self.news.bell(id);
-        Session::open(connector, signer, era, &self.context, bell, permit).await
+        Session::open(filled, signer, era, &self.context, bell, permit).await
     }
 
     /// Room for one more child; the one that is idle longest makes it.
@@ -347,7 +491,9 @@ impl Pool {
     }
 
     fn close_idlest_child(&self) -> bool {
-        let slots: Vec<_> = self.slots().by_server.values().cloned().collect();
+        let mut slots: Vec<_> = self.slots().by_server.values().cloned().collect();
+        let variants: Vec<_> = slots.iter().flat_map(|slot| slot.variants().all()).collect();
+        slots.extend(variants);
         let idle = slots.iter().filter_map(|slot| {
             let live = slot.live();
             let session = &live.as_ref()?.session;
@@ -358,12 +504,13 @@ impl Pool {
         slot.live().take_if(|live| Arc::strong_count(&live.session) == 1).is_some()
     }
 
-    /// Whether this slot still is the server's.
-    fn check_current(&self, server_id: &str, slot: &Arc<Slot>) -> Result<(), Error> {
+    /// Whether this slot still is the server's for these values.
+    fn check_current(&self, server_id: &str, slot: &Arc<Slot>, filling: &Filling) -> Result<(), Error> {
         let slots = self.slots();
-        match slots.by_server.get(server_id) {
+        let current = slots.by_server.get(server_id).and_then(|current| current.known(filling));
+        match current {
             _ if slots.closed => Err(Error::Stopping),
-            Some(current) if Arc::ptr_eq(current, slot) => Ok(()),
+            Some(current) if Arc::ptr_eq(&current, slot) => Ok(()),
             _ => Err(Error::Reconfigured),
         }
     }
@@ -380,13 +527,16 @@ impl Pool {
     /// says why. A server that asks for a pause gets it.
     pub async fn discard(&self, server: &Server, session: &Arc<Session>, error: &Error) {
         session.retire();
-        let Ok(slot) = self.slot(&server.id) else { return };
+        let Ok(main) = self.slot(&server.id) else { return };
+        let variant = main.holder(session);
+        let is_variant = variant.is_some();
+        let slot = variant.unwrap_or(main);
         // Whoever opens a session just now found this one retired, and says how that went. Whoever has heard of its end
         // just now says why, and is waited for, so that the status is told when the caller is.
         let Ok(mut history) = timeout(SETTLE_TIMEOUT, slot.history.lock()).await else { return };
         let Some(live) = slot.take(session) else { return };
         history.end(&live, Some(error));
-        if !error.is_ours() {
+        if !error.is_ours() && !is_variant {
             self.note(server, &mut history, Err(error)).await;
         }
     }
@@ -394,8 +544,8 @@ impl Pool {
     /// Lets go of a session that proved to be dead before a call was sent on it.
     pub fn drop_session(&self, server_id: &str, session: &Arc<Session>) {
         session.retire();
-        let slot = self.slots().by_server.get(server_id).cloned();
-        if let Some(slot) = slot
+        let main = self.slots().by_server.get(server_id).cloned();
+        if let Some(slot) = main.map(|main| main.holder(session).unwrap_or(main))
             && let Some(live) = slot.take(session)
             && let Ok(mut history) = slot.history.try_lock()
         {
@@ -403,9 +553,16 @@ impl Pool {
         }
     }
 
-    /// Takes note of a session that has ended by itself.
+    /// Takes note of sessions that have ended by themselves.
     pub async fn settle(&self, server_id: &str) {
         let Some(slot) = self.slots().by_server.get(server_id).cloned() else { return };
+        let variants = slot.variants().all();
+        for variant in variants {
+            if variant.live().as_ref().is_some_and(|live| live.session.is_closed()) {
+                let mut history = variant.history.lock().await;
+                self.bury(&variant, &mut history);
+            }
+        }
         let mut history = slot.history.lock().await;
         let Some((revision, error)) = self.bury(&slot, &mut history) else { return };
         tracing::info!(server.id = server_id, reason = %error, "session ended by itself");
@@ -447,16 +604,15 @@ impl Pool {
         let settings = &self.context.settings;
         let mut rested = Vec::new();
         self.slots().by_server.retain(|server_id, slot| {
-            let idle = slot.live().take_if(|live| {
-                Arc::strong_count(&live.session) == 1
-                    && now.duration_since(live.session.used()) >= settings.idle_timeout
-            });
+            slot.sweep(settings.idle_timeout);
+            let idle = slot.take_idle(settings.idle_timeout);
             let Ok(mut history) = slot.history.try_lock() else { return true };
             if let Some(idle) = idle {
                 tracing::debug!(server.id = server_id, "idle session closed");
                 history.end(&idle, None);
             }
             let is_used = slot.live().is_some()
+                || !slot.variants().is_empty()
                 || Arc::strong_count(slot) > 1
                 || slot.turns.calls.available_permits() < settings.max_calls_per_server;
             if is_used {
@@ -476,7 +632,7 @@ impl Pool {
     pub fn forget(&self, server_id: &str) {
         let slot = self.slots().by_server.remove(server_id);
         if let Some(slot) = slot {
-            slot.live().take();
+            slot.clear();
         }
     }
 
@@ -484,9 +640,11 @@ impl Pool {
     pub fn reconfigured(&self, server_id: &str, revision: i64) {
         let mut slots = self.slots();
         let Some(slot) = slots.by_server.get_mut(server_id) else { return };
-        if slot.usable(revision).is_none() {
+        if slot.is_of(revision) {
+            slot.variants().retain(|variant| variant.is_of(revision));
+        } else {
             let old = std::mem::replace(slot, Slot::new(slot.turns.clone()));
-            old.live().take();
+            old.clear();
         }
     }
 
@@ -495,7 +653,7 @@ impl Pool {
         let mut slots = self.slots();
         slots.closed = true;
         for (_, slot) in slots.by_server.drain() {
-            slot.live().take();
+            slot.clear();
         }
     }
 }

@@ -211,25 +211,26 @@ fn disks() -> impl Iterator<Item = PathBuf> {
 /// The places that the server's own configuration names: an administrator wrote it. Absolute paths among its arguments, as
 /// `--option=/path`, too, and in its environment.
 fn named(order: &Order) -> Vec<PathBuf> {
-    let arguments = order
-        .args
+    let (args, env) = order.naming();
+    let arguments = args
         .iter()
         .skip(order.wrapper_args)
         .flat_map(|arg| [Some(arg.as_str()), arg.split_once('=').map(|(_, value)| value)]);
-    let environment = order.env.iter().filter(|(name, _)| name != "PATH").flat_map(|(_, value)| value.split(':'));
+    let environment = env.iter().filter(|(name, _)| name != "PATH").flat_map(|(_, value)| value.split(':'));
     arguments.flatten().chain(environment).filter(|text| text.starts_with('/')).map(PathBuf::from).collect()
 }
 
 /// What is in homes and is needed to run the command: its own file, and the tools on its PATH.
 fn tools(order: &Order, homes: &[PathBuf]) -> Vec<PathBuf> {
     let mut tools = Vec::new();
-    let path = order.env.iter().find(|(name, _)| name == "PATH").map(|(_, value)| value.as_str()).unwrap_or_default();
+    let (args, env) = order.naming();
+    let path = env.iter().find(|(name, _)| name == "PATH").map(|(_, value)| value.as_str()).unwrap_or_default();
     let path: Vec<PathBuf> = std::env::split_paths(path).filter(|folder| folder.is_absolute()).collect();
     for folder in &path {
         around(folder, homes, &mut tools);
     }
     let mut programs = vec![PathBuf::from(&order.program)];
-    programs.extend(order.args.iter().filter(|arg| is_program(Path::new(arg))).map(PathBuf::from));
+    programs.extend(args.iter().filter(|arg| is_program(Path::new(arg))).map(PathBuf::from));
     for program in programs {
         let found = if program.components().count() > 1 {
             Some(program)
@@ -303,6 +304,7 @@ mod tests {
             max_files: 16,
             max_processes: None,
             reach: None,
+            named: None,
         }
     }
 

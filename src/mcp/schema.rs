@@ -6,6 +6,7 @@
 
 use std::{collections::HashMap, mem};
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 type Schema = Map<String, Value>;
@@ -82,6 +83,16 @@ pub fn json_schema(name: &str, description: Option<&str>, input_schema: &Value, 
         tool["mcp:SCHEMA_WARNINGS"] = health.warnings.into();
     }
     tool
+}
+
+/// An `inputSchema` as Letta shows it in the live list of a server's tools, and how well it suits OpenAI's strict mode as it
+/// stands there; `{}` has no health (docs/CONTRACT.md, normalisation, A and B).
+pub fn listed_schema(input_schema: &Value) -> (Value, Option<Health>) {
+    let mut schema = input_schema.as_object().cloned().unwrap_or_default();
+    let is_empty = schema.is_empty();
+    normalise(&mut schema);
+    let health = (!is_empty).then(|| Health::of(input_schema, &schema));
+    (schema.into(), health)
 }
 
 /// Whether the tool itself declares `property`, at its root or in an alternative of the root. `request_heartbeat`,
@@ -365,7 +376,8 @@ fn is_set(schema: &Schema, key: &str) -> bool {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
 enum Status {
     StrictCompliant,
     NonStrictOnly,
@@ -408,11 +420,15 @@ impl<'a> Kind<'a> {
 }
 
 /// How well a schema suits OpenAI's strict mode, by Letta's rules and in its words.
-struct Health {
+#[derive(Serialize)]
+pub struct Health {
     status: Status,
+    #[serde(rename = "reasons")]
     warnings: Vec<String>,
     /// Bytes left for warnings; None once a warning found no room.
+    #[serde(skip)]
     room: Option<usize>,
+    #[serde(skip)]
     path: String,
 }
 
@@ -634,6 +650,35 @@ mod tests {
             }
         }
         assert_eq!(compared, 131);
+    }
+
+    #[test]
+    fn the_health_in_a_live_list_equals_lettas_in_every_vector() {
+        let mut compared = 0;
+        for vectors in LETTA {
+            let vectors: Schema = serde_json::from_str(vectors).unwrap();
+            for (name, vector) in &vectors {
+                let Some(expected) = vector.get("list_health") else { continue };
+                let (_, health) = listed_schema(&vector["inputSchema"]);
+                let health = health.map(|health| json!([health.status.name(), health.warnings]));
+                assert_eq!(health.unwrap_or(Value::Null), *expected, "{name}");
+                compared += 1;
+            }
+        }
+        assert!(compared > 20, "{compared}");
+    }
+
+    #[test]
+    fn a_live_list_closes_objects_and_adds_nothing() {
+        let given = object_with("a", json!({"type": "object", "properties": {}}));
+        let (schema, health) = listed_schema(&given);
+        let closed = json!({"type": "object", "properties": {}, "additionalProperties": false});
+        let mut expected = object_with("a", closed);
+        expected["additionalProperties"] = json!(false);
+        assert_eq!(schema.to_string(), expected.to_string());
+        assert_eq!(json!(health), json!({"status": "STRICT_COMPLIANT", "reasons": []}));
+        let (schema, health) = listed_schema(&json!({}));
+        assert_eq!((schema, json!(health)), (json!({}), Value::Null));
     }
 
     #[test]

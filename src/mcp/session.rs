@@ -31,6 +31,7 @@ use super::oauth::{SignIns, Signer};
 use super::remote::HttpError;
 use super::sse::SseWire;
 use super::stdio::StdioWire;
+use super::template::{Filled, FilledStdio};
 use super::watch::Bell;
 use super::{AgentId, Error, mirror};
 
@@ -174,7 +175,7 @@ impl Session {
     /// 2026-07-28, versioning), then, for a server that ends the connection over it, `initialize` on a new one.
     /// `signer` signs what goes to a URL; `permit` is given back when the last child is gone.
     pub async fn open(
-        connector: &Connector,
+        filled: &Filled,
         signer: Option<Signer>,
         known: Option<Era>,
         context: &Context,
@@ -182,7 +183,7 @@ impl Session {
         permit: Option<OwnedSemaphorePermit>,
     ) -> Result<Self, Error> {
         let permit = permit.map(Arc::new);
-        let time = match connector {
+        let time = match &filled.connector {
             Connector::Stdio(_) => context.settings.start_timeout,
             Connector::Sse(_) | Connector::StreamableHttp(_) => context.settings.handshake_timeout,
         };
@@ -192,7 +193,7 @@ impl Session {
             None => (Attempt::Find, Attempt::Only(Era::Initialize)),
         };
         let attempt =
-            |attempt| Self::attempt(connector, signer.clone(), attempt, context, &bell, permit.clone(), deadline);
+            |attempt| Self::attempt(filled, signer.clone(), attempt, context, &bell, permit.clone(), deadline);
         let opened = match attempt(first).await {
             // Past the deadline the first child may still be there.
             Err(error)
@@ -208,7 +209,7 @@ impl Session {
     }
 
     async fn attempt(
-        connector: &Connector,
+        filled: &Filled,
         signer: Option<Signer>,
         attempt: Attempt,
         context: &Context,
@@ -220,10 +221,12 @@ impl Session {
         let guard = end.clone().drop_guard();
         let share = context.budget.share();
         let opening = async {
-            let wire = match connector {
-                Connector::Stdio(config) => Wire::Stdio(
-                    StdioWire::open(config, context, share, bell.clone(), permit, end.clone(), deadline).await?,
-                ),
+            let wire = match &filled.connector {
+                Connector::Stdio(config) => {
+                    let command = FilledStdio { config, filled };
+                    let (bell, end) = (bell.clone(), end.clone());
+                    Wire::Stdio(StdioWire::open(command, context, share, bell, permit, end, deadline).await?)
+                }
                 Connector::Sse(remote) => {
                     Wire::Sse(SseWire::open(remote, signer, context, share, bell.clone(), end.clone(), deadline).await?)
                 }

@@ -30,7 +30,7 @@ pub(super) struct Gone {
 /// What is done with a definition that nobody has seen before.
 #[derive(Clone, Copy)]
 pub(super) struct Trust {
-    /// The first list of a server is what was registered.
+    /// The first list of a server is what was registered, whatever was known of it before.
     pub is_first: bool,
     /// Whether others wait for an approval.
     pub hold: bool,
@@ -83,7 +83,7 @@ impl<'a> Plan<'a> {
             false => definition_hash(&offered.definition),
         };
         let mut changes = tool.changes.clone();
-        let approved = match (&tool.approved_hash, trust.hold) {
+        let approved = match (&tool.approved_hash, trust.hold && !trust.is_first) {
             (_, false) => None,
             (Some(approved), true) => (*approved != hash).then(|| approved.clone()),
             (None, true) => (*old != hash).then(|| old.clone().into_owned()),
@@ -93,7 +93,10 @@ impl<'a> Plan<'a> {
             self.changes.unchanged += 1;
         } else {
             let what = differences(&tool.definition, &offered.definition);
-            changes = with_change(&changes, Some(&old), &hash, &what, now);
+            // What stood there before the first list came from elsewhere: the list tells it for the first time.
+            if !trust.is_first {
+                changes = with_change(&changes, Some(&old), &hash, &what, now);
+            }
             let (name, old, new) = (offered.name.clone(), old.clone().into_owned(), hash.clone());
             self.changes.updated.push(name.clone());
             self.changes.changed.push(Changed { name, what, old, new, held });
@@ -242,6 +245,7 @@ mod tests {
             (None, None, NEW, first(true), None, "what is registered is trusted"),
             (None, None, NEW, HOLDING, Some(""), "a new tool"),
             (None, None, NEW, TRUSTING, None, "a new tool, reported only"),
+            (is(OLD, None), None, NEW, first(true), None, "what is registered, known from elsewhere before"),
             (is(OLD, None), None, NEW, HOLDING, Some(&*old), "a changed tool"),
             (is(OLD, None), None, NEW, TRUSTING, None, "a changed tool, reported only"),
             (is(OLD, None), None, r#"{ "v": 1 }"#, HOLDING, None, "spelling is no change"),

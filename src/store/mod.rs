@@ -9,6 +9,7 @@ mod changes;
 pub mod fuzz;
 mod keys;
 mod known;
+mod letta;
 mod seal;
 mod sealing;
 mod servers;
@@ -30,6 +31,9 @@ use sqlx::{ConnectOptions, Connection};
 
 pub use batch::{NewServer, Step};
 pub use keys::{KeyError, KeySource, new_key};
+pub use letta::{
+    LettaDatabase, LettaError, LettaMapping, LettaOrganization, LettaRows, LettaServer, LettaSignIn, LettaTool,
+};
 pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};

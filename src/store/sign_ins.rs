@@ -271,11 +271,28 @@ impl Store {
         Ok(())
     }
 
-    /// Forgets a sign-in that was begun.
-    pub async fn forget_authorization(&self, id: &str) -> Result<(), Error> {
+    /// The sign-ins that this caller has made to servers which were not registered, the last one first.
+    pub async fn unclaimed_authorizations(&self, caller: &str) -> Result<Vec<Authorization>, Error> {
+        const SQL: &str = "SELECT id, server_id, caller, status, material FROM authorizations WHERE server_id IS NULL \
+                           AND caller = $1 AND status = $2 AND expires_at > $3 ORDER BY created_at DESC, id";
+        let rows: Vec<AuthorizationRow> = on_db!(self, read pool => sqlx::query_as(SQL)
+            .bind(caller)
+            .bind(Progress::Done.as_str())
+            .bind(now())
+            .fetch_all(pool)
+            .await)?;
+        Ok(rows.into_iter().map(|row| self.opened_authorization(row)).collect())
+    }
+
+    /// Forgets a sign-in that was begun; `false` when somebody else has.
+    pub async fn forget_authorization(&self, id: &str) -> Result<bool, Error> {
         const SQL: &str = "DELETE FROM authorizations WHERE id = $1";
-        on_db!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|_| ())?);
-        Ok(())
+        let rows = on_db!(self, write pool => sqlx::query(SQL)
+            .bind(id)
+            .execute(pool)
+            .await
+            .map(|done| done.rows_affected())?);
+        Ok(rows > 0)
     }
 
     /// Forgets those whose time is over.

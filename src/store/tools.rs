@@ -65,6 +65,17 @@ impl Store {
         Ok(found)
     }
 
+    /// The id of the tool that a server calls by this name.
+    pub async fn tool_by_name(&self, server_id: &str, name: &str) -> Result<Option<String>, Error> {
+        const SQL: &str = "SELECT id FROM tools WHERE server_id = $1 AND name_digest = $2";
+        let found: Option<(String,)> = on_db!(self, read pool => sqlx::query_as(SQL)
+            .bind(server_id)
+            .bind(sha256_hex(name))
+            .fetch_optional(pool)
+            .await)?;
+        Ok(found.map(|(id,)| id))
+    }
+
     /// Makes the tools of a server equal to `offered` (names unique, in the server's order) and notes that it is ready,
     /// with a `notice` for its status, in one transaction. A tool keeps its id as long as its name is offered. With `hold`,
     /// what is not as it was approved waits for [`Store::approve_tool`]; without it, all that is offered is approved. `None`

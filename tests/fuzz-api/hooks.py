@@ -13,20 +13,24 @@ There is one worker, hence no locks.
 
 import atexit
 import collections
+import contextlib
 import itertools
 import json
 import os
 import re
+import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 
 import schemathesis
 from schemathesis.core.failures import ServerError
 
-# From run.py: url; live: [{id, tools: [ids]}]; gone: such a one; upstream: a URL that is alive; command; counts: a file to write.
+# From run.py: url; live: [{id, name, tools: [ids], tool_names}]; gone: such a one; upstream: a URL that is alive; command; counts: a file to write.
 GIVEN = json.loads(os.environ["PORTOLAN_FUZZ"])
 LIVE, GONE = GIVEN["live"], GIVEN["gone"]
 KEPT = {it["id"] for it in [*LIVE, GONE]}
+KEPT_NAMES = {it["name"] for it in [*LIVE, GONE]}
 MOST_THROWAWAYS = 60  # so that the list of all servers stays short
 
 NOBODY = "http://127.0.0.1:1/"
@@ -37,6 +41,7 @@ SERVER_ID = re.compile(r"mcp_server-[0-9a-f-]{36}")
 
 numbers = itertools.count(1)
 throwaways = {}  # id -> is it a command? oldest first
+by_name = []  # the names of throw-away servers that the older API made; oldest first
 counts = collections.defaultdict(collections.Counter)
 
 
@@ -59,10 +64,10 @@ def unique(name):
     return name[: 255 - len(suffix)] + suffix
 
 
-def request(method, path, body=None):
+def request(method, path, body=None, below="/v1/mcp-servers/"):
     """A request of our own, which is not counted."""
     wanted = urllib.request.Request(
-        f"{GIVEN['url']}/v1/mcp-servers/{path}", json.dumps(body).encode() if body else None,
+        f"{GIVEN['url']}{below}{path}", json.dumps(body).encode() if body else None,
         {"content-type": "application/json"}, method=method,
     )
     with urllib.request.urlopen(wanted, timeout=30) as answer:
@@ -86,6 +91,32 @@ def keep_as_throwaway(server_id, is_command):
         surplus = next(iter(throwaways))
         del throwaways[surplus]
         request("DELETE", surplus)
+
+
+def register_by_name(name):
+    with contextlib.suppress(urllib.error.HTTPError):  # it is there
+        request("PUT", "", {"server_name": name, "server_url": NOBODY}, "/v1/tools/mcp/servers")
+        by_name.append(name)
+    while len(by_name) > MOST_THROWAWAYS:
+        name = urllib.parse.quote(by_name.pop(0), safe="")
+        with contextlib.suppress(urllib.error.HTTPError):  # it is gone already
+            request("DELETE", name, None, "/v1/tools/mcp/servers/")
+    return name
+
+
+def aim_by_name(case, operation, roll):
+    names, share, pick = case.path_parameters, roll % 8, roll // 8
+    if operation in ("update_mcp_server", "delete_mcp_server"):
+        if share < 6 or names["mcp_server_name"].strip() in KEPT_NAMES:
+            names["mcp_server_name"] = register_by_name(f"by name {next(numbers)}")
+        return
+    if share == 7:
+        return
+    server = GONE if share == 6 else LIVE[pick % len(LIVE)]
+    names["mcp_server_name"] = server["name"]
+    for key in names.keys() & {"mcp_tool_name", "tool_name"}:
+        if share != 5:
+            names[key] = server["tool_names"][pick // len(LIVE) % len(server["tool_names"])]
 
 
 def aim(case, operation, roll):
@@ -129,6 +160,13 @@ def before_call(_context, case, _kwargs):
         case.headers["Idempotency-Key"] += f"-{next(numbers)}"
     if "mcp_server_id" in case.path_parameters and case.method == case.operation.method.upper():
         aim(case, operation, roll)
+    if "mcp_server_name" in case.path_parameters and case.method == case.operation.method.upper():
+        aim_by_name(case, operation, roll)
+    called = re.fullmatch(r"(?:update|delete)_mcp_server_called_(\w+)", operation)
+    if called and roll % 4:
+        register_by_name(called[1])
+    if operation in ("test_mcp_server", "connect_mcp_server") and roll % 2 and case.meta.generation.mode.is_positive:
+        case.body = {"server_name": "live", "type": "streamable_http", "server_url": GIVEN["upstream"]}
 
 
 @schemathesis.hook
@@ -144,6 +182,10 @@ def after_call(_context, case, response):
         counts[operation][response.json()["status"]] += 1
     if operation == "mcp_delete_mcp_server" and response.status_code == 204:
         throwaways.pop(case.path_parameters["mcp_server_id"], None)
+    if operation == "add_mcp_server" and response.status_code == 200 and isinstance(case.body, dict):
+        by_name.append(str(case.body.get("server_name")).strip())
+    if operation.startswith("update_mcp_server") and response.status_code == 200:
+        by_name.append(response.json()["server_name"])
     if response.status_code == 200 and operation in ("mcp_create_mcp_server", "mcp_update_mcp_server"):
         server = response.json()
         if server["id"] not in KEPT:
@@ -156,8 +198,14 @@ def filter_failure(_context, failure, case, response):
     too long, which the document has once for the whole server."""
     if response.status_code == 431 and len(response.request.url) > 30_000:
         return False
-    is_run = case.operation.definition.raw["operationId"] == "mcp_run_tool"
-    live = case.path_parameters.get("mcp_server_id") in {it["id"] for it in LIVE}
+    operation = case.operation.definition.raw["operationId"]
+    is_run = operation in ("mcp_run_tool", "execute_mcp_tool", "list_mcp_tools_by_server", "test_mcp_server") or (
+        operation.startswith("add_mcp_tool")
+    )
+    given = case.path_parameters
+    live = given.get("mcp_server_id") in {it["id"] for it in LIVE} or (
+        given.get("mcp_server_name") in {it["name"] for it in LIVE}
+    )
     return not (isinstance(failure, ServerError) and is_run and not live and response.status_code in (502, 503))
 
 

@@ -46,6 +46,25 @@ SUCCESS = {
     "mcp_retrieve_mcp_tool": 200,
     "mcp_run_tool": 200,
     "mcp_approve_tool": 200,
+    "mcp_connect_mcp_server": 200,
+    "mcp_oauth_callback": 200,
+    "mcp_oauth_callback_of_session": 200,
+    "get_client_metadata": 404,  # there is no public URL
+    "list_mcp_servers": 200,
+    "add_mcp_server": 200,
+    "test_mcp_server": 200,
+    "connect_mcp_server": 200,
+    "update_mcp_server": 200,
+    "delete_mcp_server": 200,
+    "update_mcp_server_called_test": 200,
+    "delete_mcp_server_called_test": 200,
+    "update_mcp_server_called_connect": 200,
+    "delete_mcp_server_called_connect": 200,
+    "list_mcp_tools_by_server": 200,
+    "add_mcp_tool": 200,
+    "add_mcp_tool_called_tools": 404,  # the fixture has no such tool
+    "resync_mcp_server_tools": 200,
+    "execute_mcp_tool": 200,
     "check_health": 200,
     "check_ready": 200,
     "get_reference_page": 200,
@@ -70,7 +89,10 @@ def register(portolan, name, config):
     assert server["status"]["state"] == "ready", server
     tools = request(portolan, "GET", f"{server['id']}/tools")
     assert tools
-    return {"id": server["id"], "tools": [tool["id"] for tool in tools]}
+    return {
+        "id": server["id"], "name": name, "tools": [tool["id"] for tool in tools],
+        "tool_names": [tool["name"] for tool in tools],
+    }
 
 
 def works(portolan, server):

@@ -49,6 +49,11 @@ impl Database {
         Self { postgres: Some((server, name)) }
     }
 
+    /// SQLite, whatever the run is for.
+    pub(crate) fn none() -> Self {
+        Self { postgres: None }
+    }
+
     pub(crate) fn url(&self) -> Option<String> {
         let (server, name) = self.postgres.as_ref()?;
         let mut url = reqwest::Url::parse(server).expect("the test server's URL is one");
@@ -112,6 +117,11 @@ impl Portolan {
     /// Whether other processes may use its database.
     pub(crate) fn shares_its_database(&self) -> bool {
         self.database.postgres.is_some()
+    }
+
+    /// The URL of its database, where that is not SQLite in its data folder.
+    pub(crate) fn database_url(&self) -> Option<String> {
+        self.database.url()
     }
 
     /// The inside of another Portolan on the same database; of this one where the database is not shared.

@@ -35,7 +35,7 @@ pub struct ServerObject<'a> {
 /// Their keys are those of Letta, in Letta's order.
 #[derive(Serialize)]
 #[serde(untagged)]
-enum ConnectorObject {
+pub(super) enum ConnectorObject {
     Stdio(Stdio),
     Remote(Remote),
 }
@@ -50,6 +50,15 @@ impl From<Connector> for ConnectorObject {
 }
 
 impl ConnectorObject {
+    /// What is stored, as it may be shown.
+    pub(super) fn of(server: &Server, shown: Shown) -> Self {
+        match (&server.config.0, shown) {
+            (Ok(connector), Shown::Masked) => masked(connector).into(),
+            (Ok(connector), Shown::InClear) => connector.clone().into(),
+            (Err(_), _) => Self::empty(server.server_type),
+        }
+    }
+
     /// What stands in place of a configuration that cannot be read.
     fn empty(server_type: ServerType) -> Self {
         match server_type {
@@ -76,22 +85,13 @@ struct Status<'a> {
 
 impl<'a> ServerObject<'a> {
     pub fn new(server: &'a Server, shown: Shown) -> Self {
-        let (connector, state, error) = match &server.config.0 {
-            Ok(connector) => {
-                let connector = match shown {
-                    Shown::Masked => masked(connector),
-                    Shown::InClear => connector.clone(),
-                };
-                (connector.into(), server.state, server.error.as_deref().map(Into::into))
-            }
-            Err(unreadable) => {
-                let connector = ConnectorObject::empty(server.server_type);
-                (connector, State::Unreachable, Some(unreadable.to_string().into()))
-            }
+        let (state, error) = match &server.config.0 {
+            Ok(_) => (server.state, server.error.as_deref().map(Into::into)),
+            Err(unreadable) => (State::Unreachable, Some(unreadable.to_string().into())),
         };
         Self {
             mcp_server_type: server.server_type,
-            connector,
+            connector: ConnectorObject::of(server, shown),
             id: &server.id,
             server_name: &server.server_name,
             r#type: server.server_type,

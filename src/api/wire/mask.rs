@@ -3,10 +3,16 @@
 //! A mask means: as it is stored. It stands for the value of the same header, variable, parameter or argument, and only on
 //! the same origin: whoever may not read a secret must not be able to have it sent elsewhere.
 
+use std::ops::Range;
+
 use url::Url;
 
+use crate::mcp::{bare, templates};
 use crate::model::{Connector, OauthClient, Remote, Secret, SecretMap, Stdio};
-use crate::secrets::{MASK, decoded, is_secret_variable, secret_args, secret_spots, spots, without, without_scheme};
+use crate::secrets::{
+    MASK, decoded, is_secret_name, is_secret_variable, secret_args, secret_parts, secret_spots, spots, without,
+    without_scheme,
+};
 
 /// What a connection is shown as.
 pub fn masked(connector: &Connector) -> Connector {
@@ -20,7 +26,9 @@ pub fn masked(connector: &Connector) -> Connector {
 fn masked_stdio(Stdio { command, args, env }: &Stdio) -> Stdio {
     let env = env.as_ref().map(|env| {
         let shown = |name: &str, value: &Secret| {
-            if is_secret_variable(name, value.expose()) { masked_value(value) } else { value.clone() }
+            let text = value.expose();
+            let is_secret = is_secret_variable(name, text) || !around_templates(text, Vec::new()).is_empty();
+            if is_secret { masked_value(value) } else { value.clone() }
         };
         env.iter().map(|(name, value)| (name.clone(), shown(name, value))).collect()
     });
@@ -42,11 +50,12 @@ fn masked_remote(Remote { server_url, auth_header, auth_token, custom_headers, o
     }
 }
 
+/// A template alone is no secret: its variable says where the secret comes from.
 fn masked_value(value: &Secret) -> Secret {
     let value = value.expose();
     let secret = without_scheme(value);
-    let shown =
-        if secret.is_empty() { value.to_owned() } else { value[..value.len() - secret.len()].to_owned() + MASK };
+    let is_none = secret.is_empty() || bare(secret).is_some();
+    let shown = if is_none { value.to_owned() } else { value[..value.len() - secret.len()].to_owned() + MASK };
     shown.into()
 }
 
@@ -57,7 +66,26 @@ pub fn masked_url(url: &str) -> String {
 }
 
 fn masked_args(args: &[String]) -> Vec<String> {
-    args.iter().zip(secret_args(args)).map(|(arg, parts)| without(arg, &parts)).collect()
+    args.iter().zip(secret_args(args)).map(|(arg, parts)| without(arg, &around_templates(arg, parts))).collect()
+}
+
+/// The secret parts of a text with templates, of which `parts` are secret without a thought of these. In a secret place a
+/// template hides its default; so it does when its variable has a secret name, or its default looks like a secret.
+fn around_templates(text: &str, mut parts: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    for template in templates(text) {
+        let range = template.range;
+        let before = parts.len();
+        parts.retain(|part| part.start < range.start || part.end > range.end);
+        let was_secret = parts.len() < before;
+        let Some(default) = template.default else { continue };
+        let is_covered = parts.iter().any(|part| part.start <= default.start && default.end <= part.end);
+        let looks_secret = is_secret_name(template.name) || !secret_parts(&text[default.clone()]).is_empty();
+        if !is_covered && (was_secret || looks_secret) {
+            parts.push(default);
+        }
+    }
+    parts.sort_by_key(|part| part.start);
+    parts
 }
 
 /// Whether a value is a mask, with or without `Bearer ` before it.
@@ -180,6 +208,51 @@ mod tests {
         for text in ["", "*******", "*********", "Token ********", "Bearer abc"] {
             assert!(!is_mask(&stored(text)), "{text}");
         }
+    }
+
+    #[test]
+    fn a_template_is_shown_and_a_secret_default_is_not() {
+        let value = |text: &str| masked_value(&text.to_owned().into()).expose().to_owned();
+        for text in ["{{ TOKEN }}", "{{TOKEN}}", "Bearer {{ TOKEN }}", "bearer {{TOKEN}}"] {
+            assert_eq!(value(text), text);
+        }
+        for text in ["{{ TOKEN | abc }}", "Basic {{ TOKEN }}", "{{ TOKEN }}{{ TOKEN }}", "{{ token }}", " {{ TOKEN }}"]
+        {
+            assert_eq!(value(text), MASK, "{text}");
+        }
+        assert_eq!(value("Bearer {{ TOKEN | abc }}"), "Bearer ********");
+        let given = texts(&[
+            "--token={{ TOKEN }}",
+            "--token={{ OTHER | abc }}",
+            "--token=abc{{ TOKEN }}",
+            "--api-key",
+            "{{ MINE }}",
+            "{{ API_KEY | abc }}",
+            "{{ REGION | eu }}",
+            "{{ REGION | ghp_16C7e42F292c6912E77 }}/{{ API_KEY }}",
+            "-H Authorization: Bearer {{ TOKEN | abc }}",
+            "--header=Authorization: Bearer {{ TOKEN }}",
+        ]);
+        let shown = texts(&[
+            "--token={{ TOKEN }}",
+            "--token={{ OTHER | ******** }}",
+            "--token=********",
+            "--api-key",
+            "{{ MINE }}",
+            "{{ API_KEY | ******** }}",
+            "{{ REGION | eu }}",
+            "{{ REGION | ******** }}/{{ API_KEY }}",
+            "-H Authorization: Bearer {{ TOKEN | ******** }}",
+            "--header=Authorization: Bearer {{ TOKEN }}",
+        ]);
+        assert_eq!(masked_args(&given), shown);
+        assert_eq!(unmasked_args(shown, &given), (given, vec![]));
+        let env =
+            [("API_KEY", "{{ MINE }}"), ("B_KEY", "{{ MINE | abc }}"), ("C", "{{ PASS | abc }}"), ("D", "{{ E | f }}")];
+        let env = env.map(|(name, text)| (name.to_owned(), text.to_owned().into())).into();
+        let masked = masked_stdio(&Stdio { command: "c".to_owned(), args: vec![], env: Some(env) }).env.unwrap();
+        let masked: Vec<_> = masked.values().map(Secret::expose).collect();
+        assert_eq!(masked, ["{{ MINE }}", MASK, MASK, "{{ E | f }}"]);
     }
 
     #[test]

@@ -2,10 +2,12 @@
 
 mod answer;
 mod events;
+mod legacy;
 mod mask;
 mod request;
 
 pub use answer::{ServerObject, ToolExecutionResult, ToolObject, tools_array};
 pub use events::frame;
-pub use mask::masked_url;
+pub use legacy::{Configs, ServerConfig, execution, live_tools, trial};
+pub use mask::{masked_url, same_origin};
 pub use request::{CreateServer, UpdateServer, approved_hash, run_arguments};

@@ -37,7 +37,7 @@ pub struct CreateServer {
 impl CreateServer {
     pub fn read(body: Map<String, Value>) -> Result<Self, Error> {
         let mut reader = Reader::default();
-        let (name, fields) = ConnectorFields::read_body(body, false, &mut reader);
+        let (name, fields) = ConnectorFields::read_body(body, Kind::Create, &mut reader);
         if name.is_none() && !reader.has_issue_at("server_name") {
             reader.issue(&["body", "server_name"], "This field is required.");
         }
@@ -54,18 +54,31 @@ impl CreateServer {
 pub struct UpdateServer {
     pub server_name: Option<String>,
     fields: ConnectorFields,
+    /// If the server has any.
+    clears_headers: bool,
 }
 
 impl UpdateServer {
     pub fn read(body: Map<String, Value>) -> Result<Self, Error> {
         let mut reader = Reader::default();
-        let (server_name, fields) = ConnectorFields::read_body(body, true, &mut reader);
-        if reader.issues.is_empty() { Ok(Self { server_name, fields }) } else { Err(Error::Invalid(reader.issues)) }
+        let (server_name, fields) = ConnectorFields::read_body(body, Kind::Update, &mut reader);
+        let request = Self { server_name, fields, clears_headers: false };
+        if reader.issues.is_empty() { Ok(request) } else { Err(Error::Invalid(reader.issues)) }
+    }
+
+    /// As [`UpdateServer::read`], of Letta's older API: a command may stand in `stdio_config`, and a null clears
+    /// `custom_headers` (docs/CONTRACT.md, legacy endpoints).
+    pub fn read_legacy(body: Map<String, Value>) -> Result<Self, Error> {
+        let mut reader = Reader::default();
+        let clears_headers = body.get("custom_headers").is_some_and(Value::is_null);
+        let (server_name, fields) = ConnectorFields::read_body(body, Kind::LegacyUpdate, &mut reader);
+        let request = Self { server_name, fields, clears_headers };
+        if reader.issues.is_empty() { Ok(request) } else { Err(Error::Invalid(reader.issues)) }
     }
 
     /// The configuration that `server` gets; `None` when the body changes none.
     pub fn connector(self, server: &Server) -> Result<Option<Connector>, Error> {
-        if self.fields.is_empty() {
+        if self.fields.is_empty() && !self.clears_headers {
             return Ok(None);
         }
         if let Err(unreadable) = &server.config.0
@@ -75,7 +88,10 @@ impl UpdateServer {
         }
         let mut reader = Reader::default();
         let current = server.config.0.as_ref().ok().cloned().map(ConnectorFields::from);
-        let (server_type, old) = self.fields.family(current, server.server_type);
+        let (server_type, mut old) = self.fields.family(current, server.server_type);
+        if self.clears_headers {
+            old.custom_headers = None;
+        }
         let fields = self.fields.unmask(&old, &mut reader);
         let connector = fields.over(old, server_type).build(&mut reader);
         match connector {
@@ -187,12 +203,21 @@ impl<'a> Level<'a> {
     }
 }
 
+/// What a body is for.
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Create,
+    Update,
+    LegacyUpdate,
+}
+
 /// The two shapes a body can have.
 #[derive(Clone, Copy, Default, PartialEq)]
 enum Shape {
     #[default]
-    Config,
     Flat,
+    /// Under this key.
+    Within(&'static str),
 }
 
 /// The parts of a connector as a body names them, each absent until given.
@@ -335,29 +360,43 @@ impl ConnectorFields {
     }
 
     /// Reads a body of either shape: the server's name, if it is given, and the fields of its connector.
-    fn read_body(mut body: Map<String, Value>, update: bool, reader: &mut Reader) -> (Option<String>, Self) {
-        let config = body.shift_remove("config").filter(|config| !config.is_null());
+    fn read_body(mut body: Map<String, Value>, kind: Kind, reader: &mut Reader) -> (Option<String>, Self) {
+        let mut take = |key| Some((key, body.shift_remove(key).filter(|config| !config.is_null())?));
+        let command = if kind == Kind::LegacyUpdate { take("stdio_config") } else { None };
+        let config = take("config");
+        if command.is_some() && config.is_some() {
+            reader.issue(&["body", "stdio_config"], "Give either config or stdio_config, not both.");
+        }
+        let is_command = command.is_some();
         let mut top = Level { loc: vec!["body"], map: body };
         let name = top.text("server_name", reader).and_then(|name| valid_name(&name, reader));
-        let (shape, mut level) = match config {
+        let (shape, mut level) = match command.or(config) {
             None => (Shape::Flat, Level { loc: vec!["body"], map: std::mem::take(&mut top.map) }),
-            Some(Value::Object(map)) => (Shape::Config, Level { loc: vec!["body", "config"], map }),
-            Some(_) => {
-                reader.issue(&["body", "config"], "This must be an object.");
-                (Shape::Config, Level { loc: vec!["body", "config"], map: Map::new() })
+            Some((key, Value::Object(map))) => (Shape::Within(key), Level { loc: vec!["body", key], map }),
+            Some((key, _)) => {
+                reader.issue(&["body", key], "This must be an object.");
+                (Shape::Within(key), Level { loc: vec!["body", key], map: Map::new() })
             }
         };
+        if is_command {
+            // Letta wants a name there, and does nothing with it.
+            level.text("server_name", reader);
+        }
         // With `config`, whatever else stands beside it belongs to the other shape or to none.
         top.refuse_rest(reader);
+        let mut server_type = read_type(&mut level, reader);
+        if is_command && server_type.replace(ServerType::Stdio).is_some_and(|other| other != ServerType::Stdio) {
+            reader.issue(&level.at("type"), "What stands in stdio_config is a stdio server.");
+        }
         let fields = Self {
             shape,
-            server_type: read_type(&mut level, reader),
+            server_type,
             command: level.text("command", reader),
             args: level.list("args", reader),
             env: level.secrets("env", reader),
             server_url: level.text("server_url", reader),
             auth_header: level.text("auth_header", reader),
-            auth_token: read_token(&mut level, update, reader),
+            auth_token: read_token(&mut level, kind != Kind::Create, reader),
             custom_headers: level.secrets("custom_headers", reader),
             oauth: OauthFields::read(&mut level, reader),
         };
@@ -395,7 +434,7 @@ impl ConnectorFields {
     /// Where a field of these stands in the body.
     fn at(&self, key: &'static str) -> Vec<&'static str> {
         match self.shape {
-            Shape::Config => vec!["body", "config", key],
+            Shape::Within(part) => vec!["body", part, key],
             Shape::Flat => vec!["body", key],
         }
     }
@@ -485,7 +524,7 @@ impl ConnectorFields {
     /// The connector these fields make, if they make one; a missing type is found from the fields (CONTRACT row 2).
     fn build(self, reader: &mut Reader) -> Option<Connector> {
         let base = match self.shape {
-            Shape::Config => vec!["body", "config"],
+            Shape::Within(part) => vec!["body", part],
             Shape::Flat => vec!["body"],
         };
         let at = |key: &'static str| base.iter().copied().chain([key]).collect::<Vec<_>>();

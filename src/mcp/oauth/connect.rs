@@ -17,7 +17,7 @@ use crate::store::{self, NewAuthorization, Progress, now};
 
 use super::super::remote::HttpError;
 use super::super::session::Listed;
-use super::super::{Error, Mcp, SyncError};
+use super::super::{Error, Mcp, SyncError, Variables};
 use super::provider::{Provider, bare};
 use super::signer::with_tokens;
 use super::token::{self, Endpoint, Grant, known_code};
@@ -62,7 +62,7 @@ struct Pending {
 
 /// What came of it, in the same place.
 #[derive(Serialize, Deserialize)]
-enum Ended {
+pub(super) enum Ended {
     /// With the tokens for a server that is not registered.
     Well(Option<Box<SignIn>>),
     Badly(String),
@@ -98,12 +98,13 @@ impl Subject {
 impl Mcp {
     /// Connects to a server and says how it goes; a registered one has its tools synced at the end. A server that asks for
     /// a sign-in has its person sent to its authorization server, which sends them back to `redirect_uri`. Ends when the
-    /// receiver is dropped. `caller` is the name of who asks.
+    /// receiver is dropped. `caller` is the name of who asks, `given` its values for templates.
     pub fn connect(
         &self,
         subject: Subject,
         redirect_uri: Option<String>,
         caller: &str,
+        given: Variables,
     ) -> mpsc::Receiver<ConnectEvent> {
         let (events, receiver) = mpsc::channel(EVENTS);
         let (mcp, stop, caller) = (self.clone(), self.stop.clone(), caller.to_owned());
@@ -112,7 +113,7 @@ impl Mcp {
                 let server_name = subject.server_name().to_owned();
                 let _ = events.send(ConnectEvent::ConnectionAttempt { server_name }).await;
                 let connected = match mcp.sign_ins.seat(&subject) {
-                    Some(_seat) => mcp.attend(&subject, redirect_uri.as_deref(), &caller, &events).await,
+                    Some(_seat) => mcp.attend(&subject, &given, redirect_uri.as_deref(), &caller, &events).await,
                     None => Err(CROWDED.to_owned()),
                 };
                 let _ = events
@@ -139,11 +140,12 @@ impl Mcp {
     async fn attend(
         &self,
         subject: &Subject,
+        given: &Variables,
         redirect_uri: Option<&str>,
         caller: &str,
         events: &mpsc::Sender<ConnectEvent>,
     ) -> Result<Vec<Box<RawValue>>, String> {
-        let asked = match self.tools_of(subject, None).await {
+        let asked = match self.tools_of(subject, given, None).await {
             Ok(tools) => return Ok(tools),
             // Nothing but a 401 is a question, and only a person can answer it.
             Err(SyncError::Server(Error::Http(HttpError::SignIn(asked)))) if asked.may_sign_in() => asked,
@@ -160,14 +162,19 @@ impl Mcp {
         let _ = events.send(ConnectEvent::AuthorizationUrl { url, session_id }).await;
         let _ = events.send(ConnectEvent::WaitingForAuth).await;
         let sign_in = self.sign_ins.wait(&id, until).await?;
-        self.tools_of(subject, sign_in.as_deref()).await.map_err(|error| sentence(&error))
+        self.tools_of(subject, given, sign_in.as_deref()).await.map_err(|error| sentence(&error))
     }
 
     /// The tools of a server, kept if it is registered.
-    async fn tools_of(&self, subject: &Subject, sign_in: Option<&SignIn>) -> Result<Vec<Box<RawValue>>, SyncError> {
+    async fn tools_of(
+        &self,
+        subject: &Subject,
+        given: &Variables,
+        sign_in: Option<&SignIn>,
+    ) -> Result<Vec<Box<RawValue>>, SyncError> {
         match subject {
-            Subject::Registered(server) => self.sync_and_list(server).await,
-            Subject::Unregistered { connector, .. } => Ok(self.list_apart(connector, sign_in).await?),
+            Subject::Registered(server) => self.sync_and_list(server, given).await,
+            Subject::Unregistered { connector, .. } => Ok(self.list_apart(connector, given, sign_in).await?),
         }
     }
 
@@ -243,7 +250,7 @@ impl Mcp {
         let syncing = async move {
             if let Ok(Some(server)) = mcp.store.server(&server_id).await {
                 // A failure is noted where it happens.
-                let _ = mcp.sync_tools(&server, None).await;
+                let _ = mcp.sync_tools(&server, None, &Variables::default()).await;
             }
         };
         let syncing = self.tracker.spawn(async move { stop.run_until_cancelled(syncing).await });
@@ -309,11 +316,16 @@ impl Mcp {
     }
 
     /// The tools of a connector that is not registered, each as the server wrote it; nothing is stored.
-    pub async fn try_out(&self, connector: &Connector) -> Result<Vec<Box<RawValue>>, Error> {
-        self.list_apart(connector, None).await
+    pub async fn try_out(&self, connector: &Connector, given: &Variables) -> Result<Vec<Box<RawValue>>, Error> {
+        self.list_apart(connector, given, None).await
     }
 
-    async fn list_apart(&self, connector: &Connector, sign_in: Option<&SignIn>) -> Result<Vec<Box<RawValue>>, Error> {
+    async fn list_apart(
+        &self,
+        connector: &Connector,
+        given: &Variables,
+        sign_in: Option<&SignIn>,
+    ) -> Result<Vec<Box<RawValue>>, Error> {
         /// A command has folders under the name of its server, which go with it, also when the caller leaves.
         struct Apart<'a>(&'a Mcp, String);
         impl Drop for Apart<'_> {
@@ -330,23 +342,23 @@ impl Mcp {
             Some(sign_in) => signer.map(|signer| signer.signed_in(sign_in)),
             None => signer,
         };
-        let session = self.pool.open_apart(&apart.1, connector, signer).await?;
+        let session = self.pool.open_apart(&apart.1, connector, given, signer).await?;
         let Listed { tools, .. } = session.list_tools(None, Instant::now() + self.settings.list_timeout).await?;
         Ok(tools)
     }
 
     /// The tools of a registered server as it lists them now, each as it wrote it; nothing is stored.
-    pub async fn live_tools(&self, server: &Server) -> Result<Vec<Box<RawValue>>, Error> {
-        Ok(self.list(server, None, true).await?.0.tools)
+    pub async fn live_tools(&self, server: &Server, given: &Variables) -> Result<Vec<Box<RawValue>>, Error> {
+        Ok(self.list(server, None, given, true).await?.0.tools)
     }
 
     /// As [`Mcp::sync_tools`]; returns the tools as the server wrote them.
-    async fn sync_and_list(&self, server: &Server) -> Result<Vec<Box<RawValue>>, SyncError> {
+    async fn sync_and_list(&self, server: &Server, given: &Variables) -> Result<Vec<Box<RawValue>>, SyncError> {
         let turn = self.turn(&server.id);
         let _turn = turn.lock().await;
         let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
-        let (listed, era) = self.list(&server, None, true).await?;
-        self.keep(&server, &listed, era).await?;
+        let (listed, era) = self.list(&server, None, given, true).await?;
+        self.keep(&server, given, &listed, era).await?;
         Ok(listed.tools)
     }
 }
@@ -415,9 +427,12 @@ impl SignIns {
             let finished = self.0.finished.notified();
             match self.store().authorization(id).await {
                 Ok(Some(begun)) if matches!(begun.progress, Progress::Done | Progress::Failed) => {
-                    // Nobody else waits for it. What cannot be removed goes when its time is over.
-                    let _ = self.store().forget_authorization(id).await;
                     let ended = begun.material.and_then(|material| serde_json::from_slice(&material).ok());
+                    // Nobody else waits for it, but for a sign-in whose server may yet be registered. What is not removed
+                    // goes when its time is over.
+                    if !matches!(ended, Some(Ended::Well(Some(_)))) {
+                        let _ = self.store().forget_authorization(id).await;
+                    }
                     return match ended {
                         Some(Ended::Well(sign_in)) => Ok(sign_in),
                         Some(Ended::Badly(reason)) => Err(reason),

@@ -4,6 +4,7 @@
 //! [`Signer`] is what the requests to a server use; `connect` is how a person signs in, `provider` and `token` are what the
 //! authorization server is asked, `way` is how it is reached.
 
+mod adopt;
 mod connect;
 mod provider;
 mod signer;
