@@ -112,6 +112,7 @@ async fn register(portolan: &Portolan, name: &str, config: Value) -> String {
 
 /// The stream of a connect.
 struct Watch {
+    method: &'static str,
     path: String,
     response: Response,
     headers: Vec<(String, String)>,
@@ -123,17 +124,17 @@ struct Watch {
 impl Watch {
     async fn start(portolan: &Portolan, id: &str) -> Self {
         let path = format!("/v1/mcp-servers/connect/{id}");
-        Self::open(portolan.request("GET", &path), &path).await
+        Self::open("GET", portolan.request("GET", &path), &path).await
     }
 
-    async fn open(request: reqwest::RequestBuilder, path: &str) -> Self {
+    async fn open(method: &'static str, request: reqwest::RequestBuilder, path: &str) -> Self {
         let response = request.send().await.unwrap();
         assert_eq!(response.status().as_u16(), 200);
         let headers = response.headers().iter();
         let headers: Vec<_> =
             headers.map(|(name, value)| (name.to_string(), value.to_str().unwrap().to_owned())).collect();
         assert_eq!(response.headers()["content-type"], "text/event-stream; charset=utf-8");
-        Self { path: path.to_owned(), response, headers, text: String::new(), read: 0 }
+        Self { method, path: path.to_owned(), response, headers, text: String::new(), read: 0 }
     }
 
     /// The next event; `None` at the end.
@@ -152,7 +153,7 @@ impl Watch {
             let chunk = timeout(LONG, self.response.chunk()).await.expect("an event in time").unwrap();
             let Some(chunk) = chunk else {
                 assert_eq!(self.read, self.text.len(), "it ends inside a frame");
-                openapi::check("GET", &self.path, 200, &self.headers, self.text.as_bytes());
+                openapi::check(self.method, &self.path, 200, &self.headers, self.text.as_bytes());
                 return None;
             };
             self.text.push_str(std::str::from_utf8(&chunk).unwrap());
@@ -372,6 +373,35 @@ async fn only_a_challenge_asks_for_a_sign_in() {
     let head = portolan.send("HEAD", &format!("/v1/mcp-servers/connect/{id}"), None).await;
     assert_eq!((head.status, head.header("content-type")), (200, Some("text/event-stream; charset=utf-8")));
     portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_not_registered_is_signed_in_to_and_nothing_is_kept() {
+    const CONNECT: &str = "/v1/tools/mcp/servers/connect";
+    for kind in BOTH {
+        let upstream = Upstream::start(kind, Rules::default());
+        let portolan = Portolan::start_with(allow([&upstream.authority])).await;
+        let mut body = json!({"server_name": "notes", "server_url": upstream.server.url});
+        body["type"] = upstream.config()["mcp_server_type"].clone();
+        // The tokens of the first are gone at its end.
+        for round in 1..=2 {
+            let mut watch = Watch::open("POST", portolan.request("POST", CONNECT).json(&body), CONNECT).await;
+            let url = watch.url().await;
+            assert_eq!(come_back(&portolan, &visit(&url).await).await["status"], "success");
+            assert!(watch.success().await.iter().any(|tool| tool["name"] == "echo"));
+            assert_eq!(upstream.authority.granted("authorization_code"), round);
+            assert_eq!(portolan.get("/v1/mcp-servers/").await.expect(200), json!([]));
+        }
+        // Once it is registered, it is that server that is signed in to.
+        let id = register(&portolan, "notes", upstream.config()).await;
+        assert_eq!(state(&portolan, &id).await, "auth_required");
+        let mut watch = Watch::open("POST", portolan.request("POST", CONNECT).json(&body), CONNECT).await;
+        let url = watch.url().await;
+        come_back(&portolan, &visit(&url).await).await;
+        watch.success().await;
+        echo(&portolan, &id).await;
+        portolan.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

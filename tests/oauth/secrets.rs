@@ -44,7 +44,7 @@ async fn no_token_and_no_code_is_found_anywhere() {
         let server = remote.create(&format!("server {number}"), upstream.config()).await;
         let id = server["id"].as_str().unwrap().to_owned();
         let path = format!("/v1/mcp-servers/connect/{id}");
-        let mut watch = Watch::open(remote.request("GET", &path), &path).await;
+        let mut watch = Watch::open("GET", remote.request("GET", &path), &path).await;
         let back = visit(&watch.url().await).await;
         if number == 2 {
             upstream.authority.set(|rules| rules.iss = Some("https://other.example.com".into()));
