@@ -17,7 +17,7 @@
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `reveal` (who sees secrets), `wire` (Letta's JSON, in and out; `mask`: what stands for a secret), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), `variables` (values that a request brings), `import` (what an import does, and an export), one file per group of routes |
+//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `reveal` (who sees secrets), `wire` (Letta's JSON, in and out; `mask`: what stands for a secret; `events`: what a connect tells), `page` (what a browser sees after a sign-in), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), `variables` (values that a request brings), `import` (what an import does, and an export), one file per group of routes |
 //! | [`interchange`] | the files of other programs: `read` and `write` (what they say of servers), `text` (from bytes to JSON), `placeholders` (theirs, and templates), `left_out` (secrets that a file does not show) |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
@@ -26,6 +26,7 @@
 //! | `message`, `exchange` | JSON-RPC, and who waits for which answer |
 //! | `lines`, `events`, `budget` | what is read, bounded, and how much of it at a time |
 //! | `egress`, `address` | every outbound byte, and which addresses it may go to |
+//! | `oauth` | sign-in to servers: `connect` (with a person), `signer` (what requests use), `provider` and `token` (what an authorization server is asked), `way` (how it is reached) |
 //! | `fields`, `mirror` | which header fields go out, and arguments as header fields |
 //! | `commands` | which commands may be started |
 //! | `template`, `variables`, `variants` | `{{ VARIABLE }}` in a configuration; the values for it; the sessions of requests that bring their own |
@@ -58,7 +59,7 @@
 //! | `interchange` | `mcp`, `model`, `secrets` |
 //! | `telemetry` | |
 //! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
-//! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store` |
+//! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `rmcp` |
 //! | `store` | `corpus`, `model`, `sqlx` |
 //! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `store` |
 //!

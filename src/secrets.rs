@@ -331,7 +331,8 @@ pub fn of(connector: &Connector) -> Vec<Secret> {
 fn of_remote(remote: &Remote) -> Vec<Secret> {
     let url = &remote.server_url;
     let headers = remote.custom_headers.iter().flatten().map(|(_, value)| value);
-    let mut secrets: Vec<Secret> = headers.chain(&remote.auth_token).cloned().collect();
+    let client_secret = remote.oauth.iter().flat_map(|client| &client.client_secret);
+    let mut secrets: Vec<Secret> = headers.chain(&remote.auth_token).chain(client_secret).cloned().collect();
     let mut user = String::new();
     for (spot, range) in spots(url) {
         if spot == Spot::User {

@@ -47,6 +47,7 @@ async fn guarded_with(change: impl FnOnce(&mut Settings)) -> (Portolan, TempDir)
     let portolan = Portolan::start_with(|settings| {
         settings.tokens.token = Some(ADMIN.to_owned().into());
         settings.tokens.tokens_file = Some(file);
+        settings.upstream.sign_in.public_url = Some("https://portolan.test".parse().unwrap());
         change(settings);
     })
     .await;
@@ -202,7 +203,7 @@ impl<'a> Kept<'a> {
         let name = if method == Method::DELETE { "gone" } else { "kept" };
         let path = path.replace("{mcp_server_name}", name);
         let path = path.replace("{mcp_tool_name}", "echo").replace("{tool_name}", "echo");
-        path.replace("{file}", "docs.js")
+        path.replace("{file}", "docs.js").replace("{session_id}", "mcp-oauth-0")
     }
 
     fn flat(&self, name: &str) -> String {
@@ -217,6 +218,9 @@ impl<'a> Kept<'a> {
             (&Method::POST, SERVERS) => json!({"server_name": "bait", "config": stdio(&self.bait)}).to_string(),
             (&Method::POST, path) if path.ends_with("/run") || path.ends_with("/execute") => {
                 json!({"args": {"message": "m"}}).to_string()
+            }
+            (&Method::POST, "/v1/portolan/import") => {
+                json!({"mcpServers": {"imported": stdio(&self.bait)}}).to_string()
             }
             (&Method::POST, path) if path.ends_with("/servers/test") => self.flat("tried"),
             (&Method::PUT, _) => self.flat("put"),

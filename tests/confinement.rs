@@ -9,7 +9,7 @@ use portolan::model::sha256_hex;
 use serde_json::{Value, json};
 
 use crate::fake::script::with_tools;
-use crate::harness::{Database, Remote, Script, eventually, fake_mcp, kill, processes_naming, scripts};
+use crate::harness::{Answer, Database, Remote, Script, eventually, fake_mcp, kill, processes_naming, scripts};
 use crate::process::{self, Program};
 
 /// A Portolan, and a home that is not its own.
@@ -278,6 +278,39 @@ async fn folders_and_tools_that_the_operator_names_are_open() {
     host.again(&["--child-paths", &paths]);
     assert_eq!(host.sh(&id, &look).await.out, "a note");
     assert_ne!(host.sh(&id, &format!("cat {}", host.at("home/.ssh/key"))).await.code, 0);
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_a_request_names_is_not_open_by_that() {
+    let mut host = Host::start(&[]).await;
+    let notes = host.at("home/notes");
+    std::fs::write(host.at("variables.json"), json!({ "FILED": notes }).to_string()).unwrap();
+    host.again(&["--variables-file", "variables.json"]);
+    let script = Script::new(host.folder.path(), &json!({ "tools": with_tools(&["sh"]) }));
+    let look = format!("cat {notes}/note");
+    for (template, given, reaches) in [
+        ("{{ DIR | /nowhere }}".to_owned(), true, false),
+        (format!("{{{{ DIR | {notes} }}}}"), false, true),
+        ("{{ FILED | /nowhere }}".to_owned(), false, true),
+        ("{{ FILED | /nowhere }}/../notes".to_owned(), true, true),
+    ] {
+        let dir = format!("--dir={template}");
+        let config = json!({
+            "command": fake_mcp(), "args": ["stdio", dir, template, script.0],
+            "env": {"DIR": template, "LIST": format!("/nowhere:{template}")},
+        });
+        let server = host.remote.create(&format!("{template} {given}"), config).await;
+        assert_eq!(server["status"]["state"], "ready", "{server}");
+        let path = host.remote.path(server["id"].as_str().unwrap(), "sh").await;
+        let mut request = host.remote.request("POST", &path).json(&json!({"args": {"script": look}}));
+        if given {
+            request = request.header("x-portolan-variables", json!({ "DIR": notes }).to_string());
+        }
+        let run = Answer::of("POST", &path, request).await.expect(200);
+        let said = run["func_return"].as_str().unwrap();
+        assert_eq!(said.contains("a note"), reaches, "{template}: {said}");
+    }
     host.stop().await;
 }
 
@@ -569,7 +602,7 @@ impl Before {
             .fold(text.to_owned(), |text, (name, value)| text.replace(name, value))
     }
 
-    async fn ask(&self, method: &str, path: &str, body: &Value) -> crate::harness::Answer {
+    async fn ask(&self, method: &str, path: &str, body: &Value) -> Answer {
         let body: Value = serde_json::from_str(&self.fill(&body.to_string())).unwrap();
         let path = format!("/v1/mcp-servers{}", self.fill(path));
         self.host.remote.send(method, &path, Some(&body).filter(|body| !body.is_null())).await

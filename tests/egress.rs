@@ -27,10 +27,10 @@ const REFUSED: &str = "This address may not be connected to: ";
 const DENIED: &str = "127.66.0.0/16";
 
 /// A listener that nobody may connect to. The kernel takes connections for it, and keeps them until they are looked for.
-struct Trap(TcpListener);
+pub(crate) struct Trap(TcpListener);
 
 impl Trap {
-    fn at(address: impl Into<SocketAddr>) -> Self {
+    pub(crate) fn at(address: impl Into<SocketAddr>) -> Self {
         let listener = TcpListener::bind(address.into()).expect("the address is free");
         listener.set_nonblocking(true).unwrap();
         Self(listener)
@@ -40,12 +40,12 @@ impl Trap {
         Self::at((Ipv4Addr::new(127, 66, 0, 1), 0))
     }
 
-    fn addr(&self) -> SocketAddr {
+    pub(crate) fn addr(&self) -> SocketAddr {
         self.0.local_addr().unwrap()
     }
 
     /// Asserts that nobody came, and that it would have been noticed.
-    fn assert_untouched(self) {
+    pub(crate) fn assert_untouched(self) {
         let came = self.0.accept();
         assert!(came.is_err(), "somebody connected to the forbidden address {}", self.addr());
         let _somebody = TcpStream::connect(self.addr()).unwrap();
@@ -55,12 +55,12 @@ impl Trap {
 
 /// Names that a test gives addresses, and how often each was looked up.
 #[derive(Clone, Default)]
-struct Zone(Arc<Mutex<Names>>);
+pub(crate) struct Zone(Arc<Mutex<Names>>);
 
 type Names = HashMap<String, (Vec<IpAddr>, usize)>;
 
 impl Zone {
-    fn set(&self, name: &str, addresses: &[&str]) {
+    pub(crate) fn set(&self, name: &str, addresses: &[&str]) {
         let addresses = addresses.iter().map(|address| address.parse().unwrap()).collect();
         self.0.lock().unwrap().entry(name.to_owned()).or_default().0 = addresses;
     }
@@ -69,7 +69,7 @@ impl Zone {
         self.0.lock().unwrap().get(name).map_or(0, |(_, asked)| *asked)
     }
 
-    fn lookup(&self) -> Lookup {
+    pub(crate) fn lookup(&self) -> Lookup {
         let zone = self.clone();
         Lookup(Some(Arc::new(move |name| {
             let mut names = zone.0.lock().unwrap();

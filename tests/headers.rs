@@ -325,8 +325,9 @@ fn good() -> Vec<(Value, Vec<(&'static str, String)>)> {
         (json!({"custom_headers": {"User-Agent": "mine/1"}}), vec![field("user-agent", "mine/1")]),
         (json!({"custom_headers": {"Host": "virtual.example.com"}}), vec![field("host", "virtual.example.com")]),
         (json!({"custom_headers": {"X-Long": "a".repeat(30_000)}}), vec![field("x-long", &"a".repeat(30_000))]),
-        // Not a template yet: it is sent as it stands.
-        (json!({"custom_headers": {"X-Braces": "{{ TOKEN }}"}}), vec![field("x-braces", "{{ TOKEN }}")]),
+        // No template: it is sent as it stands.
+        (json!({"custom_headers": {"X-Braces": "{{ token }}"}}), vec![field("x-braces", "{{ token }}")]),
+        (json!({"custom_headers": {"X-Filled": "a {{ B | c }} d"}}), vec![field("x-filled", "a c d")]),
         (
             json!({"custom_headers": {"X-Percent": "%0d%0aX-Injected: 1"}}),
             vec![field("x-percent", "%0d%0aX-Injected: 1")],

@@ -111,7 +111,8 @@ impl Told {
             .timeout(Duration::from_secs(30))
             .header("authorization", format!("Bearer {token}"))
             .header("x-bare-password", format!("password {token}"))
-            .header("cookie", canary("client-cookie"));
+            .header("cookie", canary("client-cookie"))
+            .header("x-portolan-variables", json!({"PLANTED": canary("request-variable")}).to_string());
         if let Some(body) = body {
             request = request.header("content-type", "application/json").body(body);
         }
@@ -131,7 +132,7 @@ impl Told {
 }
 
 /// Every table of the database as one text.
-async fn dump(database: &Database, data: &Path) -> String {
+pub(crate) async fn dump(database: &Database, data: &Path) -> String {
     let Some(url) = database.url() else {
         let mut text = String::new();
         for entry in std::fs::read_dir(data).unwrap().flatten() {
@@ -162,7 +163,7 @@ async fn dump(database: &Database, data: &Path) -> String {
 }
 
 #[track_caller]
-fn assert_none(what: &str, text: &str) {
+pub(crate) fn assert_none(what: &str, text: &str) {
     for bird in [BIRD, "LWJpcm", "1iaXJk", "tYmlyZ"] {
         // The last three are what base64 makes of it, wherever it stands in a text.
         if let Some(place) = text.find(bird) {
@@ -195,7 +196,7 @@ async fn ask_everything(
         }
         let path = |tool: &str| {
             let path = route.path.replace("{mcp_server_id}", id).replace("{tool_id}", tool);
-            path.replace("{file}", &canary("file"))
+            path.replace("{file}", &canary("file")).replace("{session_id}", &canary("session"))
         };
         let query = format!("reveal={q}&agent_id={q}%0A&token={q}", q = canary("query"));
         told.ask(program, method, &path(tool_id), None).await;
@@ -263,7 +264,9 @@ async fn no_planted_secret_is_found_anywhere() {
                     "http://user:{}@{parrot}/{failure}/{}?api_key={}&page=1", name("password"), token_of("path"), name("query")
                 ),
                 "auth_header": "X-Key", "auth_token": name("token"),
-                "custom_headers": {"X-Custom": name("header"), "X-Bearer": format!("Bearer {}", name("bearer"))},
+                "custom_headers": {
+                    "X-Custom": name("header"), "X-Bearer": format!("Bearer {}", name("bearer")), "X-Filled": "{{ PLANTED }}",
+                },
             });
             let body = json!({"server_name": format!("{kind} {failure}"), "config": config});
             let server = told.json(&program, "POST", "/v1/mcp-servers/", &body).await;
@@ -286,7 +289,7 @@ async fn no_planted_secret_is_found_anywhere() {
     ] {
         let config = json!({
             "command": "/bin/sh",
-            "args": ["-c", script, "sh", "--token", canary("flag"), format!("--key={}", canary("named")), token_of("argument")],
+            "args": ["-c", script, "sh", "--token", canary("flag"), format!("--key={}", canary("named")), token_of("argument"), "{{ PLANTED }}"],
             "env": {"API_TOKEN": canary("variable"), "PLAIN": token_of("plain-variable")},
         });
         let body = json!({"server_name": name, "config": config});

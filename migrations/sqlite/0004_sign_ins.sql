@@ -10,7 +10,8 @@ CREATE TABLE sign_ins (
 ) STRICT;
 
 -- Sign-ins that somebody has begun. state_digest: SHA-256 (hex) of the state that comes back with the answer; server_id: NULL
--- for a server that is not registered; caller: who began it; material: what the answer is taken with, sealed.
+-- for a server that is not registered; caller: who began it; status: pending, taken (its answer is here), done or failed;
+-- material: what the answer is taken with, and then what came of it, sealed.
 CREATE TABLE authorizations (
     id           TEXT PRIMARY KEY,
     state_digest TEXT NOT NULL UNIQUE,
@@ -18,7 +19,6 @@ CREATE TABLE authorizations (
     caller       TEXT NOT NULL,
     material     TEXT NOT NULL,
     status       TEXT NOT NULL,
-    error        TEXT,
     created_at   TEXT NOT NULL,
     expires_at   TEXT NOT NULL
 ) STRICT;

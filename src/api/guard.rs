@@ -69,6 +69,18 @@ impl<S: Send + Sync> FromRequestParts<S> for ToolId {
     }
 }
 
+/// A path that ends with the id of a sign-in; nothing hangs on which.
+pub struct SessionId;
+
+impl<S: Send + Sync> FromRequestParts<S> for SessionId {
+    type Rejection = Error;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Error> {
+        let Path(id) = Path::<String>::from_request_parts(parts, state).await.map_err(|_| Error::NoRoute)?;
+        if is_id(&id) { Ok(Self) } else { Err(Error::NoRoute) }
+    }
+}
+
 /// The server that a path names in place of an id, as Letta's older SDKs do; white space around a name does not count, as
 /// where it was given.
 pub struct ServerName(pub String);
@@ -107,9 +119,9 @@ async fn names<S: Send + Sync>(parts: &mut Parts, state: &S) -> Option<Vec<Strin
     Some(given.into_iter().map(|(_, name)| name).chain([own]).collect())
 }
 
-/// Whether a path can have this id.
-pub fn is_id(text: &str) -> bool {
-    text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
+fn is_id(text: &str) -> bool {
+    (1..=64).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'))
 }
 
 /// The JSON body of a create or an update: an object without NUL characters.

@@ -10,10 +10,12 @@ use tokio::task::spawn_blocking;
 
 use crate::app::App;
 use crate::error::Error;
-use crate::mcp::{SyncError, Variables};
+use crate::mcp::{Subject, SyncError, Variables};
 use crate::model::Server;
 
+use super::access::Caller;
 use super::guard::{JsonBody, RunBody, ServerName, ToolId, ToolName, UnusedBody};
+use super::oauth;
 use super::repeats::Repeat;
 use super::reveal::Shown;
 use super::servers::{self, ForAgent};
@@ -95,6 +97,21 @@ pub async fn test(State(app): State<App>, Given(given): Given, JsonBody(body): J
     let trying = app.clone();
     let listed = app.to_the_end(async move { Ok(trying.mcp.try_out(&request.connector, &given).await?) }).await?;
     json_of(move || trial(&listed)).await
+}
+
+/// As the connect of a registered server, which it is when exactly this one is registered.
+pub async fn connect(
+    State(app): State<App>,
+    caller: Caller,
+    Given(given): Given,
+    JsonBody(body): JsonBody,
+) -> Result<Response, Error> {
+    let CreateServer { server_name, connector } = CreateServer::read(body)?;
+    app.mcp.check(&connector).map_err(Error::Disabled)?;
+    let registered = app.store.server_by_name(&server_name).await?;
+    let same = registered.filter(|server| server.config.0.as_ref().ok() == Some(&connector));
+    let subject = same.map_or(Subject::Unregistered { server_name, connector }, Subject::Registered);
+    Ok(oauth::stream(&app, subject, &caller, given))
 }
 
 /// A server's tools can be thousands and hostile: no other request waits while they are mapped.

@@ -8,7 +8,9 @@ pub mod fuzz;
 mod guard;
 mod import;
 mod legacy;
+mod oauth;
 mod origin;
+mod page;
 mod portolan;
 mod repeats;
 mod reveal;
@@ -38,7 +40,7 @@ use crate::serve::Full;
 
 pub use access::{Access, Scope};
 use access::{Door, admit, authorize};
-pub use guard::{Bodies, is_id};
+pub use guard::Bodies;
 pub use import::{Import, Report, export};
 pub use origin::{EveryPage, Origins};
 pub use runs::Runs;
@@ -74,6 +76,7 @@ pub fn routes() -> Vec<Route> {
     const LEGACY: &str = "/v1/tools/mcp/servers";
     const NAMED: &str = "/v1/tools/mcp/servers/{mcp_server_name}";
     const NAMED_TEST: &str = "/v1/tools/mcp/servers/test";
+    const NAMED_CONNECT: &str = "/v1/tools/mcp/servers/connect";
     const NAMED_TOOLS: &str = "/v1/tools/mcp/servers/{mcp_server_name}/tools";
     const NAMED_EXECUTE: &str = "/v1/tools/mcp/servers/{mcp_server_name}/tools/{tool_name}/execute";
     vec![
@@ -87,12 +90,20 @@ pub fn routes() -> Vec<Route> {
         route(Method::GET, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}", READ, tools::retrieve),
         route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/run", RUN, tools::run),
         route(Method::POST, "/v1/mcp-servers/{mcp_server_id}/tools/{tool_id}/approve", ADMIN, tools::approve),
+        route(Method::GET, "/v1/mcp-servers/connect/{mcp_server_id}", ADMIN, oauth::connect),
+        // The state that it is called with is the credential.
+        route(Method::GET, "/v1/tools/mcp/oauth/callback", Open, oauth::callback),
+        route(Method::GET, "/v1/tools/mcp/oauth/callback/{session_id}", Open, oauth::callback_of_session),
+        route(Method::GET, "/v1/tools/mcp/oauth/client-metadata.json", Open, oauth::client_metadata),
         route(Method::GET, LEGACY, READ, legacy::list),
         route(Method::PUT, LEGACY, ADMIN, legacy::add),
         // A server may be called as these routes are, and a tool, too: their names are paths of their own then.
         route(Method::POST, NAMED_TEST, ADMIN, legacy::test),
         route(Method::PATCH, NAMED_TEST, ADMIN, legacy::update),
         route(Method::DELETE, NAMED_TEST, ADMIN, legacy::delete),
+        route(Method::POST, NAMED_CONNECT, ADMIN, legacy::connect),
+        route(Method::PATCH, NAMED_CONNECT, ADMIN, legacy::update),
+        route(Method::DELETE, NAMED_CONNECT, ADMIN, legacy::delete),
         route(Method::PATCH, NAMED, ADMIN, legacy::update),
         route(Method::DELETE, NAMED, ADMIN, legacy::delete),
         route(Method::GET, NAMED_TOOLS, RUN, legacy::tools),

@@ -30,7 +30,7 @@ use super::commands::{Commands, TemplatesError};
 use super::homes::{self, Homes, Residence};
 use super::keeper::children_of;
 use super::order::{self, END, KEEP, Named, Order, Reach, Report, TERMINATE, User};
-use super::template::Filled;
+use super::template::FilledStdio;
 use super::users::{UserError, find_user, may_pass};
 
 /// What a child gets of Portolan's own environment; the rest comes from its configuration.
@@ -233,22 +233,21 @@ impl Children {
         self.0.keepers.lock().expect("no code panics while it holds the keepers")
     }
 
-    /// Starts the command `config` of a server, which is that of `filled`, by `deadline`.
+    /// Starts the command of a server by `deadline`.
     ///
     /// # Errors
     /// [`Error::Spawn`], [`Error::Unconfined`], and those of [`Children::check`].
     pub async fn start(
         &self,
         server_id: &str,
-        config: &Config,
-        filled: &Filled,
+        command: FilledStdio<'_>,
         split_args: bool,
         deadline: Instant,
     ) -> Result<Child, Error> {
-        self.check(&filled.connector)?;
+        self.check(&command.filled.connector)?;
         let cannot = |error: io::Error| Error::Spawn(error.kind());
         let residence = self.0.homes.enter(server_id);
-        let order = self.order(config, filled, split_args, &residence);
+        let order = self.order(command, split_args, &residence);
         let order = order::line(&order).map_err(cannot)?;
         let (stdin, ours_in) = io::pipe().map_err(cannot)?;
         let (ours_out, stdout) = io::pipe().map_err(cannot)?;
@@ -318,7 +317,8 @@ impl Children {
         Ok((keeper, Known(self.clone(), id)))
     }
 
-    fn order(&self, config: &Config, filled: &Filled, split_args: bool, residence: &Residence) -> Order {
+    fn order(&self, command: FilledStdio<'_>, split_args: bool, residence: &Residence) -> Order {
+        let FilledStdio { config, filled } = command;
         let Shared { settings, user, wrapper, reach, .. } = &*self.0;
         let line = |config: &Config| {
             let mut line = wrapper.clone();

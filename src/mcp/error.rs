@@ -167,7 +167,8 @@ impl Error {
     pub fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Resting { rest, .. } => Some(*rest),
-            Self::QueueFull
+            Self::Http(HttpError::NoToken(_))
+            | Self::QueueFull
             | Self::QueueTimeout
             | Self::NoChildFree
             | Self::NoVariantFree
@@ -179,7 +180,7 @@ impl Error {
 
     pub(super) fn state(&self) -> State {
         match self {
-            Self::Http(HttpError::SignIn) => State::AuthRequired,
+            Self::Http(HttpError::SignIn(_)) => State::AuthRequired,
             _ => State::Unreachable,
         }
     }

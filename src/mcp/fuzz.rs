@@ -2,6 +2,7 @@
 //! `cargo test` runs them over `fuzz/corpus`, `cargo fuzz` over what it makes up (docs/FUZZING.md).
 
 use std::io;
+use std::ops::Range;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -15,7 +16,10 @@ use super::budget::{Budget, Held};
 use super::events::{Event, Events};
 use super::lines::{Line, Lines};
 use super::message::{self, Inbound};
-use super::{Room, address, fields, json_schema, listing, message::id_of_a_part, result, scope, server_url};
+use super::template::{Template, Unfilled, expand, is_name};
+use super::{
+    Room, Variables, address, fields, json_schema, listing, message::id_of_a_part, result, scope, server_url, template,
+};
 
 /// The largest line and event of these targets, and all the room there is.
 const MAX: usize = 4096;
@@ -118,6 +122,83 @@ pub fn url(data: &[u8]) {
     }
 }
 
+/// A text with templates: they are those that Letta's regular expression finds, and what comes of them is what is between
+/// them and values or defaults, within the limit. And the same bytes as the variables of a request.
+pub fn templates(data: &[u8]) {
+    if let Ok(variables) = Variables::read(data) {
+        let values: Vec<_> = variables.iter().collect();
+        assert!(
+            values.len() <= 100 && values.iter().all(|(name, value)| is_name(name) && !value.expose().contains('\0'))
+        );
+    }
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    let found: Vec<Template<'_>> = template::templates(text).collect();
+    let value = |name: &str| (name.len() % 2 == 1).then_some("{{ V }}");
+    let mut expected = Ok(String::new());
+    let mut from = 0;
+    for Template { range, name, default } in &found {
+        assert!(is_name(name) && from <= range.start);
+        let default = default.clone().map(|default| &text[default]);
+        match (&mut expected, value(name).or(default)) {
+            (Ok(expected), Some(value)) => *expected += &(text[from..range.start].to_owned() + value),
+            (Ok(_), None) => expected = Err(Unfilled::NoValue(name)),
+            (Err(_), _) => {}
+        }
+        from = range.end;
+    }
+    match (expand(text, value), expected) {
+        (Ok(filled), Ok(expected)) => assert_eq!(filled, expected + &text[from..]),
+        (Err(Unfilled::TooLong), _) => assert!(text.len() > MAX, "a value is short"),
+        (filled, expected) => assert_eq!(filled, expected),
+    }
+    // The reference takes its time.
+    if text.len() <= MAX {
+        assert_eq!(found, regular(text));
+    }
+}
+
+/// What the regular expression finds, one choice of it after the other.
+fn regular(text: &str) -> Vec<Template<'_>> {
+    let mut found = Vec::new();
+    let mut from = 0;
+    for (start, _) in text.char_indices() {
+        if start >= from
+            && let Some(template) = regular_at(text, start)
+        {
+            from = template.range.end;
+            found.push(template);
+        }
+    }
+    found
+}
+
+fn regular_at(text: &str, start: usize) -> Option<Template<'_>> {
+    let rest = text[start..].strip_prefix("{{")?.trim_start();
+    let is_name = |byte: u8| byte.is_ascii_uppercase() || byte.is_ascii_digit() || byte == b'_';
+    let name = &rest[..rest.bytes().take_while(|byte| is_name(*byte)).count()];
+    if name.bytes().next()?.is_ascii_digit() {
+        return None;
+    }
+    let rest = rest[name.len()..].trim_start();
+    let place = |rest: &str| text.len() - rest.len();
+    let template = |rest: &str, default: Option<Range<usize>>| {
+        rest.trim_start().strip_prefix("}}").map(|rest| Template { range: start..place(rest), name, default })
+    };
+    if let Some(given) = rest.strip_prefix('|') {
+        let spaces = given.char_indices().take_while(|(_, c)| c.is_whitespace()).map(|(at, c)| at + c.len_utf8());
+        for skipped in std::iter::once(0).chain(spaces).collect::<Vec<_>>().into_iter().rev() {
+            let first = &given[skipped..];
+            for (at, c) in first.char_indices().take_while(|(_, c)| *c != '}') {
+                let after = &first[at + c.len_utf8()..];
+                if let Some(found) = template(after, Some(place(first)..place(after))) {
+                    return Some(found);
+                }
+            }
+        }
+    }
+    template(rest, None)
+}
+
 /// The first byte says how the others are cut.
 fn chunked(data: &[u8]) -> (usize, &[u8]) {
     data.split_first().map_or((1, data), |(first, rest)| (usize::from(*first).max(1), rest))
@@ -146,5 +227,22 @@ mod tests {
         crate::corpus::replay("events", super::events);
         crate::corpus::replay("lines", super::lines);
         crate::corpus::replay("url", super::url);
+        crate::corpus::replay("templates", super::templates);
+    }
+
+    /// As good as random, and the same in every run.
+    #[test]
+    fn made_up_templates_hold() {
+        const PIECES: [&str; 16] =
+            ["{{", "}}", "{", "}", "|", "A", "B_2", "9", "a", " ", "\t", "\u{3000}", "é", "{{ A | ", " }}", "{{ AB "];
+        let mut dice = 1_u32;
+        for _ in 0..20_000 {
+            let mut roll = |sides: u32| {
+                dice = dice.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                ((dice >> 16) % sides) as usize
+            };
+            let text: String = (0..roll(14)).map(|_| PIECES[roll(16)]).collect();
+            super::templates(text.as_bytes());
+        }
     }
 }

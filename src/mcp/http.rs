@@ -22,8 +22,9 @@ use super::events::{Event, Events};
 use super::exchange::Answer;
 use super::message::{self, Inbound, RpcError};
 use super::mirror::encode;
+use super::oauth::Signer;
 use super::remote::{
-    EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, header_fields, is_media_type, read_over,
+    EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, is_media_type, read_over, send, unsigned_fields,
 };
 use super::session::{Ask, CallError, Context, Greeted};
 use super::watch::Bell;
@@ -55,6 +56,7 @@ pub struct HttpWire(Arc<Shared>);
 struct Shared {
     server: Destination,
     fields: HeaderMap,
+    signer: Option<Signer>,
     last_id: AtomicU64,
     /// What the handshake agreed on.
     agreed: OnceLock<Agreed>,
@@ -81,10 +83,17 @@ impl HttpWire {
     /// # Errors
     /// [`Error::Header`] for a configured field that is no legal HTTP; what [`Egress::to`](super::egress::Egress::to)
     /// refuses.
-    pub async fn open(remote: &Remote, context: &Context, share: Arc<Share>, bell: Bell) -> Result<Self, Error> {
+    pub async fn open(
+        remote: &Remote,
+        signer: Option<Signer>,
+        context: &Context,
+        share: Arc<Share>,
+        bell: Bell,
+    ) -> Result<Self, Error> {
         Ok(Self(Arc::new(Shared {
             server: context.egress.to(&remote.server_url, Trust::Configured).await?,
-            fields: header_fields(remote)?,
+            fields: unsigned_fields(remote, signer.as_ref())?,
+            signer,
             last_id: AtomicU64::new(0),
             agreed: OnceLock::new(),
             session: Mutex::new(None),
@@ -115,10 +124,10 @@ impl HttpWire {
 
     /// Sends what has no answer.
     pub async fn notify(&self, body: Bytes, deadline: Instant) -> Result<(), HttpError> {
-        let request = self.post(body);
-        let response = timeout_at(deadline, request.send()).await.map_err(|_| HttpError::TimedOut)??;
+        let request = self.send(self.post(body), |_| {});
+        let response = timeout_at(deadline, request).await.map_err(|_| HttpError::TimedOut)??;
         if !response.status().is_success() {
-            return Err(HttpError::of(&response));
+            return Err(HttpError::of(&response, self.0.signer.as_ref()));
         }
         read_over(response).await;
         Ok(())
@@ -142,9 +151,8 @@ impl HttpWire {
         if let Some(AgentId(agent)) = ask.agent {
             request = request.header(X_AGENT_ID, agent);
         }
-        pending.sent = true;
         let in_session = self.session().is_some();
-        let response = match request.send().await.map_err(HttpError::from) {
+        let response = match self.send(request, |sent| pending.sent = sent).await {
             Ok(response) => response,
             Err(error) if error.is_unsent() => {
                 pending.sent = false;
@@ -154,7 +162,7 @@ impl HttpWire {
         };
         let status = response.status();
         if !status.is_success() {
-            return Err(refused(id, in_session, response).await);
+            return Err(refused(id, in_session, response, self.0.signer.as_ref()).await);
         }
         if let Some(session) = response.headers().get(SESSION)
             && !in_session
@@ -205,7 +213,7 @@ impl HttpWire {
             }
             sleep(delay).await;
             let request = self.request_for(Method::GET).header(ACCEPT, EVENT_STREAM).header(LAST_EVENT, &last_event);
-            let resumed = timeout(self.0.handshake_timeout, request.send()).await;
+            let resumed = timeout(self.0.handshake_timeout, self.send(request, |_| {})).await;
             events = match resumed {
                 Ok(Ok(response)) if response.status().is_success() && is_media_type(&response, EVENT_STREAM) => {
                     self.events(response).after(last_event)
@@ -273,6 +281,14 @@ impl HttpWire {
         }
     }
 
+    async fn send(
+        &self,
+        request: reqwest::RequestBuilder,
+        sent: impl FnMut(bool),
+    ) -> Result<reqwest::Response, HttpError> {
+        send(self.0.signer.as_ref(), request, sent).await
+    }
+
     fn session(&self) -> Option<HeaderValue> {
         self.0.session.lock().expect("no code panics while it holds the session").clone()
     }
@@ -308,7 +324,7 @@ impl HttpWire {
         }
         // A server that does not take the goodbye forgets the session by itself.
         if self.session().is_some() {
-            let _ = timeout(NOTICE_TIMEOUT, self.request_for(Method::DELETE).send()).await;
+            let _ = timeout(NOTICE_TIMEOUT, self.send(self.request_for(Method::DELETE), |_| {})).await;
         }
     }
 
@@ -321,7 +337,7 @@ impl HttpWire {
             sleep(LOOK).await;
             if let Err(CallError::NotSent(Error::Http(gone))) =
                 self.request(&ask, Instant::now() + self.0.handshake_timeout).await
-                && gone.is_unsent()
+                && gone.is_gone()
             {
                 return gone;
             }
@@ -342,8 +358,7 @@ impl HttpWire {
             } else {
                 self.request_for(Method::GET).header(ACCEPT, EVENT_STREAM)
             };
-            let answered = timeout(self.0.handshake_timeout, request.send()).await;
-            match answered.map(|sent| sent.map_err(HttpError::from)) {
+            match timeout(self.0.handshake_timeout, self.send(request, |_| {})).await {
                 Ok(Ok(response)) if response.status().is_success() && is_media_type(&response, EVENT_STREAM) => {
                     // What changed while there was no stream was not told.
                     if !std::mem::take(&mut first) {
@@ -356,7 +371,7 @@ impl HttpWire {
                 }
                 // The server has no such stream (405), or does not want us.
                 Ok(Ok(response)) if !may_come_back(response.status()) => return None,
-                Ok(Err(gone)) if gone.is_unsent() => return Some(gone),
+                Ok(Err(gone)) if gone.is_gone() => return Some(gone),
                 _ => {}
             }
             if opened.elapsed() >= LISTEN_AGAIN.1 {
@@ -396,10 +411,14 @@ fn may_come_back(status: StatusCode) -> bool {
 }
 
 /// What a status other than 2xx means for request `id`.
-async fn refused(id: u64, in_session: bool, response: reqwest::Response) -> CallError {
+async fn refused(id: u64, in_session: bool, response: reqwest::Response, signer: Option<&Signer>) -> CallError {
     let status = response.status();
-    let error = HttpError::of(&response);
-    if matches!(error, HttpError::SignIn) || status == StatusCode::TOO_MANY_REQUESTS {
+    let error = HttpError::of(&response, signer);
+    // The sign-in is over, and nothing was done. Without one it may be that one call which is refused.
+    if matches!(error, HttpError::SignIn(_)) && signer.is_some_and(Signer::has_signed) {
+        return CallError::NotSent(error.into());
+    }
+    if matches!(error, HttpError::SignIn(_)) || status == StatusCode::TOO_MANY_REQUESTS {
         return CallError::Refused(error.into());
     }
     if matches!(error, HttpError::Status { retry_after: Some(_), .. }) && status.is_server_error() {

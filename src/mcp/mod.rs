@@ -80,6 +80,7 @@ use budget::Budget;
 use child::Children;
 use exchange::Answer;
 use message::RpcError;
+use oauth::SignIns;
 use pool::Pool;
 use result::ToolResult;
 use schema::{HEARTBEAT, declares};
@@ -127,6 +128,7 @@ pub struct Mcp {
     pool: Arc<Pool>,
     /// The way out, for all that is sent.
     pub egress: Egress,
+    sign_ins: SignIns,
     settings: Upstream,
     children: Children,
     variables: VariablesFile,
@@ -157,7 +159,9 @@ impl Mcp {
         tracker: TaskTracker,
     ) -> Self {
         let stop = CancellationToken::new();
+        let sign_ins = SignIns::new(store.clone(), egress.clone(), tracker.clone(), settings.sign_in.clone());
         let context = Context {
+            sign_ins: sign_ins.clone(),
             settings: settings.clone(),
             egress: egress.clone(),
             tracker: tracker.clone(),
@@ -167,7 +171,8 @@ impl Mcp {
         };
         let news = Arc::new(News::default());
         let pool = Arc::new(Pool::new(context, store.clone(), news.clone(), variables.clone()));
-        let mcp = Self { store, pool, egress, settings, children, variables, tracker, stop, syncing: Arc::default() };
+        let syncing = Arc::default();
+        let mcp = Self { store, pool, egress, sign_ins, settings, children, variables, tracker, stop, syncing };
         mcp.tracker.spawn(watch(mcp.clone(), news));
         mcp.tidy();
         mcp.catch_up();

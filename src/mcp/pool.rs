@@ -24,6 +24,7 @@ use crate::model::{Connector, Era, Server, ServerType, State};
 use crate::store::{Reached, Store};
 
 use super::Error;
+use super::oauth::Signer;
 use super::session::{Context, Session};
 use super::template::{Filled, Filling, Mark, Needs};
 use super::variables::{Variables, VariablesFile};
@@ -432,17 +433,33 @@ impl Pool {
     async fn open(&self, server: &Server, filling: &Filling) -> Result<Arc<Session>, Error> {
         let connector = server.config.0.as_ref().map_err(|unreadable| Error::Config(*unreadable))?;
         let filled = Filled::new(connector, filling)?;
-        self.connect(&server.id, &filled, server.era()).await.map(Arc::new)
+        let signer = match connector {
+            Connector::Stdio(_) => None,
+            Connector::Sse(remote) | Connector::StreamableHttp(remote) => self.context.sign_ins.of(&server.id, remote),
+        };
+        self.connect(&server.id, &filled, signer, server.era()).await.map(Arc::new)
     }
 
     /// A session of its own to a connector that is not registered, for a request that brings these values. It ends when it
     /// is dropped; `id` is that of no server.
-    pub async fn open_apart(&self, id: &str, connector: &Connector, given: &Variables) -> Result<Session, Error> {
+    pub async fn open_apart(
+        &self,
+        id: &str,
+        connector: &Connector,
+        given: &Variables,
+        signer: Option<Signer>,
+    ) -> Result<Session, Error> {
         let filled = Filled::new(connector, &self.variables.choose_for(connector, given)?)?;
-        self.connect(id, &filled, None).await
+        self.connect(id, &filled, signer, None).await
     }
 
-    async fn connect(&self, id: &str, filled: &Filled, era: Option<Era>) -> Result<Session, Error> {
+    async fn connect(
+        &self,
+        id: &str,
+        filled: &Filled,
+        signer: Option<Signer>,
+        era: Option<Era>,
+    ) -> Result<Session, Error> {
         // Before it makes another child leave.
         self.context.children.check(&filled.connector)?;
         let permit = match &filled.connector {
@@ -450,7 +467,7 @@ impl Pool {
             Connector::Sse(_) | Connector::StreamableHttp(_) => None,
         };
         let bell = self.news.bell(id);
-        Session::open(filled, era, &self.context, bell, permit).await
+        Session::open(filled, signer, era, &self.context, bell, permit).await
     }
 
     /// Room for one more child; the one that is idle longest makes it.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::{CONTENT_TYPE, RETRY_AFTER};
+use http::header::{AUTHORIZATION, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{HeaderMap, HeaderName, StatusCode};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
@@ -15,6 +15,7 @@ use super::Error;
 use super::address::Forbidden;
 use super::budget::Oversize;
 use super::fields::{field_name, field_value};
+use super::oauth::{Problem, Signer};
 
 pub const EVENT_STREAM: &str = "text/event-stream";
 pub const JSON: &str = "application/json";
@@ -26,6 +27,8 @@ pub const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
 const SAYS_NOTHING: usize = 64 * 1024;
 /// How many of a server's requests are being answered at a time.
 const REPLIES: usize = 8;
+/// The longest `WWW-Authenticate` that is read, in bytes.
+const MAX_CHALLENGE: usize = 4 * 1024;
 /// The longest `Retry-After` that is believed.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(300);
 
@@ -44,8 +47,11 @@ pub enum HttpError {
     Broken(String),
     #[error("its answer cannot be taken: {0}")]
     Oversize(#[from] Oversize),
-    #[error("it asks for a sign-in (HTTP 401); check auth_token and custom_headers")]
-    SignIn,
+    #[error("{0}")]
+    SignIn(Box<Asked>),
+    /// Nothing was sent: a new token is needed.
+    #[error("no token can be had for it, because {0}")]
+    NoToken(Box<Problem>),
     #[error("the server answered HTTP {status}")]
     Status { status: StatusCode, retry_after: Option<Duration> },
     #[error("the server answered with a body that is neither JSON nor an event stream")]
@@ -74,16 +80,83 @@ impl From<reqwest::Error> for HttpError {
     }
 }
 
+impl From<Problem> for HttpError {
+    fn from(problem: Problem) -> Self {
+        Self::NoToken(Box::new(problem))
+    }
+}
+
+/// What a server wants that answers 401, and what can be done about it.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    challenge: Option<String>,
+    answer: Answerable,
+}
+
+/// Who can answer a 401.
+#[derive(Clone, Debug)]
+enum Answerable {
+    /// Whoever has configured the server's `Authorization`.
+    Configured,
+    /// Whoever has configured the client that signs in as itself.
+    Client,
+    /// A person who signs in to the server with this id, if it is registered.
+    Person(Option<String>),
+}
+
+impl Asked {
+    fn new(headers: &HeaderMap, signer: Option<&Signer>) -> Self {
+        let challenges = || headers.get_all(WWW_AUTHENTICATE).iter().filter_map(|value| value.to_str().ok());
+        // One that says where to sign in says most.
+        let telling = challenges().find(|challenge| challenge.to_ascii_lowercase().contains("resource_metadata"));
+        let challenge = telling.or_else(|| challenges().next()).filter(|challenge| challenge.len() <= MAX_CHALLENGE);
+        let answer = match signer {
+            None => Answerable::Configured,
+            Some(signer) if signer.is_machine() => Answerable::Client,
+            Some(signer) => Answerable::Person(signer.connects().map(str::to_owned)),
+        };
+        Self { challenge: challenge.map(str::to_owned), answer }
+    }
+
+    /// `WWW-Authenticate`.
+    pub fn challenge(&self) -> Option<&str> {
+        self.challenge.as_deref()
+    }
+
+    /// Whether a person can answer it by a sign-in.
+    pub fn may_sign_in(&self) -> bool {
+        matches!(self.answer, Answerable::Person(_))
+    }
+}
+
+impl std::fmt::Display for Asked {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("it asks for a sign-in (HTTP 401); ")?;
+        match &self.answer {
+            Answerable::Configured | Answerable::Person(None) => f.write_str("check auth_token and custom_headers"),
+            Answerable::Client => f.write_str("it takes no token of the client in oauth; check that"),
+            Answerable::Person(Some(id)) => {
+                write!(f, "open /v1/mcp-servers/connect/{id} to sign in, or check auth_token and custom_headers")
+            }
+        }
+    }
+}
+
 impl HttpError {
     /// Nobody was reached, and so nothing was sent.
     pub fn is_unsent(&self) -> bool {
+        self.is_gone() || matches!(self, Self::NoToken(_))
+    }
+
+    /// Nobody is there.
+    pub fn is_gone(&self) -> bool {
         matches!(self, Self::Connect(_) | Self::Forbidden(_))
     }
 
-    /// What a status other than 2xx means.
-    pub fn of(response: &reqwest::Response) -> Self {
+    /// What a status other than 2xx means; `signer` signs the requests to this server.
+    pub fn of(response: &reqwest::Response, signer: Option<&Signer>) -> Self {
         match response.status() {
-            StatusCode::UNAUTHORIZED => Self::SignIn,
+            StatusCode::UNAUTHORIZED => Self::SignIn(Box::new(Asked::new(response.headers(), signer))),
             status => Self::Status { status, retry_after: retry_after(response) },
         }
     }
@@ -122,6 +195,37 @@ pub fn header_fields(remote: &Remote) -> Result<HeaderMap, Error> {
         }
     }
     Ok(fields)
+}
+
+/// Whether a configuration names an `Authorization` itself, be it as user and password in the URL.
+pub fn has_authorization(remote: &Remote) -> bool {
+    let has_user =
+        url::Url::parse(&remote.server_url).is_ok_and(|url| !url.username().is_empty() || url.password().is_some());
+    has_user || header_fields(remote).is_ok_and(|fields| fields.contains_key(AUTHORIZATION))
+}
+
+/// As [`header_fields`], without the `Authorization` that whoever signs the requests puts there.
+pub fn unsigned_fields(remote: &Remote, signer: Option<&Signer>) -> Result<HeaderMap, Error> {
+    let mut fields = header_fields(remote)?;
+    if signer.is_some() {
+        fields.remove(AUTHORIZATION);
+    }
+    Ok(fields)
+}
+
+/// Sends a request, signed by `signer` if there is one; as [`Signer::send`].
+pub async fn send(
+    signer: Option<&Signer>,
+    request: reqwest::RequestBuilder,
+    mut sent: impl FnMut(bool),
+) -> Result<reqwest::Response, HttpError> {
+    match signer {
+        Some(signer) => signer.send(request, sent).await,
+        None => {
+            sent(true);
+            Ok(request.send().await?)
+        }
+    }
 }
 
 fn starts_with_bearer(token: &str) -> bool {

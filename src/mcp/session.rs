@@ -27,10 +27,11 @@ use super::exchange::Answer;
 use super::http::HttpWire;
 use super::listing::{MAX_TOOLS, definition};
 use super::message::{self, METHOD_NOT_FOUND, RpcError};
+use super::oauth::{SignIns, Signer};
 use super::remote::HttpError;
 use super::sse::SseWire;
 use super::stdio::StdioWire;
-use super::template::Filled;
+use super::template::{Filled, FilledStdio};
 use super::watch::Bell;
 use super::{AgentId, Error, mirror};
 
@@ -53,6 +54,7 @@ pub struct Context {
     pub egress: Egress,
     pub tracker: TaskTracker,
     pub children: Children,
+    pub sign_ins: SignIns,
     pub budget: Arc<Budget>,
     /// Portolan stops: every session ends, also one that is being opened or is in use.
     pub stop: CancellationToken,
@@ -171,9 +173,10 @@ pub struct Session {
 impl Session {
     /// Connects and shakes hands within the handshake deadline. Without a known era it is found: modern first (MCP
     /// 2026-07-28, versioning), then, for a server that ends the connection over it, `initialize` on a new one.
-    /// `permit` is given back when the last child is gone.
+    /// `signer` signs what goes to a URL; `permit` is given back when the last child is gone.
     pub async fn open(
         filled: &Filled,
+        signer: Option<Signer>,
         known: Option<Era>,
         context: &Context,
         bell: Bell,
@@ -189,7 +192,8 @@ impl Session {
             Some(era) => (Attempt::Only(era), Attempt::Find),
             None => (Attempt::Find, Attempt::Only(Era::Initialize)),
         };
-        let attempt = |attempt| Self::attempt(filled, attempt, context, &bell, permit.clone(), deadline);
+        let attempt =
+            |attempt| Self::attempt(filled, signer.clone(), attempt, context, &bell, permit.clone(), deadline);
         let opened = match attempt(first).await {
             // Past the deadline the first child may still be there.
             Err(error)
@@ -206,6 +210,7 @@ impl Session {
 
     async fn attempt(
         filled: &Filled,
+        signer: Option<Signer>,
         attempt: Attempt,
         context: &Context,
         bell: &Bell,
@@ -217,15 +222,16 @@ impl Session {
         let share = context.budget.share();
         let opening = async {
             let wire = match &filled.connector {
-                Connector::Stdio(config) => Wire::Stdio(
-                    StdioWire::open(config, filled, context, share, bell.clone(), permit, end.clone(), deadline)
-                        .await?,
-                ),
+                Connector::Stdio(config) => {
+                    let command = FilledStdio { config, filled };
+                    let (bell, end) = (bell.clone(), end.clone());
+                    Wire::Stdio(StdioWire::open(command, context, share, bell, permit, end, deadline).await?)
+                }
                 Connector::Sse(remote) => {
-                    Wire::Sse(SseWire::open(remote, context, share, bell.clone(), end.clone(), deadline).await?)
+                    Wire::Sse(SseWire::open(remote, signer, context, share, bell.clone(), end.clone(), deadline).await?)
                 }
                 Connector::StreamableHttp(remote) => {
-                    Wire::Http(HttpWire::open(remote, context, share, bell.clone()).await?)
+                    Wire::Http(HttpWire::open(remote, signer, context, share, bell.clone()).await?)
                 }
             };
             match wire.greet(attempt, deadline).await {

@@ -18,8 +18,9 @@ use super::egress::{Destination, Trust};
 use super::events::Events;
 use super::exchange::{Answer, Exchange};
 use super::message;
+use super::oauth::Signer;
 use super::remote::{
-    EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, header_fields, is_media_type, read_over,
+    EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, is_media_type, read_over, send, unsigned_fields,
 };
 use super::session::{Ask, CallError, Context};
 use super::watch::Bell;
@@ -31,6 +32,7 @@ pub struct SseWire(Arc<Shared>);
 
 struct Shared {
     fields: HeaderMap,
+    signer: Option<Signer>,
     endpoint: Destination,
     exchange: Arc<Exchange>,
     replies: Replies,
@@ -49,19 +51,20 @@ impl SseWire {
     /// same origin, [`Error::HandshakeTimeout`].
     pub async fn open(
         remote: &Remote,
+        signer: Option<Signer>,
         context: &Context,
         share: Arc<Share>,
         bell: Bell,
         end: CancellationToken,
         deadline: Instant,
     ) -> Result<Self, Error> {
-        let fields = header_fields(remote)?;
+        let fields = unsigned_fields(remote, signer.as_ref())?;
         let server = context.egress.to(&remote.server_url, Trust::Configured).await?;
         let request = server.request(Method::GET).headers(fields.clone()).header(ACCEPT, EVENT_STREAM);
         let opening = async {
-            let response = request.send().await.map_err(HttpError::from)?;
+            let response = send(signer.as_ref(), request, |_| {}).await?;
             if response.status() != StatusCode::OK {
-                return Err(Error::Http(HttpError::of(&response)));
+                return Err(Error::Http(HttpError::of(&response, signer.as_ref())));
             }
             if !is_media_type(&response, EVENT_STREAM) {
                 return Err(HttpError::ContentType.into());
@@ -79,6 +82,7 @@ impl SseWire {
             timeout_at(deadline, opening).await.map_err(|_| Error::HandshakeTimeout { stderr: None })??;
         let wire = Self(Arc::new(Shared {
             fields,
+            signer,
             endpoint,
             exchange: Arc::default(),
             replies: Replies::new(context.tracker.clone()),
@@ -99,7 +103,7 @@ impl SseWire {
             post = post.header(X_AGENT_ID, agent);
         }
         let mut pending = Pending { wire: self, id, over: false };
-        let mut posting = Box::pin(send(post));
+        let mut posting = Box::pin(self.clone().send(post));
         let exchanging = async {
             tokio::select! {
                 reply = waiting.reply() => {
@@ -111,10 +115,14 @@ impl SseWire {
                 posted = &mut posting => match posted {
                     Ok(()) => {}
                     Err(error) if error.is_unsent() => return Err(CallError::NotSent(error.into())),
+                    // The sign-in is over, and nothing was done.
+                    Err(error @ HttpError::SignIn(_)) if self.0.signer.as_ref().is_some_and(Signer::has_signed) => {
+                        return Err(CallError::NotSent(error.into()));
+                    }
                     Err(HttpError::Status { status, retry_after }) if status.is_server_error() => {
                         return Err(CallError::Lost(HttpError::Status { status, retry_after }.into()));
                     }
-                    Err(error @ (HttpError::Status { .. } | HttpError::SignIn)) => {
+                    Err(error @ (HttpError::Status { .. } | HttpError::SignIn(_))) => {
                         return Err(CallError::Refused(error.into()));
                     }
                     Err(error) => return Err(CallError::Lost(error.into())),
@@ -129,7 +137,7 @@ impl SseWire {
 
     /// Sends what has no answer.
     pub async fn notify(&self, body: Bytes, deadline: Instant) -> Result<(), HttpError> {
-        timeout_at(deadline, send(self.post(body))).await.unwrap_or(Err(HttpError::TimedOut))
+        timeout_at(deadline, self.clone().send(self.post(body))).await.unwrap_or(Err(HttpError::TimedOut))
     }
 
     /// Why the session has ended, once it has.
@@ -141,6 +149,16 @@ impl SseWire {
         let shared = &self.0;
         let request = shared.endpoint.request(Method::POST).headers(shared.fields.clone());
         request.header(CONTENT_TYPE, JSON).body(body)
+    }
+
+    async fn send(self, request: reqwest::RequestBuilder) -> Result<(), HttpError> {
+        let signer = self.0.signer.as_ref();
+        let response = send(signer, request, |_| {}).await?;
+        if !response.status().is_success() {
+            return Err(HttpError::of(&response, signer));
+        }
+        read_over(response).await;
+        Ok(())
     }
 
     async fn read(self, mut events: Events) {
@@ -179,15 +197,6 @@ impl SseWire {
             }
         }
     }
-}
-
-async fn send(request: reqwest::RequestBuilder) -> Result<(), HttpError> {
-    let response = request.send().await?;
-    if !response.status().is_success() {
-        return Err(HttpError::of(&response));
-    }
-    read_over(response).await;
-    Ok(())
 }
 
 /// A request that is under way; dropped before it is over, it tells the server so.

@@ -16,7 +16,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::{Instant, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::model::{Secret, Stdio as Config};
+use crate::model::Secret;
 
 use super::Error;
 use super::budget::{Held, Share};
@@ -25,7 +25,7 @@ use super::exchange::{Answer, Exchange, Reply};
 use super::lines::{Line, Lines};
 use super::message;
 use super::session::{Ask, CallError, Context};
-use super::template::Filled;
+use super::template::FilledStdio;
 use super::watch::Bell;
 
 /// How long the end of standard error may take after the end of the child, and the rest of its output.
@@ -86,8 +86,7 @@ impl StdioWire {
     /// # Errors
     /// Those of [`Children::start`].
     pub async fn open(
-        config: &Config,
-        filled: &Filled,
+        command: FilledStdio<'_>,
         context: &Context,
         share: Arc<Share>,
         bell: Bell,
@@ -97,7 +96,7 @@ impl StdioWire {
     ) -> Result<Self, Error> {
         let split = context.settings.legacy_arg_split;
         let Child { stdin, stdout, stderr, kept } =
-            context.children.start(bell.server_id(), config, filled, split, deadline).await?;
+            context.children.start(bell.server_id(), command, split, deadline).await?;
         let pipe = Arc::new(stdin);
         let shared = Arc::new(Shared {
             exchange: Arc::default(),
@@ -108,7 +107,7 @@ impl StdioWire {
             exited: CancellationToken::new(),
             end,
             bell,
-            secrets: filled.secrets.clone(),
+            secrets: command.filled.secrets.clone(),
             stall: STALL.min(context.settings.run_timeout),
         });
         let lines = Lines::new(stdout, context.settings.max_message_bytes, Held::nothing(&share));

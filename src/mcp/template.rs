@@ -255,6 +255,13 @@ pub struct Filled {
     pub secrets: Vec<Secret>,
 }
 
+/// The command of a [`Filled`].
+#[derive(Clone, Copy)]
+pub struct FilledStdio<'a> {
+    pub config: &'a Stdio,
+    pub filled: &'a Filled,
+}
+
 impl Filled {
     /// Fills templates in, and looks at what came of it as at what is written (CONTRACT rows 2 and 7).
     ///

@@ -112,6 +112,9 @@ impl Relists {
     }
 }
 
+/// How often sign-ins are forgotten whose time is over.
+const FORGET: Duration = Duration::from_secs(60);
+
 /// Runs until Portolan stops.
 pub async fn watch(mcp: Mcp, news: Arc<News>) {
     let relists = Relists::default();
@@ -119,6 +122,8 @@ pub async fn watch(mcp: Mcp, news: Arc<News>) {
     let looks = Arc::new(Semaphore::new(AT_A_TIME));
     let mut sweeps = interval((mcp.settings.idle_timeout / 4).clamp(Duration::from_millis(50), SWEEP));
     sweeps.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut endings = interval(FORGET);
+    endings.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             () = mcp.stop.cancelled() => return,
@@ -132,6 +137,14 @@ pub async fn watch(mcp: Mcp, news: Arc<News>) {
                         relist(&mcp, &relists, &turns, server_id);
                     }
                 }
+            }
+            _ = endings.tick() => {
+                let store = mcp.store.clone();
+                mcp.tracker.spawn(async move {
+                    if let Err(error) = store.forget_old_authorizations().await {
+                        tracing::warn!(%error, "old sign-ins cannot be forgotten");
+                    }
+                });
             }
             _ = sweeps.tick() => {
                 for server_id in mcp.pool.sweep() {

@@ -4,7 +4,7 @@ use chrono::{DateTime, Utc};
 
 use crate::model::{Connector, Offered, SignIn, State, definition_hash, sha256_hex};
 
-use super::{Error, Place, Store, now, on_db};
+use super::{Error, Store, now, on_db};
 
 /// A server that comes with what is known of it elsewhere.
 pub struct NewServer {
@@ -124,7 +124,7 @@ impl Store {
     pub(super) fn sealed_sign_in(&self, server_id: &str, sign_in: &SignIn) -> String {
         let text = serde_json::to_vec(sign_in).expect("a sign-in is strings and a time");
         let text = secrecy::zeroize::Zeroizing::new(text);
-        self.seal(Place { table: "sign_ins", column: "material", id: server_id }, &text)
+        self.seal(super::sign_ins::sign_in_of(server_id), &text)
     }
 }
 

@@ -232,7 +232,7 @@ pub struct LettaDatabase {
 }
 
 enum At {
-    Postgres(PgConnectOptions),
+    Postgres(Box<PgConnectOptions>),
     Sqlite(PathBuf),
 }
 
@@ -245,8 +245,9 @@ impl LettaDatabase {
         let (scheme, rest) = url.split_once(':').ok_or(LettaError::Scheme)?;
         let at = match scheme.split('+').next() {
             Some("postgres" | "postgresql") => {
-                let url = format!("postgres:{rest}");
-                At::Postgres(PgConnectOptions::from_str(&url).map_err(|error| LettaError::Url(one_line(&error)))?)
+                let options = PgConnectOptions::from_str(&format!("postgres:{rest}"));
+                let options = options.map_err(|error| LettaError::Url(one_line(&error)))?;
+                At::Postgres(Box::new(options))
             }
             Some("sqlite") => At::Sqlite(super::sqlite_file(&format!("sqlite:{rest}")).ok_or(LettaError::Scheme)?),
             _ => return Err(LettaError::Scheme),
@@ -310,7 +311,9 @@ impl LettaDatabase {
         let unreadable = |error: sqlx::Error| self.unreadable(one_line(&error));
         let connection = match &self.at {
             At::Postgres(options) => {
-                let options = options.clone().application_name("portolan migrate-letta").disable_statement_logging();
+                let options = PgConnectOptions::clone(options)
+                    .application_name("portolan migrate-letta")
+                    .disable_statement_logging();
                 let connected = timeout(CONNECT_TIMEOUT, PgConnection::connect_with(&options)).await;
                 let late = |_| self.unreadable(format!("it did not answer within {} s", CONNECT_TIMEOUT.as_secs()));
                 let mut connection = connected.map_err(late)?.map_err(unreadable)?;

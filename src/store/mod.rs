@@ -13,6 +13,7 @@ mod letta;
 mod seal;
 mod sealing;
 mod servers;
+mod sign_ins;
 mod tools;
 
 use std::path::{Path, PathBuf};
@@ -36,6 +37,7 @@ pub use letta::{
 pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};
+pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
 
 use known::{Known, SHARED_TRUST};
 use sealing::Seal;

@@ -15,6 +15,7 @@ use crate::model::{Config, Connector, Server, Unreadable};
 
 use super::keys::{KeyError, KeySource};
 use super::seal::{Keyring, Place, Unopened, key_id};
+use super::sign_ins::{authorization_of, sign_in_of};
 use super::{Database, Error, OpenError, Store, now, on_db};
 
 /// What each key seals in `sealing_keys`.
@@ -192,11 +193,14 @@ impl Unlocked<'_> {
         Ok(keys == 0 && self.sealed_by().await?.is_empty())
     }
 
-    /// How many servers each key seals, by its id.
+    /// How many servers each key seals, or the sign-ins to them, by its id.
     async fn sealed_by(&self) -> sqlx::Result<BTreeMap<String, i64>> {
-        // What `seal::key_id` reads.
-        const SQL: &str = "SELECT substr(config, 4, 12) AS key_id, count(*) FROM servers \
-                           WHERE substr(config, 1, 3) = 'v1.' GROUP BY 1";
+        // What `seal::key_id` reads. UNION counts a server once.
+        const SQL: &str = "SELECT substr(sealed, 4, 12) AS key_id, count(*) FROM \
+                           (SELECT substr(config, 1, 15) AS sealed, id FROM servers UNION \
+                           SELECT substr(material, 1, 15), server_id FROM sign_ins UNION \
+                           SELECT substr(material, 1, 15), coalesce(server_id, id) FROM authorizations) AS all_sealed \
+                           WHERE substr(sealed, 1, 3) = 'v1.' GROUP BY 1";
         let rows: Vec<(String, i64)> = on_db!(self, write pool => sqlx::query_as(SQL).fetch_all(pool).await?);
         Ok(rows.into_iter().collect())
     }
@@ -346,7 +350,7 @@ impl Store {
                 .bind(ROWS_AT_ONCE)
                 .fetch_all(pool)
                 .await?);
-            let Some(last) = rows.last() else { return Ok(pass) };
+            let Some(last) = rows.last() else { break };
             after.clone_from(&last.id);
             let before = rotated.sealed;
             on_db!(self, write pool => {
@@ -373,6 +377,58 @@ impl Store {
                 progress(rotated.sealed);
             }
         }
+        self.rotate_sign_ins(ring, &mut pass).await?;
+        Ok(pass)
+    }
+
+    /// The same for the sign-ins to servers, which are not counted apart, and for those that are under way.
+    async fn rotate_sign_ins(&self, ring: &Keyring, pass: &mut Pass) -> Result<(), Error> {
+        type PlaceOf = fn(&str) -> Place<'_>;
+        const TABLES: [(&str, &str, PlaceOf); 2] = [
+            (
+                "SELECT server_id, material FROM sign_ins WHERE server_id > $1 ORDER BY server_id LIMIT $2",
+                "UPDATE sign_ins SET material = $2 WHERE server_id = $1 AND material = $3",
+                sign_in_of,
+            ),
+            (
+                "SELECT id, material FROM authorizations WHERE id > $1 ORDER BY id LIMIT $2",
+                "UPDATE authorizations SET material = $2 WHERE id = $1 AND material = $3",
+                authorization_of,
+            ),
+        ];
+        let first = ring.first();
+        for (read, seal, place_of) in TABLES {
+            let mut after = String::new();
+            loop {
+                let rows: Vec<(String, String)> = on_db!(self, read pool => sqlx::query_as(read)
+                    .bind(&after)
+                    .bind(ROWS_AT_ONCE)
+                    .fetch_all(pool)
+                    .await?);
+                let Some((last, _)) = rows.last() else { break };
+                after.clone_from(last);
+                on_db!(self, write pool => {
+                    let mut transaction = pool.begin().await?;
+                    for (id, material) in rows.iter().filter(|(_, material)| key_id(material) != Some(first.id())) {
+                        let Ok(text) = ring.open(place_of(id), material) else {
+                            pass.unopened += 1;
+                            continue;
+                        };
+                        let done = sqlx::query(seal)
+                            .bind(id)
+                            .bind(first.seal(place_of(id), &text))
+                            .bind(material)
+                            .execute(&mut *transaction)
+                            .await?;
+                        if done.rows_affected() == 0 {
+                            pass.overtaken += 1;
+                        }
+                    }
+                    transaction.commit().await?;
+                });
+            }
+        }
+        Ok(())
     }
 
     /// Lets a database start with another key than the lost one that sealed in it; `false` when it knows no such key.

@@ -73,6 +73,11 @@ pub(super) async fn receive(shared: &Shared, script: &Script, request: Request) 
     let (head, body) = request.into_parts();
     let body = to_bytes(body, BODY_LIMIT).await.map_err(|_| plain(StatusCode::PAYLOAD_TOO_LARGE))?;
     shared.saw(&head, &body);
+    if let Some(guard) = shared.fake.guard.get()
+        && let Some(refusal) = guard.answer(shared.addr, &head, &body).await
+    {
+        return Err(refusal);
+    }
     if let Some((name, value)) = &script.require_header
         && header(&head.headers, name) != Some(value)
     {
@@ -291,7 +296,7 @@ pub(super) fn json(status: StatusCode, text: String) -> Response {
     response
 }
 
-fn with(mut response: Response, name: header::HeaderName, value: &str) -> Response {
+pub(super) fn with(mut response: Response, name: header::HeaderName, value: &str) -> Response {
     response.headers_mut().insert(name, value.parse().expect("the script's headers are well-formed"));
     response
 }

@@ -1,6 +1,6 @@
 //! The fake MCP server: what tests and benchmarks connect Portolan to. A [`Script`] says what it does, [`Fake`] does it, and
 //! `stdio`, `http` and `sse` carry it, `act` is for what no server should do. `fake-mcp` (main.rs) is the same thing as a program.
-//! `tcp` has listeners that do not get as far as HTTP.
+//! `tcp` has listeners that do not get as far as HTTP, `oauth` who signs in to a server that wants tokens.
 //!
 //! A listening fake owns a thread with a runtime of its own: dropping its [`Running`] closes the port and every connection.
 #![expect(dead_code, reason = "the tests use one part, the program fake-mcp another")]
@@ -8,6 +8,7 @@
 mod act;
 mod answer;
 pub(crate) mod http;
+pub(crate) mod oauth;
 pub(crate) mod script;
 pub(crate) mod sse;
 pub(crate) mod stdio;
@@ -21,20 +22,24 @@ use std::{
     path::{Path, PathBuf},
     process::Child,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed},
     },
     thread::JoinHandle,
 };
 
 use ::http::{HeaderMap, request::Parts};
-use axum::{handler::Handler, serve::ListenerExt};
+use axum::{
+    handler::{Handler, HandlerService},
+    serve::ListenerExt,
+};
 use futures_util::future::AbortHandle;
 use serde_json::{Value, json};
 use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 
 use act::{Pieces, Scene};
+use oauth::Guard;
 pub(crate) use script::Script;
 use script::{Act, Stage};
 
@@ -55,12 +60,21 @@ pub(crate) struct Fake {
     old: Mutex<VecDeque<String>>,
     /// Who is told of changes of the list (MCP 2026-07-28, subscriptions).
     listeners: Mutex<Vec<UnboundedSender<()>>>,
+    /// Who keeps those without a token out.
+    guard: OnceLock<Arc<Guard>>,
 }
 
 impl Fake {
     /// A server inside the test's process.
     pub(crate) fn new(script: Script) -> Arc<Self> {
         Arc::new(Self::with(script, None, false))
+    }
+
+    /// The same behind a guard.
+    pub(crate) fn guarded(script: Script, guard: Arc<Guard>) -> Arc<Self> {
+        let fake = Self::new(script);
+        let _it_is_new = fake.guard.set(guard);
+        fake
     }
 
     /// The server of the program `fake-mcp`; the file is read again at every `tools/list`.
@@ -83,6 +97,7 @@ impl Fake {
             acted: Mutex::default(),
             old: Mutex::default(),
             listeners: Mutex::default(),
+            guard: OnceLock::new(),
         }
     }
 
@@ -271,7 +286,6 @@ impl Running {
         T: Send + 'static,
     {
         let listener = TcpListener::bind(addr).expect("the address is free");
-        listener.set_nonblocking(true).expect("a fresh socket takes options");
         let addr = listener.local_addr().expect("a bound socket has an address");
         let shared = Arc::new(Shared {
             fake,
@@ -282,22 +296,9 @@ impl Running {
         });
         let stop = CancellationToken::new();
         let (state, stopped) = (shared.clone(), stop.clone());
-        let thread = std::thread::spawn(move || {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("threads can be had");
-            runtime.block_on(async move {
-                let listener = tokio::net::TcpListener::from_std(listener).expect("the socket does not block");
-                let counting = state.clone();
-                let listener = listener.tap_io(move |stream| {
-                    counting.accepted.fetch_add(1, Relaxed);
-                    stream.set_nodelay(true).unwrap_or_default();
-                });
-                let serving = axum::serve(listener, handler.with_state(state).into_make_service()).into_future();
-                tokio::select! {
-                    _ = serving => {}
-                    () = stopped.cancelled() => {}
-                }
-            });
+        let counting = state.clone();
+        let thread = listen(listener, handler.with_state(state), stopped, move || {
+            counting.accepted.fetch_add(1, Relaxed);
         });
         Self { url: format!("http://{addr}/{path}"), addr, shared, stop, thread: Some(thread) }
     }
@@ -376,6 +377,36 @@ impl Drop for Running {
             let _panicked = thread.join();
         }
     }
+}
+
+/// Serves in a thread of its own until it is stopped; `accepted` is called for each connection.
+fn listen<H, T, S>(
+    listener: TcpListener,
+    service: HandlerService<H, T, S>,
+    stop: CancellationToken,
+    mut accepted: impl FnMut() + Send + 'static,
+) -> JoinHandle<()>
+where
+    H: Handler<T, S>,
+    T: Send + 'static,
+    S: Clone + Send + Sync + 'static,
+{
+    listener.set_nonblocking(true).expect("a fresh socket takes options");
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("threads can be had");
+        runtime.block_on(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).expect("the socket does not block");
+            let listener = listener.tap_io(move |stream| {
+                accepted();
+                stream.set_nodelay(true).unwrap_or_default();
+            });
+            let serving = axum::serve(listener, service.into_make_service()).into_future();
+            tokio::select! {
+                _ = serving => {}
+                () = stop.cancelled() => {}
+            }
+        });
+    })
 }
 
 /// Loopback, any free port.

@@ -49,6 +49,11 @@ impl Database {
         Self { postgres: Some((server, name)) }
     }
 
+    /// SQLite, whatever the run is for.
+    pub(crate) fn none() -> Self {
+        Self { postgres: None }
+    }
+
     pub(crate) fn url(&self) -> Option<String> {
         let (server, name) = self.postgres.as_ref()?;
         let mut url = reqwest::Url::parse(server).expect("the test server's URL is one");
@@ -114,12 +119,22 @@ impl Portolan {
         self.database.postgres.is_some()
     }
 
+    /// The URL of its database, where that is not SQLite in its data folder.
+    pub(crate) fn database_url(&self) -> Option<String> {
+        self.database.url()
+    }
+
     /// The inside of another Portolan on the same database; of this one where the database is not shared.
     pub(crate) async fn another(&self) -> App {
+        self.another_with(|_| {}).await
+    }
+
+    /// The same with other settings.
+    pub(crate) async fn another_with(&self, change: impl FnOnce(&mut Settings)) -> App {
         if !self.shares_its_database() {
             return self.app.clone();
         }
-        let settings = settings(&self.folder.path().join("another"), &self.database, |_| {});
+        let settings = settings(&self.folder.path().join("another"), &self.database, change);
         App::open(settings).await.expect("Portolan starts")
     }
 

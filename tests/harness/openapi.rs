@@ -474,7 +474,7 @@ mod tests {
         assert_eq!(all[0], ("POST".into(), SERVERS.into()));
         assert_eq!(all[1], ("GET".into(), SERVERS.into()));
         assert_eq!(all.last(), Some(&("GET".into(), "/docs/{file}".into())));
-        assert_eq!(all.len(), 29);
+        assert_eq!(all.len(), 36);
     }
 
     #[test]
@@ -785,6 +785,14 @@ mod tests {
                 "body_too_large" => (Error::BodyTooLarge { limit: 1024 * 1024 }, &example["detail"]),
                 "unsupported_media_type" => (Error::UnsupportedMediaType, &example["detail"]),
                 "invalid_request" => (invalid(example), &example["detail"]),
+                "variable_missing" => {
+                    let name = "GITHUB_TOKEN".to_owned();
+                    (Error::Variables(portolan::mcp::Error::NoValue { name }), &example["detail"])
+                }
+                "variable_invalid" => {
+                    let place = "auth_token".to_owned();
+                    (Error::Variables(portolan::mcp::Error::BadValue { place }), &example["detail"])
+                }
                 "internal" => (Error::Internal(internal()), &example["detail"]),
                 "unavailable" => (Error::Unavailable(sqlx::Error::PoolTimedOut.into()), &example["detail"]),
                 "overloaded" => (Error::Full { repeatable: true }, &example["detail"]),
@@ -798,7 +806,7 @@ mod tests {
             assert_eq!(*text, error.to_string(), "{at}");
             codes.insert(code.to_owned());
         });
-        assert_eq!(codes.len(), 23, "{codes:?}");
+        assert_eq!(codes.len(), 25, "{codes:?}");
     }
 
     #[test]

@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
+import urllib.parse
 import urllib.request
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -24,6 +25,11 @@ DEADLINE = 30.0
 
 def tools_python():
     return os.environ["PORTOLAN_TOOLS_PYTHON"]
+
+
+def quoted(name):
+    """A server's name as a step of a path, for the SDKs that put it there as it is."""
+    return urllib.parse.quote(name, safe="")
 
 
 def wait_until(what, check, deadline=DEADLINE):

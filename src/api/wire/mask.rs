@@ -59,7 +59,8 @@ fn masked_value(value: &Secret) -> Secret {
     shown.into()
 }
 
-fn masked_url(url: &str) -> String {
+/// A URL without what is secret in it.
+pub fn masked_url(url: &str) -> String {
     let parts: Vec<_> = secret_spots(url).into_iter().map(|(_, range)| range).collect();
     without(url, &parts)
 }

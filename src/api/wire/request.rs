@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::api::guard::shown;
 use crate::error::{Error, Issue};
 use crate::mcp::{FieldPlace, faults, server_url};
-use crate::model::{Connector, Remote, Secret, SecretMap, Server, ServerType, Stdio};
+use crate::model::{Connector, GrantType, OauthClient, Remote, Secret, SecretMap, Server, ServerType, Stdio};
 
 use super::mask;
 
@@ -16,6 +16,8 @@ const MAX_NAME_CHARS: usize = 255;
 const MAX_COMMAND_CHARS: usize = 4096;
 const MAX_VALUE_BYTES: usize = 32 * 1024;
 const MAX_ITEMS: usize = 256;
+const MAX_CLIENT_ID_CHARS: usize = 2048;
+const MAX_SCOPE_CHARS: usize = 4096;
 
 /// The most issues one answer names.
 const MAX_ISSUES: usize = 100;
@@ -230,6 +232,95 @@ struct ConnectorFields {
     auth_header: Option<String>,
     auth_token: Option<Secret>,
     custom_headers: Option<SecretMap>,
+    oauth: Option<OauthFields>,
+}
+
+/// The parts of an OAuth client as a body names them; none at all clear what is there.
+#[derive(Default)]
+struct OauthFields {
+    client_id: Option<String>,
+    client_secret: Option<Secret>,
+    scope: Option<String>,
+    grant_type: Option<GrantType>,
+}
+
+impl From<OauthClient> for OauthFields {
+    fn from(OauthClient { client_id, client_secret, scope, grant_type }: OauthClient) -> Self {
+        Self { client_id: Some(client_id), client_secret, scope, grant_type: Some(grant_type) }
+    }
+}
+
+impl OauthFields {
+    fn read(level: &mut Level<'_>, reader: &mut Reader) -> Option<Self> {
+        let loc = level.at("oauth");
+        let Value::Object(map) = level.take("oauth")? else {
+            reader.issue(&loc, "This must be an object.");
+            return None;
+        };
+        let mut level = Level { loc, map };
+        let client_id = level.text("client_id", reader);
+        let client_secret = level.text("client_secret", reader);
+        let scope = level.text("scope", reader);
+        let grant_type = match level.text("grant_type", reader).as_deref() {
+            None => None,
+            Some("authorization_code") => Some(GrantType::AuthorizationCode),
+            Some("client_credentials") => Some(GrantType::ClientCredentials),
+            Some(_) => {
+                reader.issue(&level.at("grant_type"), "This must be authorization_code or client_credentials.");
+                None
+            }
+        };
+        // RFC 6749, appendix A: visible ASCII, with spaces between what is in a list.
+        let is_text =
+            |text: &str, max: usize| text.len() <= max && text.bytes().all(|byte| matches!(byte, 0x20..=0x7e));
+        if client_id.as_deref().is_some_and(|id| id.is_empty() || !is_text(id, MAX_CLIENT_ID_CHARS)) {
+            reader.issue(&level.at("client_id"), "A client_id has 1 to 2048 visible ASCII characters.");
+        }
+        if client_secret.as_deref().is_some_and(|secret| !is_text(secret, MAX_VALUE_BYTES)) {
+            reader.issue(&level.at("client_secret"), "A client_secret has at most 32 KiB of visible ASCII characters.");
+        }
+        if scope.as_deref().is_some_and(|scope| !is_text(scope, MAX_SCOPE_CHARS)) {
+            reader.issue(&level.at("scope"), "A scope has at most 4096 visible ASCII characters.");
+        }
+        level.refuse_rest(reader);
+        Some(Self { client_id, client_secret: client_secret.map(Secret::from), scope, grant_type })
+    }
+
+    fn is_empty(&self) -> bool {
+        self.client_id.is_none() && self.client_secret.is_none() && self.scope.is_none() && self.grant_type.is_none()
+    }
+
+    /// Whether what is there is the same client.
+    fn is_of(&self, old: &Self) -> bool {
+        self.client_id.is_none() || self.client_id == old.client_id
+    }
+
+    /// These fields over the present ones; another client starts with nothing of the old.
+    fn over(self, old: Option<Self>) -> Self {
+        let Some(old) = old.filter(|old| !self.is_empty() && self.is_of(old)) else { return self };
+        Self {
+            client_id: self.client_id.or(old.client_id),
+            client_secret: self.client_secret.or(old.client_secret),
+            scope: self.scope.or(old.scope),
+            grant_type: self.grant_type.or(old.grant_type),
+        }
+    }
+
+    fn build(self, loc: Vec<&'static str>, reader: &mut Reader) -> Option<OauthClient> {
+        if self.is_empty() {
+            return None;
+        }
+        if self.client_id.is_none() {
+            reader.issue_at(loc.clone(), json!("client_id"), "This field is required.");
+        }
+        let client_secret = self.client_secret.filter(|secret| !secret.expose().is_empty());
+        let grant_type = self.grant_type.unwrap_or_default();
+        if grant_type == GrantType::ClientCredentials && client_secret.is_none() {
+            reader.issue_at(loc, json!("client_secret"), "A client that signs in as itself needs a client_secret.");
+        }
+        let scope = self.scope.filter(|scope| !scope.trim().is_empty());
+        Some(OauthClient { client_id: self.client_id?, client_secret, scope, grant_type })
+    }
 }
 
 impl From<Connector> for ConnectorFields {
@@ -244,6 +335,7 @@ impl From<Connector> for ConnectorFields {
                 fields.auth_header = remote.auth_header;
                 fields.auth_token = remote.auth_token;
                 fields.custom_headers = remote.custom_headers;
+                fields.oauth = remote.oauth.map(OauthFields::from);
             }
         }
         fields
@@ -264,6 +356,7 @@ impl ConnectorFields {
             || self.auth_header.is_some()
             || self.auth_token.is_some()
             || self.custom_headers.is_some()
+            || self.oauth.is_some()
     }
 
     /// Reads a body of either shape: the server's name, if it is given, and the fields of its connector.
@@ -305,6 +398,7 @@ impl ConnectorFields {
             auth_header: level.text("auth_header", reader),
             auth_token: read_token(&mut level, kind != Kind::Create, reader),
             custom_headers: level.secrets("custom_headers", reader),
+            oauth: OauthFields::read(&mut level, reader),
         };
         level.refuse_rest(reader);
         (name, fields)
@@ -330,6 +424,10 @@ impl ConnectorFields {
             auth_header: self.auth_header.or(old.auth_header),
             auth_token: self.auth_token.or(old.auth_token),
             custom_headers: self.custom_headers.or(old.custom_headers),
+            oauth: match self.oauth {
+                Some(oauth) => Some(oauth.over(old.oauth)),
+                None => old.oauth,
+            },
         }
     }
 
@@ -341,6 +439,10 @@ impl ConnectorFields {
         }
     }
 
+    fn oauth_secret(&self) -> Option<&Secret> {
+        self.oauth.as_ref()?.client_secret.as_ref()
+    }
+
     /// What is new has no masks: they would stand for nothing (CONTRACT row 6).
     fn refuse_masks(&self, reader: &mut Reader) {
         if self.server_url.as_deref().is_some_and(mask::is_masked_url) {
@@ -348,6 +450,9 @@ impl ConnectorFields {
         }
         if self.auth_token.as_ref().is_some_and(mask::is_mask) {
             reader.issue(&self.at("auth_token"), STRAY_MASK);
+        }
+        if self.oauth_secret().is_some_and(mask::is_mask) {
+            reader.issue_at(self.at("oauth"), json!("client_secret"), STRAY_MASK);
         }
         for (key, map) in [("custom_headers", &self.custom_headers), ("env", &self.env)] {
             for (name, _) in map.iter().flatten().filter(|(_, value)| mask::is_mask(value)) {
@@ -383,6 +488,13 @@ impl ConnectorFields {
             match unmasked(given, old.auth_token.as_ref()) {
                 Ok(token) => self.auth_token = Some(token),
                 Err(msg) => reader.issue(&self.at("auth_token"), msg),
+            }
+        }
+        if let Some(given) = self.oauth_secret().filter(|secret| mask::is_mask(secret)) {
+            let same = old.oauth.as_ref().filter(|old| self.oauth.as_ref().is_some_and(|oauth| oauth.is_of(old)));
+            match unmasked(given, same.and_then(|old| old.client_secret.as_ref())) {
+                Ok(secret) => self.oauth.iter_mut().for_each(|oauth| oauth.client_secret = Some(secret.clone())),
+                Err(msg) => reader.issue_at(self.at("oauth"), json!("client_secret"), msg),
             }
         }
         let (headers, env) = (self.at("custom_headers"), self.at("env"));
@@ -440,6 +552,7 @@ impl ConnectorFields {
                     ("auth_header", self.auth_header.is_some()),
                     ("auth_token", self.auth_token.is_some()),
                     ("custom_headers", self.custom_headers.is_some()),
+                    ("oauth", self.oauth.is_some()),
                 ];
                 refuse_foreign(&foreign, "A stdio server does not take this field.", at, reader);
                 let command = self.command.filter(|command| !command.trim().is_empty());
@@ -463,7 +576,7 @@ impl ConnectorFields {
                     auth_header: self.auth_header.filter(|name| !name.is_empty()),
                     auth_token: self.auth_token.filter(|token| !token.expose().is_empty()),
                     custom_headers: self.custom_headers.filter(|headers| !headers.is_empty()),
-                    oauth: None,
+                    oauth: self.oauth.and_then(|oauth| oauth.build(at("oauth"), reader)),
                 };
                 check_headers(&remote, at, reader);
                 Some(if server_type == ServerType::Sse {

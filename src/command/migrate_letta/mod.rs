@@ -91,7 +91,11 @@ async fn migrate(
         say(format_args!("{} came to {}.", counted(coming, "server"), store.describe()));
     }
     if staying > 0 {
-        say(format_args!("{} stayed in {}.", counted(staying, "server"), source.describe()));
+        say(format_args!(
+            "{} in {}.",
+            if staying == 1 { "1 server stays".to_owned() } else { format!("{staying} servers stay") },
+            source.describe()
+        ));
     }
     Ok(())
 }

@@ -8,8 +8,9 @@ use chrono::{DateTime, Utc};
 use serde::Deserialize;
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value, json};
+use uuid::{Uuid, Variant};
 
-use crate::api::{as_registered, is_id};
+use crate::api::as_registered;
 use crate::error::Error;
 use crate::mcp::accept;
 use crate::model::{Connector, Offered, Remote, Secret, SecretMap, Server, ServerType, SignIn, Stdio};
@@ -148,9 +149,9 @@ impl Plan {
         let orphans: Vec<_> = owners.orphans.iter().filter(|tool| listed(&tool.organization_id)).collect();
         if !orphans.is_empty() {
             let names: Vec<_> = orphans.iter().map(|tool| shown(&tool.name)).collect();
-            let (noun, verb) = if orphans.len() == 1 { ("Tool", "does") } else { ("Tools", "do") };
+            let (noun, verb, it) = if orphans.len() == 1 { ("Tool", "does", "it") } else { ("Tools", "do", "them") };
             self.remarks
-                .push(format!("{noun} {} {verb} not come: no server in Letta has them any more.", names.join(", ")));
+                .push(format!("{noun} {} {verb} not come: no server in Letta has {it} any more.", names.join(", ")));
         }
         let left = |(place, sign_in): &(usize, &LettaSignIn)| {
             let is_listed = |id: &String| rows.servers.iter().any(|server| &server.id == id);
@@ -292,7 +293,7 @@ impl Draft<'_> {
         if token.is_some() && row.token_enc.as_deref().is_none_or(str::is_empty) {
             self.note("its token comes from a column that the last versions of Letta do not read");
         }
-        let text = self.open("headers", row.custom_headers_enc.as_deref(), row.custom_headers.as_deref());
+        let text = self.open("set of headers", row.custom_headers_enc.as_deref(), row.custom_headers.as_deref());
         let headers = text.and_then(|text| match serde_json::from_str::<Option<SecretMap>>(text.expose()) {
             Ok(headers) => headers,
             Err(_) => {
@@ -324,8 +325,8 @@ impl Draft<'_> {
     /// Name and connector as a create would store them; what it would refuse is a reason.
     fn checked(&mut self, connector: Option<Connector>) -> (String, Option<Connector>) {
         let as_it_is = self.row.server_name.clone();
-        if !is_id(&self.row.id) {
-            self.reasons.push("its id is not one that a path can have".to_owned());
+        if !is_id(&self.row.id, "mcp_server-") {
+            self.reasons.push(NO_ID.to_owned());
         }
         let Some(connector) = connector else { return (as_it_is, None) };
         match as_registered(&as_it_is, &connector) {
@@ -354,16 +355,16 @@ impl Draft<'_> {
     fn refuse_closed(&mut self, without_secrets: bool) {
         for (what, closed) in std::mem::take(&mut self.closed) {
             match without_secrets {
-                true => self.notes.push(format!("comes without its {what}, which {closed}")),
-                false => self.reasons.push(format!("its {what} {closed}")),
+                true => self.notes.push(format!("its {what} does not come: {closed}")),
+                false => self.reasons.push(format!("its {what} cannot be opened: {closed}")),
             }
         }
     }
 
     fn drop_tools_in_use(&mut self, tools: &mut Vec<&LettaTool>, here: &Here) {
         tools.retain(|tool| {
-            let fault = match (is_id(&tool.id), here.tools.contains(&tool.id)) {
-                (false, _) => "its id is not one that a path can have",
+            let fault = match (is_id(&tool.id, "tool-"), here.tools.contains(&tool.id)) {
+                (false, _) => NO_ID,
                 (_, true) => "it is a tool of another server in Portolan",
                 _ => return true,
             };
@@ -386,6 +387,17 @@ impl Draft<'_> {
         }
         offered.into_iter().map(|tool| (ids[tool.name.as_str()].clone(), tool)).collect()
     }
+}
+
+const NO_ID: &str = "its id is not one that Letta makes";
+
+/// Ids of every release of Letta, and of Portolan: a prefix, and a random UUID (version 4) in its usual spelling.
+fn is_id(text: &str, prefix: &str) -> bool {
+    let rest = text.strip_prefix(prefix);
+    rest.is_some_and(|rest| {
+        Uuid::try_parse(rest)
+            .is_ok_and(|id| id.get_version_num() == 4 && id.get_variant() == Variant::RFC4122 && id.to_string() == rest)
+    })
 }
 
 /// The MCP definition that Letta made `json_schema` of, as far as it can be had: without what Letta adds to every tool.

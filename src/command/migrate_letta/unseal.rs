@@ -36,9 +36,9 @@ pub enum Opener {
 /// Why a secret cannot be had.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, thiserror::Error)]
 pub enum Closed {
-    #[error("is sealed, and no key was given")]
+    #[error("it is sealed, and no key was given")]
     NoKey,
-    #[error("is sealed with another key than the one given, or damaged")]
+    #[error("it is sealed with another key than the one given, or damaged")]
     WrongKey,
 }
 
@@ -84,7 +84,6 @@ fn opened(key: &Secret, mut envelope: Zeroizing<Vec<u8>>) -> Option<Secret> {
 }
 
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
 

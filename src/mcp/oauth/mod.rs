@@ -1,10 +1,34 @@
 //! Sign-in to MCP servers by OAuth: MCP authorization 2025-11-25 and 2026-07-28, RFC 6749, 7591, 7636, 8414, 8707, 9207, 9728.
 
+//!
+//! [`Signer`] is what the requests to a server use; `connect` is how a person signs in, `provider` and `token` are what the
+//! authorization server is asked, `way` is how it is reached.
+
 mod connect;
+mod provider;
+mod signer;
+mod token;
+mod way;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
 
 use serde_json::value::RawValue;
+use tokio::sync::Notify;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
 
-use crate::model::{Connector, Server};
+use crate::config;
+use crate::model::{Connector, Remote, Server};
+use crate::store::Store;
+
+use super::egress::Egress;
+use super::remote::has_authorization;
+
+pub use signer::Signer;
+pub use way::Problem;
+
+use signer::Source;
 
 /// What a connect tells, in this order; the last one is `Success` or `Error` (CONTRACT row 24).
 #[derive(Debug)]
@@ -51,4 +75,86 @@ pub enum SignInError {
     NotStored,
     #[error("OAuth callback failed: {0}")]
     Failed(String),
+}
+
+/// The sign-ins to all servers. Clones share everything.
+#[derive(Clone)]
+pub struct SignIns(Arc<Shared>);
+
+struct Shared {
+    store: Store,
+    egress: Egress,
+    tracker: TaskTracker,
+    settings: config::SignIn,
+    /// Who holds a lease.
+    me: String,
+    /// By the server's id; those in use.
+    sources: Mutex<HashMap<String, Weak<Source>>>,
+    /// A sign-in ended that was begun, well or not.
+    finished: Notify,
+    /// How many connects are under way, by whom they are to.
+    connects: Mutex<HashMap<String, usize>>,
+}
+
+impl SignIns {
+    pub fn new(store: Store, egress: Egress, tracker: TaskTracker, settings: config::SignIn) -> Self {
+        Self(Arc::new(Shared {
+            store,
+            egress,
+            tracker,
+            settings,
+            me: Uuid::new_v4().to_string(),
+            sources: Mutex::default(),
+            finished: Notify::new(),
+            connects: Mutex::default(),
+        }))
+    }
+
+    fn store(&self) -> &Store {
+        &self.0.store
+    }
+
+    fn egress(&self) -> &Egress {
+        &self.0.egress
+    }
+
+    fn tracker(&self) -> &TaskTracker {
+        &self.0.tracker
+    }
+
+    fn me(&self) -> &str {
+        &self.0.me
+    }
+
+    /// The sign-in of a server for a new session, as it is stored now. `None` when an `Authorization` of its own is
+    /// configured: that one goes out, and nothing beside it.
+    pub fn of(&self, server_id: &str, remote: &Remote) -> Option<Signer> {
+        if !signs_in(remote) {
+            return None;
+        }
+        let mut sources = self.0.sources.lock().expect("no code panics while it holds the sources");
+        sources.retain(|_, source| source.strong_count() > 0);
+        let known = sources.get(server_id).and_then(Weak::upgrade).filter(|source| source.is_for(remote));
+        Some(match known {
+            Some(source) => {
+                source.look_again();
+                Signer::of(source)
+            }
+            None => {
+                let signer = Signer::new(self.clone(), Some(server_id.to_owned()), remote);
+                sources.insert(server_id.to_owned(), Arc::downgrade(signer.source()));
+                signer
+            }
+        })
+    }
+
+    /// As [`SignIns::of`], of a connector that is not registered.
+    pub fn apart(&self, remote: &Remote) -> Option<Signer> {
+        signs_in(remote).then(|| Signer::new(self.clone(), None, remote))
+    }
+}
+
+/// Whether OAuth is for this server: it is configured, or no other `Authorization` is.
+fn signs_in(remote: &Remote) -> bool {
+    remote.oauth.is_some() || !has_authorization(remote)
 }

@@ -1,0 +1,490 @@
+//! The sign-in of one server, as its requests use it: a token in memory, new ones when it runs out.
+//!
+//! No request waits for the database while its token is good. New tokens are fetched once, whoever wants them: here by the
+//! turn of the server, among several Portolans by the lease of the row ([`Store::lease_sign_in`]); who comes second reads
+//! what the first has written. A fetch goes on when its caller leaves: a refresh token that was used and not stored is
+//! lost.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use chrono::{DateTime, TimeDelta, Utc};
+use http::header::AUTHORIZATION;
+use http::{HeaderValue, StatusCode};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::model::{GrantType, OauthClient, Remote, SignIn};
+use crate::store::{Store, StoredSignIn, now};
+
+use super::super::remote::{HttpError, read_over};
+use super::SignIns;
+use super::provider::{Provider, bare};
+use super::token::{self, Grant, INVALID_GRANT, Tokens};
+use super::way::Problem;
+
+/// How long before its end a token is replaced, at most; a short-lived one in the last quarter of its life.
+const MARGIN: TimeDelta = TimeDelta::seconds(45);
+/// How long a Portolan alone may fetch tokens for a server. Longer than a fetch takes, so that nobody asks twice.
+const LEASE: TimeDelta = TimeDelta::seconds(40);
+/// How long finding the authorization server and asking it may take.
+const FETCH_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long to wait for another Portolan's tokens, and how often to look.
+const WAIT: Duration = Duration::from_secs(45);
+const LOOK: Duration = Duration::from_millis(200);
+/// How long a token that is still good is used after a fetch for a new one failed, before the next try.
+const REST: Duration = Duration::from_secs(5);
+/// How often new tokens are tried to be stored.
+const WRITES: u32 = 5;
+
+/// The sign-in of one server. Clones share everything.
+#[derive(Clone)]
+pub struct Signer(Arc<Source>);
+
+pub struct Source {
+    ins: SignIns,
+    /// `None` for a server that is not registered: its sign-in is in memory alone.
+    server_id: Option<String>,
+    server_url: String,
+    client: Option<OauthClient>,
+    memory: Mutex<Memory>,
+    turn: tokio::sync::Mutex<()>,
+}
+
+struct Memory {
+    known: Known,
+    /// Until then a token that is about to end is good enough.
+    rest_until: Option<Instant>,
+    /// There has been a token.
+    has_signed: bool,
+}
+
+#[derive(Clone)]
+enum Known {
+    /// Nobody has looked.
+    Unread,
+    None,
+    Token(Arc<Token>),
+}
+
+/// An access token.
+pub struct Token {
+    header: HeaderValue,
+    version: i64,
+    received_at: DateTime<Utc>,
+    expires_at: Option<DateTime<Utc>>,
+}
+
+impl Token {
+    fn new(sign_in: &SignIn, version: i64, received_at: DateTime<Utc>) -> Option<Self> {
+        let mut header = HeaderValue::try_from(format!("Bearer {}", sign_in.access_token.expose())).ok()?;
+        header.set_sensitive(true);
+        Some(Self { header, version, received_at, expires_at: sign_in.expires_at })
+    }
+
+    fn is_over(&self) -> bool {
+        self.expires_at.is_some_and(|end| end <= Utc::now())
+    }
+
+    /// Whether it is time for another one.
+    fn is_due(&self) -> bool {
+        self.expires_at.is_some_and(|end| Utc::now() >= end - margin(self.received_at, end))
+    }
+}
+
+fn margin(received_at: DateTime<Utc>, end: DateTime<Utc>) -> TimeDelta {
+    ((end - received_at) / 4).clamp(TimeDelta::zero(), MARGIN)
+}
+
+/// Whether a sign-in to the one URL is good for the other: a token is not sent to another place, whatever it is called.
+fn is_same_place(one: &str, other: &str) -> bool {
+    one == other || matches!((bare(one), bare(other)), (Ok(one), Ok(other)) if one == other)
+}
+
+impl Signer {
+    pub(super) fn new(ins: SignIns, server_id: Option<String>, remote: &Remote) -> Self {
+        let known = if server_id.is_some() { Known::Unread } else { Known::None };
+        let memory = Memory { known, rest_until: None, has_signed: false };
+        Self(Arc::new(Source {
+            ins,
+            server_id,
+            server_url: remote.server_url.clone(),
+            client: remote.oauth.clone(),
+            memory: Mutex::new(memory),
+            turn: tokio::sync::Mutex::default(),
+        }))
+    }
+
+    /// Of a server that is not registered, to which somebody has just signed in.
+    pub(super) fn signed_in(self, sign_in: &SignIn) -> Self {
+        if let Some(token) = Token::new(sign_in, 1, now()) {
+            self.0.know(Some(Arc::new(token)));
+        }
+        self
+    }
+
+    pub(super) fn source(&self) -> &Arc<Source> {
+        &self.0
+    }
+
+    pub(super) fn of(source: Arc<Source>) -> Self {
+        Self(source)
+    }
+
+    /// The id of the server, if it is registered and a person can sign in to it.
+    pub fn connects(&self) -> Option<&str> {
+        self.0.server_id.as_deref().filter(|_| !self.0.is_machine())
+    }
+
+    /// Whether there is a sign-in, or was one: a 401 then says that it is over.
+    pub fn has_signed(&self) -> bool {
+        self.0.memory().has_signed
+    }
+
+    /// Portolan signs in as itself, without a person.
+    pub fn is_machine(&self) -> bool {
+        self.0.is_machine()
+    }
+
+    /// Sends a request with the token there is, if there is one. A server that answers 401 has done nothing; it gets the
+    /// request once more when there is another token. `sent` hears `true` before the request may reach the server, and
+    /// `false` when it turned out to have done nothing.
+    ///
+    /// # Errors
+    /// [`HttpError::NoToken`] when a new token is needed and cannot be had now: nothing was sent.
+    pub async fn send(
+        &self,
+        request: reqwest::RequestBuilder,
+        mut sent: impl FnMut(bool),
+    ) -> Result<reqwest::Response, HttpError> {
+        let again = request.try_clone();
+        let token = self.token().await?;
+        sent(true);
+        let response = signed(request, token.as_deref()).send().await?;
+        let Some(again) = again.filter(|_| response.status() == StatusCode::UNAUTHORIZED) else { return Ok(response) };
+        sent(false);
+        let Some(token) = self.another(token.as_deref()).await? else { return Ok(response) };
+        read_over(response).await;
+        sent(true);
+        Ok(signed(again, Some(&token)).send().await?)
+    }
+
+    async fn token(&self) -> Result<Option<Arc<Token>>, Problem> {
+        let fresh = match &*self.0.memory() {
+            Memory { known: Known::None, .. } => Some(None),
+            Memory { known: Known::Token(token), rest_until, .. }
+                if !token.is_due() || is_resting(*rest_until, token) =>
+            {
+                Some(Some(token.clone()))
+            }
+            _ => None,
+        };
+        match fresh {
+            Some(token) => Ok(token),
+            None => self.settle(None).await,
+        }
+    }
+
+    /// Another token than the one that the server did not take.
+    async fn another(&self, refused: Option<&Token>) -> Result<Option<Arc<Token>>, Problem> {
+        self.settle(Some(refused.map_or(0, |token| token.version))).await
+    }
+
+    async fn settle(&self, refused: Option<i64>) -> Result<Option<Arc<Token>>, Problem> {
+        let source = self.0.clone();
+        let settling = self.0.ins.tracker().spawn(async move { source.settle(refused).await });
+        // It ends without an outcome only with the runtime.
+        settling.await.unwrap_or(Err(Problem::Stopping))
+    }
+}
+
+fn is_resting(rest_until: Option<Instant>, token: &Token) -> bool {
+    !token.is_over() && rest_until.is_some_and(|until| Instant::now() < until)
+}
+
+fn signed(request: reqwest::RequestBuilder, token: Option<&Token>) -> reqwest::RequestBuilder {
+    match token {
+        Some(token) => request.header(AUTHORIZATION, token.header.clone()),
+        None => request,
+    }
+}
+
+impl Source {
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().expect("no code panics while it holds the token")
+    }
+
+    fn store(&self) -> &Store {
+        self.ins.store()
+    }
+
+    fn is_machine(&self) -> bool {
+        self.client.as_ref().is_some_and(|client| client.grant_type == GrantType::ClientCredentials)
+    }
+
+    pub fn is_for(&self, remote: &Remote) -> bool {
+        self.server_url == remote.server_url && self.client == remote.oauth
+    }
+
+    /// What is stored may be another one by now.
+    pub fn look_again(&self) {
+        self.memory().known = Known::Unread;
+    }
+
+    fn know(&self, token: Option<Arc<Token>>) -> Option<Arc<Token>> {
+        let known = token.clone().map_or(Known::None, Known::Token);
+        let mut memory = self.memory();
+        let has_signed = memory.has_signed || token.is_some();
+        *memory = Memory { known, rest_until: None, has_signed };
+        drop(memory);
+        token
+    }
+
+    /// The token to use: one that is neither due nor of the refused version or one before it.
+    async fn settle(&self, refused: Option<i64>) -> Result<Option<Arc<Token>>, Problem> {
+        let turn = timeout(WAIT, self.turn.lock()).await;
+        let _turn = turn.map_err(|_| Problem::TimedOut)?;
+        let is_wanted = |token: &Token| !token.is_due() && refused.is_none_or(|refused| token.version > refused);
+        if let Known::Token(token) = self.memory().known.clone()
+            && is_wanted(&token)
+        {
+            return Ok(Some(token));
+        }
+        let Some(server_id) = &self.server_id else { return self.settle_unregistered(refused).await };
+        let deadline = Instant::now() + WAIT;
+        loop {
+            let stored = self.store().sign_in(server_id).await.map_err(|_| Problem::Store)?;
+            let Some((sign_in, version, token)) = self.usable(server_id, stored).await else {
+                return if self.is_machine() { self.fetch_first(server_id).await } else { Ok(self.know(None)) };
+            };
+            let token = Arc::new(token);
+            let is_refused = refused.is_some_and(|refused| version <= refused);
+            if is_wanted(&token) {
+                return Ok(self.know(Some(token)));
+            }
+            if sign_in.refresh_token.is_none() && !self.is_machine() {
+                // Whether it is over says the server.
+                return Ok(self.know(Some(token).filter(|_| !is_refused)));
+            }
+            let me = self.ins.me();
+            let leased = self.store().lease_sign_in(server_id, version, me, LEASE).await;
+            if !leased.map_err(|_| Problem::Store)? {
+                if Instant::now() >= deadline {
+                    return Err(Problem::TimedOut);
+                }
+                // Somebody else is about it. A token that is still good does until then.
+                if !is_refused && !token.is_over() {
+                    return Ok(Some(token));
+                }
+                sleep(LOOK).await;
+                continue;
+            }
+            let fetched = timeout(FETCH_TIMEOUT, self.fetch(Some(&sign_in))).await.unwrap_or(Err(Problem::TimedOut));
+            match fetched {
+                Ok(new) => match self.write(server_id, version, &new).await {
+                    Some(token) => return Ok(self.know(Some(token))),
+                    None => continue,
+                },
+                // A client's own secret is for the authorization server that it was given at: the row stays and says which.
+                Err(problem @ (Problem::Refused(INVALID_GRANT) | Problem::OtherIssuer)) if !self.is_machine() => {
+                    tracing::info!(server.id = server_id, reason = %problem, "a sign-in is over");
+                    self.store().remove_sign_in(server_id, version).await.map_err(|_| Problem::Store)?;
+                    return Ok(self.know(None));
+                }
+                Err(problem) => {
+                    tracing::warn!(server.id = server_id, reason = %problem, "no new token for a server");
+                    // A lease that is not given back ends by itself.
+                    let _ = self.store().release_sign_in(server_id, version, me).await;
+                    if matches!(problem, Problem::Refused(_) | Problem::OtherIssuer) {
+                        return Ok(self.know(None));
+                    }
+                    if is_refused || token.is_over() {
+                        return Err(problem);
+                    }
+                    let mut memory = self.memory();
+                    memory.known = Known::Token(token.clone());
+                    memory.rest_until = Some(Instant::now() + REST);
+                    return Ok(Some(token));
+                }
+            }
+        }
+    }
+
+    /// The stored sign-in if it is one for this server as it is configured. One that is void is removed; one that does not
+    /// open may be whole once its key is back.
+    async fn usable(&self, server_id: &str, stored: Option<StoredSignIn>) -> Option<(SignIn, i64, Token)> {
+        let StoredSignIn { version, sign_in, updated_at } = stored?;
+        let sign_in = match sign_in {
+            Ok(sign_in) => sign_in,
+            Err(_) => {
+                tracing::warn!(server.id = server_id, "the sign-in to a server is sealed and cannot be opened");
+                return None;
+            }
+        };
+        let is_same_client = self.client.as_ref().is_none_or(|client| client.client_id == sign_in.client_id);
+        let token = Token::new(&sign_in, version, updated_at);
+        if !is_same_place(&sign_in.server_url, &self.server_url) || !is_same_client || token.is_none() {
+            tracing::info!(server.id = server_id, "a sign-in is void: the server was changed");
+            // Tried again by whoever reads it next.
+            let _ = self.store().remove_sign_in(server_id, version).await;
+            return None;
+        }
+        Some((sign_in, version, token?))
+    }
+
+    /// Stores what was fetched over `version`; `None` when somebody has signed in anew meanwhile. What cannot be stored is
+    /// used all the same: it is the only one that is good.
+    async fn write(&self, server_id: &str, version: i64, new: &SignIn) -> Option<Arc<Token>> {
+        for attempt in 1..=WRITES {
+            match self.store().renew_sign_in(server_id, version, new).await {
+                Ok(true) => break,
+                Ok(false) => return None,
+                Err(error) if attempt == WRITES => {
+                    tracing::error!(server.id = server_id, %error, "new tokens cannot be stored");
+                }
+                Err(_) => sleep(LOOK * attempt).await,
+            }
+        }
+        Token::new(new, version + 1, now()).map(Arc::new)
+    }
+
+    /// The first token of a client that signs in as itself.
+    async fn fetch_first(&self, server_id: &str) -> Result<Option<Arc<Token>>, Problem> {
+        let fetched = timeout(FETCH_TIMEOUT, self.fetch(None)).await.unwrap_or(Err(Problem::TimedOut));
+        match fetched {
+            Ok(new) => {
+                let version = self.store().put_sign_in(server_id, &new).await.map_err(|_| Problem::Store)?;
+                let token = version.and_then(|version| Token::new(&new, version, now()));
+                Ok(self.know(token.map(Arc::new)))
+            }
+            Err(problem @ Problem::Refused(_)) => {
+                tracing::warn!(server.id = server_id, reason = %problem, "no token for a server");
+                Ok(self.know(None))
+            }
+            Err(problem) => Err(problem),
+        }
+    }
+
+    async fn settle_unregistered(&self, refused: Option<i64>) -> Result<Option<Arc<Token>>, Problem> {
+        if !self.is_machine() {
+            return Ok(self.know(None));
+        }
+        match timeout(FETCH_TIMEOUT, self.fetch(None)).await.unwrap_or(Err(Problem::TimedOut)) {
+            Ok(new) => Ok(self.know(Token::new(&new, refused.unwrap_or(0) + 1, now()).map(Arc::new))),
+            Err(Problem::Refused(_)) => Ok(self.know(None)),
+            Err(problem) => Err(problem),
+        }
+    }
+
+    /// New tokens from the authorization server that the server names now, which must be that of before.
+    async fn fetch(&self, old: Option<&SignIn>) -> Result<SignIn, Problem> {
+        let mut provider = Provider::find(self.ins.egress(), &self.server_url, None).await?;
+        if let Some(known) = old.and_then(|old| old.issuer.as_deref())
+            && provider.issuer() != Some(known)
+        {
+            // One that says nothing today says it tomorrow.
+            return Err(if provider.is_published { Problem::OtherIssuer } else { Problem::Metadata });
+        }
+        let resource = provider.resource().await?;
+        let (client_id, client_secret) = match (&self.client, old) {
+            (Some(client), _) => (&client.client_id, client.client_secret.as_ref()),
+            (None, Some(old)) => (&old.client_id, old.client_secret.as_ref()),
+            (None, None) => return Err(Problem::Metadata),
+        };
+        let refresh_token = old.and_then(|old| old.refresh_token.as_ref());
+        let grant = match refresh_token {
+            Some(refresh_token) if !self.is_machine() => Grant::Refresh { refresh_token },
+            _ => Grant::Client { scope: self.client.as_ref().and_then(|client| client.scope.as_deref()) },
+        };
+        let endpoint = provider.endpoint();
+        let tokens = token::ask(&provider.way, &endpoint, client_id, client_secret, &grant, &resource).await?;
+        let made = SignIn {
+            server_url: self.server_url.clone(),
+            issuer: provider.issuer().map(str::to_owned),
+            client_id: client_id.clone(),
+            client_secret: old.and_then(|old| old.client_secret.clone()),
+            redirect_uri: old.and_then(|old| old.redirect_uri.clone()),
+            access_token: tokens.access_token.clone(),
+            refresh_token: old.and_then(|old| old.refresh_token.clone()),
+            scope: old.and_then(|old| old.scope.clone()),
+            expires_at: None,
+        };
+        Ok(with_tokens(made, tokens))
+    }
+}
+
+/// A sign-in with these tokens. What an answer leaves out stays as it was (RFC 6749, 5.1 and 6), but for the end.
+pub fn with_tokens(sign_in: SignIn, tokens: Tokens) -> SignIn {
+    SignIn {
+        access_token: tokens.access_token,
+        refresh_token: tokens.refresh_token.or(sign_in.refresh_token),
+        scope: tokens.scope.or(sign_in.scope),
+        expires_at: tokens.expires_in.map(|seconds| now() + TimeDelta::seconds(seconds)),
+        ..sign_in
+    }
+}
+
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_is_good_for_its_own_place_alone() {
+        let here = "https://a.example/mcp";
+        for same in [here, "https://a.example/mcp?session=1", "https://a.example:443/mcp"] {
+            assert!(is_same_place(here, same), "{same}");
+        }
+        for other in
+            ["https://b.example/mcp", "https://a.example/", "http://a.example/mcp", "https://a.example:8/mcp", "x"]
+        {
+            assert!(!is_same_place(here, other), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_replaced_before_it_ends_and_not_long_before() {
+        let token = |age: i64, lifetime: Option<i64>| {
+            let received_at = Utc::now() - TimeDelta::seconds(age);
+            let expires_at = lifetime.map(|lifetime| received_at + TimeDelta::seconds(lifetime));
+            Token { header: HeaderValue::from_static("Bearer a"), version: 1, received_at, expires_at }
+        };
+        for (age, lifetime, due) in [
+            (0, Some(3600), false),
+            (3500, Some(3600), false),
+            (3560, Some(3600), true),
+            (4000, Some(3600), true),
+            (10, Some(40), false),
+            (31, Some(40), true),
+            (0, Some(0), true),
+            (1_000_000, None, false),
+        ] {
+            assert_eq!(token(age, lifetime).is_due(), due, "{age} of {lifetime:?}");
+        }
+        assert!(token(41, Some(40)).is_over() && !token(39, Some(40)).is_over() && !token(1_000, None).is_over());
+    }
+
+    #[test]
+    fn an_answer_without_a_refresh_token_keeps_the_old_one() {
+        let old = SignIn {
+            server_url: "https://a.example/".to_owned(),
+            issuer: None,
+            client_id: "c".to_owned(),
+            client_secret: None,
+            redirect_uri: None,
+            access_token: "old".to_owned().into(),
+            refresh_token: Some("kept".to_owned().into()),
+            scope: Some("s".to_owned()),
+            expires_at: Some(now()),
+        };
+        let tokens = |refresh: Option<&str>| Tokens {
+            access_token: "new".to_owned().into(),
+            refresh_token: refresh.map(|text| text.to_owned().into()),
+            scope: None,
+            expires_in: None,
+        };
+        let kept = with_tokens(old.clone(), tokens(None));
+        assert!(kept.access_token.expose() == "new" && kept.expires_at.is_none() && kept.scope.as_deref() == Some("s"));
+        assert_eq!(kept.refresh_token.unwrap().expose(), "kept");
+        assert_eq!(with_tokens(old, tokens(Some("turned"))).refresh_token.unwrap().expose(), "turned");
+    }
+}
