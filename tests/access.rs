@@ -220,6 +220,9 @@ impl<'a> Kept<'a> {
                 json!({"args": {"message": "m"}}).to_string()
             }
             (&Method::POST, "/v1/tools/mcp/servers/test" | "/v1/tools/mcp/servers/connect") => self.flat("tried"),
+            (&Method::POST, "/v1/portolan/import") => {
+                json!({"mcpServers": {"imported": stdio(&self.bait)}}).to_string()
+            }
             (&Method::PUT, _) => self.flat("put"),
             (&Method::PATCH, "/v1/tools/mcp/servers/{mcp_server_name}") => {
                 json!({"stdio_config": stdio(&self.bait)}).to_string()
