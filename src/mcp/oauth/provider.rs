@@ -19,6 +19,17 @@ use super::way::{Problem, Way};
 
 const CLIENT_NAME: &str = "Portolan";
 const STATE_BYTES: usize = 32;
+/// The parameters of the page to sign in at that Portolan sets (RFC 6749, 4.1.1; RFC 7636, 4.3; RFC 8707, 2).
+const OWN_PARAMETERS: [&str; 8] = [
+    "response_type",
+    "client_id",
+    "redirect_uri",
+    "scope",
+    "state",
+    "resource",
+    "code_challenge",
+    "code_challenge_method",
+];
 
 /// An authorization server.
 pub struct Provider {
@@ -159,6 +170,9 @@ impl Provider {
     }
 
     async fn page(&mut self, client_id: &str, redirect_uri: &str, scopes: &[&str]) -> Result<Url, Problem> {
+        if Url::parse(&self.metadata.authorization_endpoint).is_ok_and(|page| has_own_parameter(&page)) {
+            return Err(Problem::Parameters);
+        }
         let config = OAuthClientConfig::new(client_id, redirect_uri).with_application_type("web");
         let page = match self.manager.configure_client(config) {
             Ok(()) => self.manager.get_authorization_url(scopes).await,
@@ -212,6 +226,12 @@ fn set_parameter(url: &mut Url, name: &str, value: &str) {
     for (key, old) in &pairs {
         query.append_pair(key, if key == name { value } else { old });
     }
+}
+
+/// Whether a page comes with a parameter that is Portolan's to set: of two, an authorization server may take the other
+/// (RFC 6749, 3.1 forbids them; RFC 8707, 2 has several resources).
+fn has_own_parameter(page: &Url) -> bool {
+    page.query_pairs().any(|(name, _)| OWN_PARAMETERS.contains(&&*name))
 }
 
 /// Whether a person may be sent there: over https, or to their own machine.

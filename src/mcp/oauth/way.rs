@@ -36,12 +36,19 @@ pub enum Problem {
     Issuer,
     #[error("the server has another authorization server than before")]
     OtherIssuer,
+    #[error(
+        "the server names another authorization server than the one it was signed in to; set oauth.client_secret again \
+         with PATCH if that is meant"
+    )]
+    ClientElsewhere,
     #[error("the authorization server does not take PKCE with S256")]
     Pkce,
     #[error("the authorization server did not register Portolan; register a client there and set oauth.client_id")]
     Registration,
     #[error("the page to sign in at is neither https nor on this machine")]
     Page,
+    #[error("the page to sign in at comes with parameters that are Portolan's own to set")]
+    Parameters,
     /// One of the codes of RFC 6749.
     #[error("the authorization server refused it ({0})")]
     Refused(&'static str),
