@@ -163,7 +163,8 @@ async fn a_change_that_another_portolan_makes_is_honoured_within_two_seconds() {
         let Config(Ok(Connector::StreamableHttp(mut remote))) = server.config.clone() else { panic!("it is HTTP") };
         remote.custom_headers = Some([("x-mark".to_owned(), "2".to_owned().into())].into());
         let connector = Some(Connector::StreamableHttp(remote));
-        Ok::<_, portolan::store::Error>(ServerUpdate { server_name: server.server_name.clone(), connector })
+        let server_name = server.server_name.clone();
+        Ok::<_, portolan::store::Error>(ServerUpdate { server_name, connector, forgets_sign_in: false })
     };
     another.store.update_server(&id, change).await.unwrap().unwrap();
     let changed = Instant::now();

@@ -146,6 +146,7 @@ pub(super) async fn change(app: &App, id: String, request: UpdateServer) -> Resu
     let changing = app.clone();
     app.to_the_end(async move {
         let mut reconfigured = false;
+        let forgets_sign_in = request.sets_client();
         let change = |server: &Server| -> Result<ServerUpdate, Error> {
             let server_name = request.server_name.clone().unwrap_or_else(|| server.server_name.clone());
             let connector = request.connector(server)?;
@@ -153,7 +154,7 @@ pub(super) async fn change(app: &App, id: String, request: UpdateServer) -> Resu
                 changing.mcp.check(connector).map_err(Error::Disabled)?;
             }
             reconfigured = connector.is_some();
-            Ok(ServerUpdate { server_name, connector })
+            Ok(ServerUpdate { server_name, connector, forgets_sign_in })
         };
         let server = changing.store.update_server(&id, change).await?.ok_or(Error::NoServer)?;
         if reconfigured {

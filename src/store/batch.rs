@@ -47,7 +47,7 @@ impl Store {
                            VALUES ($1, $2, $3, $4, 1, $5, $6, $7)";
         const ADD_TOOL: &str = "INSERT INTO tools (id, server_id, name, name_digest, position, definition, definition_hash) \
                                 VALUES ($1, $2, $3, $4, $5, $6, $7)";
-        const SIGN_IN: &str = "INSERT INTO sign_ins (server_id, material, version, updated_at) VALUES ($1, $2, 1, $3)";
+        const SIGN_IN: &str = "INSERT INTO sign_ins (server_id, material, version, updated_at) VALUES ($1, $2, $4, $3)";
         const CONFIGURE: &str = "UPDATE servers SET type = $3, config = $4, revision = revision + 1, era = NULL, state = $5, \
                                  error = NULL, updated_at = $6 WHERE id = $1 AND revision = $2";
         const REMOVE: &str = "DELETE FROM servers WHERE id = $1 AND revision = $2";
@@ -87,6 +87,7 @@ impl Store {
                                     .bind(&server.id)
                                     .bind(self.sealed_sign_in(&server.id, sign_in))
                                     .bind(now)
+                                    .bind(super::sign_ins::first_version())
                                     .execute(&mut *transaction)
                                     .await?;
                             }

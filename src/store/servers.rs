@@ -20,6 +20,8 @@ pub struct ServerUpdate {
     pub server_name: String,
     /// A new configuration; the state of the old one is forgotten with it.
     pub connector: Option<Connector>,
+    /// Removes the sign-in, and with it what says at which authorization server the client may be used.
+    pub forgets_sign_in: bool,
 }
 
 /// What an attempt to reach a server found.
@@ -96,6 +98,7 @@ impl Store {
              era = NULL, state = $6, error = NULL WHERE id = $1 RETURNING ",
             columns!()
         );
+        const FORGET: &str = "DELETE FROM sign_ins WHERE server_id = $1";
         let write = async {
             on_db!(self, write pool => {
                 let mut transaction = pool.begin().await.map_err(Error::from)?;
@@ -121,6 +124,9 @@ impl Store {
                         .await,
                 };
                 let changed = changed.map_err(taken)?;
+                if update.forgets_sign_in {
+                    sqlx::query(FORGET).bind(id).execute(&mut *transaction).await.map_err(Error::from)?;
+                }
                 transaction.commit().await.map_err(Error::from)?;
                 Ok(Some(self.opened(changed)))
             })

@@ -17,7 +17,7 @@ const PENDING: i64 = 32;
 
 /// A sign-in as it is stored.
 pub struct StoredSignIn {
-    /// Grows with each write.
+    /// Grows with each write, also over a removal.
     pub version: i64,
     /// `Err` when its envelope does not open; [`Unopened::Damaged`] also for a text that cannot be read.
     pub sign_in: Result<SignIn, Unopened>,
@@ -92,6 +92,12 @@ pub(super) fn sign_in_of(server_id: &str) -> Place<'_> {
     Place { table: "sign_ins", column: "material", id: server_id }
 }
 
+/// The version of a sign-in where there is none: greater than any of those that were removed, so that nobody who has
+/// read one of them takes the new one for it.
+pub(super) fn first_version() -> i64 {
+    now().timestamp_micros()
+}
+
 pub(super) fn authorization_of(id: &str) -> Place<'_> {
     Place { table: "authorizations", column: "material", id }
 }
@@ -113,7 +119,7 @@ impl Store {
     pub async fn put_sign_in(&self, server_id: &str, sign_in: &SignIn) -> Result<Option<i64>, Error> {
         // Of a server that is gone nothing is selected, and nothing written.
         const SQL: &str = "INSERT INTO sign_ins (server_id, material, version, updated_at) \
-                           SELECT id, $2, 1, $3 FROM servers WHERE id = $1 \
+                           SELECT id, $2, $4, $3 FROM servers WHERE id = $1 \
                            ON CONFLICT (server_id) DO UPDATE SET material = excluded.material, \
                            version = sign_ins.version + 1, refresher = NULL, lease_until = NULL, \
                            updated_at = excluded.updated_at RETURNING version";
@@ -125,6 +131,7 @@ impl Store {
                 .bind(server_id)
                 .bind(material)
                 .bind(now())
+                .bind(first_version())
                 .fetch_optional(&mut *transaction)
                 .await?;
             transaction.commit().await?;

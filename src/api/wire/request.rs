@@ -76,6 +76,13 @@ impl UpdateServer {
         if reader.issues.is_empty() { Ok(request) } else { Err(Error::Invalid(reader.issues)) }
     }
 
+    /// Whether the body sets the client of the sign-in anew: it takes it away, or brings its secret in clear, be it the same
+    /// one. A mask stands for what is there.
+    pub fn sets_client(&self) -> bool {
+        let secret = |oauth: &OauthFields| oauth.client_secret.as_ref().is_some_and(|secret| !mask::is_mask(secret));
+        self.fields.oauth.as_ref().is_some_and(|oauth| oauth.is_empty() || secret(oauth))
+    }
+
     /// The configuration that `server` gets; `None` when the body changes none.
     pub fn connector(self, server: &Server) -> Result<Option<Connector>, Error> {
         if self.fields.is_empty() && !self.clears_headers {
@@ -86,6 +93,7 @@ impl UpdateServer {
         {
             return Err(Error::Sealed(*unreadable));
         }
+        let sets_client = self.sets_client();
         let mut reader = Reader::default();
         let current = server.config.0.as_ref().ok().cloned().map(ConnectorFields::from);
         let (server_type, mut old) = self.fields.family(current, server.server_type);
@@ -96,7 +104,8 @@ impl UpdateServer {
         let connector = fields.over(old, server_type).build(&mut reader);
         match connector {
             Some(connector) if reader.issues.is_empty() => {
-                Ok(Some(connector).filter(|new| server.config.0.as_ref().ok() != Some(new)))
+                // A client that is set anew ends the session, too.
+                Ok(Some(connector).filter(|new| sets_client || server.config.0.as_ref().ok() != Some(new)))
             }
             _ => Err(Error::Invalid(reader.issues)),
         }

@@ -19,7 +19,7 @@ use super::super::remote::HttpError;
 use super::super::session::Listed;
 use super::super::{Error, Mcp, SyncError, Variables};
 use super::provider::{Provider, bare};
-use super::signer::with_tokens;
+use super::signer::{is_same_place, with_tokens};
 use super::token::{self, Endpoint, Grant, known_code};
 use super::way::{Problem, Way};
 use super::{ConnectEvent, SignInError, SignIns, Subject};
@@ -301,7 +301,7 @@ impl Mcp {
         let stays = match ins.store().server(server_id).await.map_err(|_| SignInError::NotStored)? {
             Some(server) => {
                 let subject = Subject::Registered(server);
-                subject.remote().is_some_and(|remote| bare(&remote.server_url).is_ok_and(|now| now == url))
+                subject.remote().is_some_and(|remote| is_same_place(&sign_in.server_url, &remote.server_url))
             }
             None => false,
         };
@@ -386,6 +386,7 @@ impl SignIns {
         caller: &str,
     ) -> Result<(String, String), Problem> {
         let provider = Provider::find(self.egress(), &remote.server_url, challenge).await?;
+        self.admit(subject, remote, &provider).await?;
         let (issuer, endpoint) = (provider.issuer().map(str::to_owned), provider.endpoint());
         let settings = &self.0.settings;
         // The document names this address alone.
@@ -419,6 +420,22 @@ impl SignIns {
         };
         self.store().begin_authorization(&new).await.map_err(|_| Problem::Store)?;
         Ok((id, begun.url.into()))
+    }
+
+    /// Whether this authorization server may see the configured secret of the client: the first one that it was used at,
+    /// and no other that the MCP server comes to name.
+    async fn admit(&self, subject: &Subject, remote: &Remote, provider: &Provider) -> Result<(), Problem> {
+        let has_secret = remote.oauth.as_ref().is_some_and(|client| client.client_secret.is_some());
+        let Some(server_id) = subject.server_id().filter(|_| has_secret) else { return Ok(()) };
+        let stored = self.store().sign_in(server_id).await.map_err(|_| Problem::Store)?;
+        let Some(sign_in) = stored.and_then(|stored| stored.sign_in.ok()) else { return Ok(()) };
+        if sign_in.issuer.is_none()
+            || sign_in.issuer.as_deref() == provider.issuer()
+            || !is_same_place(&sign_in.server_url, &remote.server_url)
+        {
+            return Ok(());
+        }
+        Err(if provider.is_published { Problem::ClientElsewhere } else { Problem::Metadata })
     }
 
     /// Waits for the end of a sign-in; the tokens of a server that is not registered come with it.

@@ -10,10 +10,12 @@ use std::time::Duration;
 
 use chrono::{DateTime, TimeDelta, Utc};
 use http::header::AUTHORIZATION;
-use http::{HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::{Instant, sleep, timeout};
+use url::Url;
 
-use crate::model::{GrantType, OauthClient, Remote, SignIn};
+use crate::model::{Connector, GrantType, OauthClient, Remote, SignIn};
+use crate::secrets::{is_secret_name, is_secret_value};
 use crate::store::{Store, StoredSignIn, now};
 
 use super::super::remote::{HttpError, read_over};
@@ -95,9 +97,17 @@ fn margin(received_at: DateTime<Utc>, end: DateTime<Utc>) -> TimeDelta {
     ((end - received_at) / 4).clamp(TimeDelta::zero(), MARGIN)
 }
 
-/// Whether a sign-in to the one URL is good for the other: a token is not sent to another place, whatever it is called.
-fn is_same_place(one: &str, other: &str) -> bool {
-    one == other || matches!((bare(one), bare(other)), (Ok(one), Ok(other)) if one == other)
+/// Whether a sign-in to the one URL is good for the other: a token is not sent to another place, whatever it is called. A
+/// parameter names a place, too (`?tenant=a`), but for one that holds a secret.
+pub fn is_same_place(one: &str, other: &str) -> bool {
+    one == other || matches!((place(one), place(other)), (Some(one), Some(other)) if one == other)
+}
+
+/// Origin and path, and what of the query is no secret.
+fn place(url: &str) -> Option<(Url, Vec<(String, String)>)> {
+    let pairs = Url::parse(url).ok()?;
+    let pairs = pairs.query_pairs().filter(|(name, value)| !is_secret_name(name) && !is_secret_value(value));
+    Some((bare(url).ok()?, pairs.map(|(name, value)| (name.into_owned(), value.into_owned())).collect()))
 }
 
 impl Signer {
@@ -203,7 +213,8 @@ fn is_resting(rest_until: Option<Instant>, token: &Token) -> bool {
 
 fn signed(request: reqwest::RequestBuilder, token: Option<&Token>) -> reqwest::RequestBuilder {
     match token {
-        Some(token) => request.header(AUTHORIZATION, token.header.clone()),
+        // In place of the one that a user in the URL makes, never beside it.
+        Some(token) => request.headers(HeaderMap::from_iter([(AUTHORIZATION, token.header.clone())])),
         None => request,
     }
 }
@@ -284,16 +295,23 @@ impl Source {
                     Some(token) => return Ok(self.know(Some(token))),
                     None => continue,
                 },
-                // A client's own secret is for the authorization server that it was given at: the row stays and says which.
-                Err(problem @ (Problem::Refused(INVALID_GRANT) | Problem::OtherIssuer)) if !self.is_machine() => {
+                Err(problem @ Problem::Refused(INVALID_GRANT)) if !self.is_machine() => {
                     tracing::info!(server.id = server_id, reason = %problem, "a sign-in is over");
-                    self.store().remove_sign_in(server_id, version).await.map_err(|_| Problem::Store)?;
+                    let ended = if self.client.as_ref().is_some_and(|client| client.client_secret.is_some()) {
+                        // The secret is for the authorization server that it was first used at: the row says which.
+                        let over = SignIn { refresh_token: None, ..sign_in };
+                        self.store().renew_sign_in(server_id, version, &over).await.map(|_| ())
+                    } else {
+                        self.store().remove_sign_in(server_id, version).await
+                    };
+                    ended.map_err(|_| Problem::Store)?;
                     return Ok(self.know(None));
                 }
                 Err(problem) => {
                     tracing::warn!(server.id = server_id, reason = %problem, "no new token for a server");
                     // A lease that is not given back ends by itself.
                     let _ = self.store().release_sign_in(server_id, version, me).await;
+                    // Of another authorization server the row stays as well: it says which one may see what is in it.
                     if matches!(problem, Problem::Refused(_) | Problem::OtherIssuer) {
                         return Ok(self.know(None));
                     }
@@ -309,8 +327,8 @@ impl Source {
         }
     }
 
-    /// The stored sign-in if it is one for this server as it is configured. One that is void is removed; one that does not
-    /// open may be whole once its key is back.
+    /// The stored sign-in if it is one for this server as it is configured. One that is void is removed, unless it is this
+    /// session that is of a configuration from before; one that does not open may be whole once its key is back.
     async fn usable(&self, server_id: &str, stored: Option<StoredSignIn>) -> Option<(SignIn, i64, Token)> {
         let StoredSignIn { version, sign_in, updated_at } = stored?;
         let sign_in = match sign_in {
@@ -323,12 +341,25 @@ impl Source {
         let is_same_client = self.client.as_ref().is_none_or(|client| client.client_id == sign_in.client_id);
         let token = Token::new(&sign_in, version, updated_at);
         if !is_same_place(&sign_in.server_url, &self.server_url) || !is_same_client || token.is_none() {
-            tracing::info!(server.id = server_id, "a sign-in is void: the server was changed");
-            // Tried again by whoever reads it next.
-            let _ = self.store().remove_sign_in(server_id, version).await;
+            if self.is_current(server_id).await {
+                tracing::info!(server.id = server_id, "a sign-in is void: the server was changed");
+                // Tried again by whoever reads it next.
+                let _ = self.store().remove_sign_in(server_id, version).await;
+            }
             return None;
         }
         Some((sign_in, version, token?))
+    }
+
+    /// Whether the server is still configured as this session has it.
+    async fn is_current(&self, server_id: &str) -> bool {
+        match self.store().server(server_id).await {
+            Ok(Some(server)) => match &server.config.0 {
+                Ok(Connector::Sse(remote) | Connector::StreamableHttp(remote)) => self.is_for(remote),
+                _ => false,
+            },
+            _ => false,
+        }
     }
 
     /// Stores what was fetched over `version`; `None` when somebody has signed in anew meanwhile. What cannot be stored is
@@ -431,8 +462,13 @@ mod tests {
     #[test]
     fn a_token_is_good_for_its_own_place_alone() {
         let here = "https://a.example/mcp";
-        for same in [here, "https://a.example/mcp?session=1", "https://a.example:443/mcp"] {
+        for same in [here, "https://a.example/mcp?session=1", "https://a.example:443/mcp", "https://a.example/mcp#x"] {
             assert!(is_same_place(here, same), "{same}");
+        }
+        let tenant = "https://a.example/mcp?tenant=a&api_key=1";
+        assert!(is_same_place(tenant, "https://a.example/mcp?api_key=2&tenant=a"));
+        for other in [here, "https://a.example/mcp?tenant=b&api_key=1", "https://a.example/mcp?api_key=1"] {
+            assert!(!is_same_place(tenant, other), "{other}");
         }
         for other in
             ["https://b.example/mcp", "https://a.example/", "http://a.example/mcp", "https://a.example:8/mcp", "x"]
