@@ -242,6 +242,7 @@ fn clashes(url: &str) -> Vec<(Value, &'static str)> {
         (config(&with_user, "auth_token", secret()), "auth_token"),
         (both(config(&with_user, "auth_token", secret()), secret(), json!("authorization")), "auth_header"),
         (config(&with_user, "custom_headers", json!({"Authorization": "x"})), "custom_headers"),
+        (config(&with_user, "oauth", json!({"client_id": "c"})), "oauth"),
         (custom(json!({"X-A": "a".repeat(32 * 1024), "X-B": "b".repeat(32 * 1024)})), "custom_headers"),
         (custom(Value::Object((0..257).map(|number| (format!("X-{number}"), json!("1"))).collect())), "custom_headers"),
     ]

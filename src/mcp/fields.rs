@@ -46,6 +46,8 @@ pub enum FieldError {
     Value,
     #[error("This header is given twice.")]
     Twice,
+    #[error("A user in server_url and oauth would both set Authorization; give one of them.")]
+    UserAndOauth,
     #[error("The headers of a server may take 64 KiB in all.")]
     TooMuch,
 }
@@ -82,6 +84,7 @@ pub enum Place<'a> {
     AuthToken,
     CustomHeaders,
     CustomHeader(&'a str),
+    Oauth,
 }
 
 /// All that is wrong with the header fields of a server. User and password in its URL are an `Authorization`, too.
@@ -118,6 +121,9 @@ pub fn faults(remote: &Remote) -> Vec<(Place<'_>, FieldError)> {
             faults.push((Place::CustomHeader(name), fault));
         }
         seen.push(lower);
+    }
+    if has_userinfo && remote.oauth.is_some() {
+        faults.push((Place::Oauth, FieldError::UserAndOauth));
     }
     if bytes > MAX_ALL {
         faults.push((Place::CustomHeaders, FieldError::TooMuch));

@@ -325,8 +325,9 @@ fn fill_remote<'a>(remote: &'a Remote, value: impl Fn(&str) -> Option<&'a str>) 
         custom_headers: remote.custom_headers.as_ref().map(headers).transpose()?,
         ..remote.clone()
     };
-    let place = match faults(&remote).into_iter().next() {
-        None => None,
+    // What does not come of a value was there before, and no reason not to send it.
+    let place = match faults(&remote).into_iter().find(|(place, _)| *place != Place::Oauth) {
+        None | Some((Place::Oauth, _)) => None,
         Some((Place::AuthHeader, _)) => Some("auth_header".to_owned()),
         Some((Place::AuthToken, _)) => Some("auth_token".to_owned()),
         Some((Place::CustomHeaders, _)) => Some("all headers together".to_owned()),

@@ -1,5 +1,9 @@
 //! Sign-in by the older API, whose clients connect before they register (CONTRACT rows 22 and 24).
 
+use portolan::model::sha256_hex;
+
+use crate::harness::Remote;
+
 use super::*;
 
 const CONNECT: &str = "/v1/tools/mcp/servers/connect";
@@ -14,9 +18,7 @@ fn flat(upstream: &Upstream, name: &str) -> Value {
 
 /// The stream of a connect with this body.
 async fn connect(portolan: &Portolan, body: &Value) -> Stream {
-    let response = portolan.request("POST", CONNECT).json(body).send().await.unwrap();
-    assert_eq!(response.status().as_u16(), 200);
-    Stream { response, text: String::new() }
+    Stream::of(portolan.request("POST", CONNECT).json(body)).await
 }
 
 struct Stream {
@@ -25,6 +27,12 @@ struct Stream {
 }
 
 impl Stream {
+    async fn of(request: reqwest::RequestBuilder) -> Self {
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status().as_u16(), 200);
+        Self { response, text: String::new() }
+    }
+
     /// All events up to this one.
     async fn until(&mut self, event: &str) -> Vec<Value> {
         let wanted = format!("\"event\":\"{event}\"");
@@ -107,5 +115,32 @@ async fn a_connect_to_what_is_registered_signs_that_in() {
     let events = connect(&portolan, &other).await.until("error").await;
     assert_eq!(events[0], json!({"event": "connection_attempt", "server_name": "notes"}));
     portolan.post(CONNECT, &json!({"server_name": "notes"})).await.expect(422);
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sign_in_of_before_the_registration_is_of_whoever_made_it() {
+    const TOKENS: [&str; 2] = ["ptl_a-DAw2Zb8iEwJ0mYw5cUuV1o7x", "ptl_b-kq0Zb8iEwJ0mYw5cUuV1o7xs3"];
+    let upstream = Upstream::start(Kind::Http, Rules::default());
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    let line = |(name, token): (&str, &str)| format!("{name}:admin:{}\n", sha256_hex(token));
+    std::fs::write(&file, ["a", "b"].into_iter().zip(TOKENS).map(line).collect::<String>()).unwrap();
+    let portolan = Portolan::start_with(|settings| {
+        allow([&upstream.authority])(settings);
+        settings.tokens.tokens_file = Some(file);
+    })
+    .await;
+    let [a, b] = TOKENS.map(|token| portolan.remote_with(token));
+    let body = flat(&upstream, "notes");
+    Stream::of(a.request("POST", CONNECT).json(&body)).await.sign_in(&portolan).await;
+    let register = async |remote: &Remote, name: &str| {
+        remote.send("PUT", ALL, Some(&flat(&upstream, name))).await.expect(200);
+        let list = remote.send("GET", "/v1/mcp-servers/", None).await.expect(200);
+        let server = list.as_array().unwrap().iter().find(|server| server["server_name"] == name).unwrap();
+        server["status"]["state"].as_str().unwrap().to_owned()
+    };
+    assert_eq!(register(&b, "of b").await, "auth_required");
+    assert_eq!(register(&a, "of a").await, "ready");
     portolan.stop().await;
 }

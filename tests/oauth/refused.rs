@@ -262,6 +262,33 @@ async fn nobody_is_told_to_open_what_is_no_page() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_page_brings_none_of_the_parameters_that_portolan_sets() {
+    let upstream = Upstream::start(Kind::Http, Rules::default());
+    let (portolan, id) = registered(&upstream).await;
+    let page = |query: &str| json!({"authorization_endpoint": format!("https://example.com/authorize?{query}")});
+    for query in [
+        "response_type=token",
+        "client_id=other",
+        "redirect_uri=https%3A%2F%2Fother.example.com",
+        "tenant=x&scope=all",
+        "state=known",
+        "%72esource=https%3A%2F%2Fother.example.com",
+        "code_challenge=known",
+        "code_challenge_method=plain",
+    ] {
+        upstream.authority.set(|rules| rules.metadata = page(query));
+        let told = Watch::start(&portolan, &id).await.failure().await;
+        assert!(told.contains("parameters") && !told.contains("example.com"), "{query}: {told}");
+    }
+    upstream.authority.set(|rules| rules.metadata = page("tenant=x"));
+    let url = Watch::start(&portolan, &id).await.url().await;
+    assert_eq!(param(&url, "tenant").as_deref(), Some("x"), "{url}");
+    upstream.authority.set(|rules| rules.metadata = json!({}));
+    sign_in(&portolan, &id).await;
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_code_is_not_taken_to_where_a_token_endpoint_sends_it() {
     let upstream = Upstream::start(Kind::Http, Rules::default());
     let (portolan, id) = registered(&upstream).await;

@@ -666,6 +666,7 @@ fn check_headers(remote: &Remote, at: impl Fn(&'static str) -> Vec<&'static str>
         match place {
             FieldPlace::AuthHeader => reader.issue(&at("auth_header"), &msg),
             FieldPlace::AuthToken => reader.issue(&at("auth_token"), &msg),
+            FieldPlace::Oauth => reader.issue(&at("oauth"), &msg),
             FieldPlace::CustomHeaders => reader.issue(&at("custom_headers"), &msg),
             FieldPlace::CustomHeader(name) => reader.issue_at(at("custom_headers"), json!(shown(name)), &msg),
         }
