@@ -608,3 +608,48 @@ fn a_file_that_cannot_be_used_is_no_start() {
         assert!(!output.status.success() && said.contains(part) && !said.contains("hunter2"), "{said}");
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_that_opens_a_session_takes_values() {
+    let portolan = Portolan::start().await;
+    let fake = fake::http::serve(Fake::new(fake::Script::default()));
+    let config = json!({"type": "streamable_http", "server_url": fake.url, "custom_headers": {"x-team": "{{ TEAM }}"}});
+    let flat = |name: &str| {
+        let mut flat = config.clone();
+        flat["server_name"] = json!(name);
+        flat
+    };
+    let created = create(&portolan, "one", &config, &json!({"TEAM": "first"})).await;
+    let connect = format!("/v1/mcp-servers/connect/{}", id_of(&created));
+    let (tried, by_name) = (flat("tried"), "/v1/tools/mcp/servers");
+    let calls = [
+        ("POST", format!("{by_name}/test"), Some(tried.clone())),
+        ("GET", format!("{by_name}/one/tools"), None),
+        ("POST", format!("{by_name}/one/echo"), None),
+        ("POST", format!("{by_name}/one/resync"), None),
+        ("POST", format!("{by_name}/one/tools/echo/execute"), Some(json!({"args": {"message": "hi"}}))),
+        ("PUT", by_name.to_owned(), Some(flat("two"))),
+    ];
+    for (number, (method, path, body)) in calls.iter().enumerate() {
+        let team = format!("team-{number}");
+        send(&portolan, method, path, body.as_ref(), &ascii(&json!({ "TEAM": team }))).await.expect(200);
+        // A tool that is known needs no session.
+        if !path.ends_with("/echo") {
+            let came = fake.requests().iter().any(|seen| seen.header("x-team") == Some(team.as_str()));
+            assert!(came, "{method} {path}");
+        }
+        let refused = send(&portolan, method, path, body.as_ref(), "[]").await.expect(422);
+        assert_eq!(refused["errors"][0]["loc"], json!(["header", VARIABLES]), "{method} {path}");
+    }
+    let missing = send(&portolan, "GET", &calls[1].1, None, "{}").await.expect(422);
+    assert_eq!(missing["code"], "variable_missing");
+    send(&portolan, "GET", &connect, None, "[]").await.expect(422);
+    for (variables, told) in [(json!({"TEAM": "connected"}), r#""event":"success""#), (json!({}), "TEAM")] {
+        let response = portolan.request("GET", &connect).header(VARIABLES, ascii(&variables)).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        let events = response.text().await.unwrap();
+        assert!(events.contains(told), "{events}");
+    }
+    assert!(fake.requests().iter().any(|seen| seen.header("x-team") == Some("connected")));
+    portolan.stop().await;
+}

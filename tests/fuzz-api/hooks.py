@@ -146,6 +146,15 @@ def aim(case, operation, roll):
         ids["tool_id"] = server["tools"][pick // len(LIVE) % len(server["tools"])]
 
 
+def aim_import(case, roll):
+    if roll % 2 and case.meta.generation.mode.is_positive:
+        name = f"imported {roll % MOST_THROWAWAYS}"  # not too many of them: each stays
+        case.body = {"mcpServers": {name: {"type": "http", "url": f"{NOBODY}{roll % 8}"}}}
+    # A replacement would remove what the other cases are aimed at.
+    if case.query and "replace" in str(case.query.get("mode")):
+        case.query["dry_run"] = "true"
+
+
 @schemathesis.hook
 def before_call(_context, case, _kwargs):
     operation = case.operation.definition.raw["operationId"]
@@ -167,6 +176,8 @@ def before_call(_context, case, _kwargs):
         register_by_name(called[1])
     if operation in ("test_mcp_server", "connect_mcp_server") and roll % 2 and case.meta.generation.mode.is_positive:
         case.body = {"server_name": "live", "type": "streamable_http", "server_url": GIVEN["upstream"]}
+    if operation == "portolan_import" and case.method == case.operation.method.upper():
+        aim_import(case, roll)
 
 
 @schemathesis.hook
