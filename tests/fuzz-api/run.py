@@ -65,6 +65,8 @@ SUCCESS = {
     "add_mcp_tool_called_tools": 404,  # the fixture has no such tool
     "resync_mcp_server_tools": 200,
     "execute_mcp_tool": 200,
+    "portolan_import": 200,
+    "portolan_export": 200,
     "check_health": 200,
     "check_ready": 200,
     "get_reference_page": 200,
