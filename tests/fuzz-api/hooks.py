@@ -166,10 +166,6 @@ def before_call(_context, case, _kwargs):
         case.body = re.sub(rb"(?i)https?:[^\"'\s]*", NOBODY.encode(), case.body)
     if isinstance(case.body, dict) and isinstance(case.body.get("server_name"), str) and roll % 8:
         case.body = case.body | {"server_name": unique(case.body["server_name"])}
-    if operation == "portolan_import" and isinstance(case.body, dict) and roll % 2:
-        case.body = case.body | {"mcpServers": {"imported": {"url": f"{NOBODY}{roll % 16}"}}}
-    if operation == "portolan_import" and case.query:
-        case.query = {name: value for name, value in case.query.items() if (name, value) != ("mode", "replace")}
     if case.headers and KEY.fullmatch(str(case.headers.get("Idempotency-Key", ""))):
         case.headers["Idempotency-Key"] += f"-{next(numbers)}"
     if "mcp_server_id" in case.path_parameters and case.method == case.operation.method.upper():
