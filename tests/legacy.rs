@@ -570,3 +570,14 @@ async fn a_server_that_was_away_when_it_was_registered_is_executed_on_when_it_is
     portolan.post(&path(&["h", "tools", "nope", "execute"]), &args).await.expect(404);
     portolan.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_for_sign_ins_is_shown_without_its_secret() {
+    let portolan = Portolan::start().await;
+    let body = json!({"server_name": "signs", "type": "sse", "server_url": DEAD, "oauth": {"client_id": "c", "client_secret": "s-e-c"}});
+    let list = put(&portolan, &body).await.expect(200);
+    assert_eq!((&list[0]["oauth"]["client_id"], &list[0]["oauth"]["client_secret"]), (&json!("c"), &json!(MASK)));
+    let listed = portolan.get(ALL).await.expect(200);
+    assert_eq!(listed["signs"]["oauth"]["client_secret"], MASK);
+    portolan.stop().await;
+}
