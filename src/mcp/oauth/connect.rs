@@ -216,6 +216,10 @@ impl Mcp {
             Some(pending) => self.exchange(server_id, pending, answer, iss).await,
             None => Err(SignInError::NotStored),
         };
+        if let (Ok(_), Some(server_id)) = (&outcome, server_id) {
+            // The next session is that of whoever has signed in now. Before anybody hears of it, who would open that one.
+            self.pool.forget(server_id);
+        }
         let (progress, ended) = match &outcome {
             Ok((_, apart)) => (Progress::Done, Ended::Well(apart.clone().map(Box::new))),
             Err(error) => (Progress::Failed, Ended::Badly(reason_of(error))),
@@ -230,8 +234,6 @@ impl Mcp {
             Ok((server_url, _)) => {
                 tracing::info!(server.id = server_id, caller.name = caller, "signed in to a server");
                 if let Some(server_id) = server_id {
-                    // The next session is that of whoever has signed in now.
-                    self.pool.forget(server_id);
                     self.sync_signed_in(server_id).await;
                 }
                 Ok(server_url)
