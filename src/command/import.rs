@@ -21,7 +21,7 @@ pub async fn run(settings: &Settings, file: &Path, asked: Import) -> Result<(), 
     let commands = Commands::read(&settings.children).map_err(|error| error.to_string())?;
     make_data_folder(settings).map_err(|error| error.to_string())?;
     let store = open_store(settings).await.map_err(|error| error.to_string())?;
-    let done = asked.run(&store, &text, |connector| commands.check(connector)).await;
+    let done = asked.run(&store, text, |connector| commands.check(connector)).await;
     store.close().await;
     tell(&done.map_err(failed)?.report);
     Ok(())
