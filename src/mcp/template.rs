@@ -560,6 +560,15 @@ mod tests {
     }
 
     #[test]
+    fn no_error_shows_a_default_that_answers_mask() {
+        let connector = stdio(&["--as={{ DB_PASS | hunter22 }}", "{{ REGION | eu-west }}"], &[]);
+        let filling = filling(&Needs::of(&connector), &[], &[], 0).unwrap();
+        let filled = Filled::new(&connector, &filling).unwrap();
+        let is_secret = |text: &str| filled.secrets.iter().any(|secret| secret.expose() == text);
+        assert!(is_secret("hunter22") && !is_secret("eu-west"));
+    }
+
+    #[test]
     fn what_comes_of_values_is_checked_as_what_is_written() {
         let remote = |token: &str, headers: Pairs<'_>| {
             let headers = headers.iter().map(|&(name, value)| (name.to_owned(), value.to_owned().into())).collect();
