@@ -16,6 +16,7 @@ use crate::mcp::accept;
 use crate::model::{Connector, Offered, Remote, Secret, SecretMap, Server, ServerType, SignIn, Stdio};
 use crate::store::{LettaRows, LettaServer, LettaSignIn, LettaTool, NewServer};
 
+use super::super::shown;
 use super::unseal::{Closed, Opener};
 
 /// What the person who migrates has chosen.
@@ -65,19 +66,6 @@ pub enum Fate {
     Here,
     /// It stays in Letta.
     Stays,
-}
-
-/// A text from the database as a terminal may show it.
-pub fn shown(text: &str) -> String {
-    let mut shown = String::new();
-    for c in text.chars().take(255) {
-        let mut escaped = c.escape_debug();
-        match escaped.len() > 1 && !matches!(c, '"' | '\'' | '\\') {
-            true => shown.extend(&mut escaped),
-            false => shown.push(c),
-        }
-    }
-    shown
 }
 
 impl Plan {

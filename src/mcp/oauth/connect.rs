@@ -349,9 +349,10 @@ impl Mcp {
         Ok(tools)
     }
 
-    /// The tools of a registered server as it lists them now, each as it wrote it; nothing is stored.
-    pub async fn live_tools(&self, server: &Server, given: &Variables) -> Result<Vec<Box<RawValue>>, Error> {
-        Ok(self.list(server, None, given, true).await?.0.tools)
+    /// The tools of a registered server as it lists them now, each as it wrote it; nothing is stored. `now`: a session is
+    /// tried for also while a failure of before would be answered.
+    pub async fn live_tools(&self, server: &Server, given: &Variables, now: bool) -> Result<Vec<Box<RawValue>>, Error> {
+        Ok(self.list(server, None, given, now).await?.0.tools)
     }
 
     /// As [`Mcp::sync_tools`]; returns the tools as the server wrote them.
