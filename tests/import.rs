@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use portolan::config::StdioPolicy;
-use portolan::store::Database as Pools;
+use portolan::model::{Connector, Remote};
+use portolan::store::{self, Database as Pools, NewServer, Step};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -512,6 +513,35 @@ async fn create_secretive(portolan: &Portolan) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_export_leaves_out_what_answers_mask_of_templates() {
+    let portolan = Portolan::start().await;
+    let config = json!({
+        "command": "/nowhere/canary",
+        "args": ["{{ API_KEY | hunter-1 }}", "--token={{ T | hunter-2 }}", "{{ REGION | eu }}/{{ DB_PASS | hunter-3 }}"],
+        "env": {"C": "{{ DB_PASS | hunter-4 }}", "D": "x {{ A_TOKEN | hunter-5 }}", "E": "{{ E | shown }}"},
+    });
+    portolan.create("t", config).await;
+    let list = portolan.get(LIST).await.expect(200).to_string();
+    assert!(!list.contains("hunter") && list.contains("{{ E | shown }}"), "{list}");
+    for format in FORMATS {
+        let path = format!("{EXPORT}?format={format}");
+        let bare = portolan.get(&path).await.expect(200);
+        assert!(!bare.to_string().contains("hunter"), "{format}: {bare}");
+        // The others have no defaults.
+        if !["claude", "letta"].contains(&format) {
+            continue;
+        }
+        let full = portolan.get(&format!("{path}&reveal=true")).await.expect(200).to_string();
+        for number in 1..=5 {
+            assert!(full.contains(&format!("hunter-{number}")), "{format}: {full}");
+        }
+        let report = portolan.post(IMPORT, &bare).await.expect(200);
+        assert_eq!(report["unchanged"], json!(["t"]), "{format}: {report}\n{bare}");
+    }
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_export_leaves_secrets_out_and_means_them_where_they_are_known() {
     let portolan = Portolan::start().await;
     create_secretive(&portolan).await;
@@ -730,4 +760,50 @@ async fn the_command_line_reads_and_writes_files() {
     assert_eq!(program.exit_code(), Some(0));
     drop(program);
     place.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_file_calls_things_cannot_steer_a_terminal() {
+    let place = Place::new().await;
+    let text =
+        r#"{"mcpServers": {"a": {"command": "c", "k\u001b[2J": 1}, "b\u001b[2J": {"command": "c", "disabled": true}}}"#;
+    let said = place.import(&place.file("servers.json", text), &[]).await;
+    assert!(!said.contains('\u{1b}'), "{said:?}");
+    for name in [r"a, k\u{1b}[2J: ", r"b\u{1b}[2J, disabled: "] {
+        assert!(said.contains(name), "{said}");
+    }
+    place.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn steps_of_which_one_cannot_be_done_store_nothing() {
+    let portolan = Portolan::start().await;
+    let stays = portolan.create("stays", json!({"server_url": DEAD})).await;
+    let store = &portolan.app.store;
+    let revision = store.server_by_name("stays").await.unwrap().unwrap().revision;
+    let steps = |revision| {
+        let connector = Connector::Sse(Remote {
+            server_url: DEAD.to_owned(),
+            auth_header: None,
+            auth_token: None,
+            custom_headers: None,
+            oauth: None,
+        });
+        let add = NewServer {
+            id: format!("mcp_server-{}", uuid::Uuid::new_v4()),
+            server_name: "comes".to_owned(),
+            connector,
+            created_at: None,
+            tools: vec![],
+            sign_in: None,
+        };
+        [Step::Add(Box::new(add)), Step::Remove { id: stays["id"].as_str().unwrap().to_owned(), revision }]
+    };
+    let names = async || servers(&portolan).await.into_iter().map(|(name, _)| name).collect::<Vec<_>>();
+    let refused = store.change_servers(&steps(revision + 1)).await;
+    assert!(matches!(refused, Err(store::Error::Overtaken)), "{refused:?}");
+    assert_eq!(names().await, ["stays"]);
+    store.change_servers(&steps(revision)).await.unwrap();
+    assert_eq!(names().await, ["comes"]);
+    portolan.stop().await;
 }

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use portolan::config::StdioPolicy;
+use portolan::model::sha256_hex;
 use serde_json::{Value, json};
 
 use crate::fake::{self, Fake};
@@ -568,5 +569,51 @@ async fn a_server_that_was_away_when_it_was_registered_is_executed_on_when_it_is
     let back = portolan.post(&execute, &args).await;
     assert_eq!(back.expect(200), json!({"result": "m", "success": true}));
     portolan.post(&path(&["h", "tools", "nope", "execute"]), &args).await.expect(404);
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_for_sign_ins_is_shown_without_its_secret() {
+    let portolan = Portolan::start().await;
+    let body = json!({"server_name": "signs", "type": "sse", "server_url": DEAD, "oauth": {"client_id": "c", "client_secret": "s-e-c"}});
+    let list = put(&portolan, &body).await.expect(200);
+    assert_eq!((&list[0]["oauth"]["client_id"], &list[0]["oauth"]["client_secret"]), (&json!("c"), &json!(MASK)));
+    let listed = portolan.get(ALL).await.expect(200);
+    assert_eq!(listed["signs"]["oauth"]["client_secret"], MASK);
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_only_run_tools_does_not_say_what_a_server_is_first_known_with() {
+    const ADMIN: &str = "ptl_admin-DAw2Zb8iEwJ0mYw5cUuV1o7x";
+    const RUN: &str = "ptl_run-kq0Zb8iEwJ0mYw5cUuV1o7xs3";
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("tokens");
+    std::fs::write(&file, format!("runner:run:{}\n", sha256_hex(RUN))).unwrap();
+    let portolan = Portolan::start_with(|settings| {
+        settings.tokens.token = Some(ADMIN.to_owned().into());
+        settings.tokens.tokens_file = Some(file);
+    })
+    .await;
+    let (admin, runner) = (portolan.remote_with(ADMIN), portolan.remote_with(RUN));
+    let http = fake::http::serve(Fake::new(fake::Script::default()));
+    let (addr, url) = (http.addr, http.url.clone());
+    drop(http);
+    let body = json!({"server_name": "h", "type": "streamable_http", "server_url": url});
+    admin.send("PUT", ALL, Some(&body)).await.expect(200);
+    let _http = fake::http::serve_on(addr, Fake::new(fake::Script::default()));
+    let execute = path(&["h", "tools", "echo", "execute"]);
+    let args = json!({"args": {"message": "m"}});
+    runner.post(&execute, &args).await.expect(404);
+    let servers = admin.send("GET", "/v1/mcp-servers/", None).await.expect(200);
+    let tools = format!("/v1/mcp-servers/{}/tools", id(&servers[0]));
+    assert_eq!(admin.send("GET", &tools, None).await.expect(200), json!([]), "nothing is known of it");
+    // Whoever looks at it keeps nothing of that.
+    let live = path(&["h", "tools"]);
+    assert_eq!(admin.send("GET", &live, None).await.expect(200)[0]["name"], "echo");
+    assert_eq!(runner.send("GET", &live, None).await.expect(200)[0]["name"], "echo");
+    assert_eq!(admin.send("GET", &tools, None).await.expect(200), json!([]));
+    admin.post(&execute, &args).await.expect(200);
+    assert_eq!(runner.post(&execute, &args).await.expect(200), json!({"result": "m", "success": true}));
     portolan.stop().await;
 }

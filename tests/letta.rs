@@ -647,6 +647,11 @@ async fn a_source_that_cannot_be_read_gets_one_sentence() {
             refused(&letta.url(), &[], "in the schemas letta and public; choose with --schema").await;
             migrate(&portolan, &letta.url(), None, &["--schema", "letta", "--dry-run"]).await.done();
             letta.execute("DROP TABLE public.mcp_server").await;
+            // Whatever a schema is called, it does not steer a terminal.
+            let add = "CREATE SCHEMA \"z\u{1b}[2J\"; CREATE TABLE \"z\u{1b}[2J\".mcp_server (LIKE letta.mcp_server)";
+            letta.execute(add).await;
+            refused(&letta.url(), &[], r"in the schemas letta and z\u{1b}[2J; choose").await;
+            letta.execute("DROP SCHEMA \"z\u{1b}[2J\" CASCADE").await;
         }
         letta.execute("DELETE FROM {}mcp_oauth; DELETE FROM {}mcp_server").await;
         refused(&letta.url(), &[], "Letta has no MCP servers in ").await;
@@ -658,6 +663,34 @@ async fn a_source_that_cannot_be_read_gets_one_sentence() {
     refused(&own, &[], "Letta and Portolan need a database each").await;
     assert_eq!(servers(&portolan).await.len(), 0);
     portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_of_a_letta_is_no_target_however_it_is_spelled() {
+    for kind in kinds() {
+        let (letta, other) = (Letta::new(kind).await, Letta::new(kind).await);
+        let portolan = Portolan::start().await;
+        let mut targets = vec![letta.url(), other.url()];
+        match kind {
+            Kind::Sqlite => {
+                let link = letta.file.with_file_name("link.db");
+                std::fs::hard_link(&letta.file, &link).unwrap();
+                targets.push(format!("sqlite:{}", link.display()));
+            }
+            Kind::Postgres(_) => targets.push(letta.url().replace("127.0.0.1", "localhost")),
+        }
+        let before = (letta.state().await, other.state().await);
+        for target in targets {
+            let said = migrate(&portolan, &letta.url(), None, &["--database-url", &target]).await;
+            said.refused("Letta and Portolan need a database each; give Portolan's with --database-url.");
+        }
+        assert_eq!((letta.state().await, other.state().await), before);
+        assert_eq!(servers(&portolan).await.len(), 0);
+        migrate(&portolan, &letta.url(), None, &["--unsealed", "--dry-run"]).await.done();
+        portolan.stop().await;
+        letta.remove().await;
+        other.remove().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

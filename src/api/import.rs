@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use chrono::TimeDelta;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
+use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
 use crate::error::{Error, Issue};
@@ -65,10 +66,13 @@ impl Import {
     pub async fn run(
         self,
         store: &Store,
-        file: &[u8],
+        file: Vec<u8>,
         check: impl Fn(&Connector) -> Result<(), mcp::Error>,
     ) -> Result<Imported, Error> {
-        let Document { entries, disabled, passed, variables } = self.read(file)?;
+        // A file can be large and hostile: no other request waits while it is read.
+        let reading = spawn_blocking(move || self.read(&file));
+        let Document { entries, disabled, passed, variables } =
+            reading.await.map_err(|broken| Error::Internal(broken.into()))??;
         let mut attempt = 1;
         loop {
             let servers = store.servers().await?;

@@ -13,7 +13,7 @@ use crate::error::Error;
 use crate::mcp::{Subject, SyncError, Variables};
 use crate::model::Server;
 
-use super::access::Caller;
+use super::access::{Caller, Scope};
 use super::guard::{JsonBody, RunBody, ServerName, ToolId, ToolName, UnusedBody};
 use super::oauth;
 use super::repeats::Repeat;
@@ -79,14 +79,15 @@ fn all(servers: &[Server], shown: Shown) -> Response {
     Json(servers.iter().map(|server| ServerConfig::new(server, shown)).collect::<Vec<_>>()).into_response()
 }
 
-/// What the server lists now; what is stored stays as it is.
+/// What the server lists now; what is stored stays as it is. Only an admin has a server that failed tried again at once.
 pub async fn tools(
     State(app): State<App>,
     ServerName(name): ServerName,
+    caller: Caller,
     Given(given): Given,
 ) -> Result<Response, Error> {
     let server = named(&app, &name).await?;
-    let listed = app.mcp.live_tools(&server, &given).await?;
+    let listed = app.mcp.live_tools(&server, &given, is_admin(&caller)).await?;
     json_of(move || live_tools(&listed)).await
 }
 
@@ -154,6 +155,7 @@ pub async fn resync(
 pub async fn execute(
     State(app): State<App>,
     names: ToolName,
+    caller: Caller,
     repeat: Repeat,
     Given(given): Given,
     RunBody(body): RunBody,
@@ -161,12 +163,17 @@ pub async fn execute(
     let arguments = run_arguments(body)?;
     let server = named(&app, &names.server_name).await?;
     let mut ids = tool_named(&app, &server, &names.tool_name).await?;
-    // It was away when it was registered, and nobody has seen its tools yet.
-    if ids.is_none() && server.last_synced_at.is_none() {
+    // It was away when it was registered, and nobody has seen its tools yet. What is trusted from then on is an admin's to
+    // ask for: a run brings variables of its own.
+    if ids.is_none() && server.last_synced_at.is_none() && is_admin(&caller) {
         sync(&app, &server, &given).await?;
         ids = tool_named(&app, &server, &names.tool_name).await?;
     }
     tools::answer(&app, ids.ok_or(Error::NoToolNamed)?, &repeat, given, arguments, execution).await
+}
+
+fn is_admin(caller: &Caller) -> bool {
+    caller.scope >= Scope::Admin
 }
 
 async fn named(app: &App, name: &str) -> Result<Server, Error> {

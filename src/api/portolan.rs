@@ -26,7 +26,7 @@ pub async fn import(State(app): State<App>, uri: Uri, FileBody(file): FileBody) 
     let report = app.to_the_end(async move {
         let App { store, mcp, .. } = &importing;
         let Imported { report, added, changed, removed } =
-            asked.run(store, &file, |connector| mcp.check(connector)).await?;
+            asked.run(store, file, |connector| mcp.check(connector)).await?;
         if report.dry_run {
             return Ok(report);
         }

@@ -10,6 +10,8 @@ use crate::app::open_store;
 use crate::config::Settings;
 use crate::interchange::{Format, Written};
 
+use super::shown;
+
 /// Writes the file, and on standard error what it does not say.
 ///
 /// # Errors
@@ -31,7 +33,7 @@ pub async fn run(settings: &Settings, format: Format, secrets: bool, output: Opt
         }
     }
     for passed in left_out {
-        let place = passed.server.into_iter().chain(passed.key).collect::<Vec<_>>().join(", ");
+        let place = passed.server.iter().chain(&passed.key).map(|key| shown(key)).collect::<Vec<_>>().join(", ");
         // Nothing can be done about a closed standard error.
         let _ = writeln!(io::stderr(), "left out   {place}: {}", passed.reason);
     }

@@ -9,7 +9,7 @@ use crate::app::{Commands, make_data_folder, open_store};
 use crate::config::Settings;
 use crate::error::Error;
 
-use super::say;
+use super::{say, shown};
 
 /// One byte more than the largest file, so that a larger one is known.
 const MOST: u64 = 1024 * 1024 + 1;
@@ -21,7 +21,7 @@ pub async fn run(settings: &Settings, file: &Path, asked: Import) -> Result<(), 
     let commands = Commands::read(&settings.children).map_err(|error| error.to_string())?;
     make_data_folder(settings).map_err(|error| error.to_string())?;
     let store = open_store(settings).await.map_err(|error| error.to_string())?;
-    let done = asked.run(&store, &text, |connector| commands.check(connector)).await;
+    let done = asked.run(&store, text, |connector| commands.check(connector)).await;
     store.close().await;
     tell(&done.map_err(failed)?.report);
     Ok(())
@@ -55,16 +55,16 @@ fn tell(report: &Report) {
         ("removed", &report.removed),
     ];
     for (what, names) in done {
-        names.iter().for_each(|name| say(format_args!("{what:<10} {name}")));
+        names.iter().for_each(|name| say(format_args!("{what:<10} {}", shown(name))));
     }
     for passed in &report.ignored {
-        let place = passed.server.iter().chain(&passed.key).map(String::as_str).collect::<Vec<_>>().join(", ");
+        let place = passed.server.iter().chain(&passed.key).map(|key| shown(key)).collect::<Vec<_>>().join(", ");
         say(format_args!("ignored    {place}: {}", passed.reason));
     }
     for variable in &report.variables {
-        let servers = variable.servers.iter().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let servers = variable.servers.iter().map(|name| shown(name)).collect::<Vec<_>>().join(", ");
         let need = if variable.has_default { "has a default" } else { "has to be set" };
-        say(format_args!("variable   {} {need}; for {servers}", variable.name));
+        say(format_args!("variable   {} {need}; for {servers}", shown(&variable.name)));
     }
     let counts = done.map(|(what, names)| format!("{} {what}", names.len())).join(", ");
     let end = if report.dry_run { " A dry run: nothing was stored." } else { "" };

@@ -11,6 +11,19 @@ pub mod token;
 use std::fmt::Display;
 use std::io::Write;
 
+/// Somebody else's text as a terminal may show it.
+fn shown(text: &str) -> String {
+    let mut shown = String::new();
+    for c in text.chars().take(255) {
+        let mut escaped = c.escape_debug();
+        match escaped.len() > 1 && !matches!(c, '"' | '\'' | '\\') {
+            true => shown.extend(&mut escaped),
+            false => shown.push(c),
+        }
+    }
+    shown
+}
+
 /// Writes one line. A reader that has gone is no reason to stop half-way.
 fn say(line: impl Display) {
     let mut out = std::io::stdout();

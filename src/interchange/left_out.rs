@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use crate::mcp::templates;
+use crate::mcp::{hidden_parts, templates};
 use crate::model::{Connector, Remote, Secret, SecretMap, Stdio};
 use crate::secrets::{Spot, is_secret_variable, secret_args, secret_spots, without_scheme};
 
@@ -64,8 +64,11 @@ impl Names {
     fn bare_stdio(&mut self, server: &str, Stdio { command, args, env }: &Stdio) -> Stdio {
         let env = env.as_ref().map(|env| {
             let bare = env.iter().map(|(name, value)| {
-                let bare = without_templates(value.expose());
-                let is_secret = !without_scheme(&bare).trim().is_empty() && is_secret_variable(name, &bare);
+                let text = value.expose();
+                let bare = without_templates(text);
+                let is_hidden = is_secret_variable(name, text) || !hidden_parts(text, Vec::new()).is_empty();
+                let is_secret =
+                    !without_scheme(&bare).trim().is_empty() && (is_hidden || is_secret_variable(name, &bare));
                 (name.clone(), if is_secret { self.make(server, name).into() } else { value.clone() })
             });
             bare.collect()
@@ -73,7 +76,7 @@ impl Names {
         let parts = secret_args(args);
         let bare = args.iter().zip(parts).enumerate().map(|(number, (arg, parts))| {
             let flag = number.checked_sub(1).map(|before| args[before].as_str()).filter(|flag| is_flag(flag));
-            self.bare_text(server, arg, parts, flag, number)
+            self.bare_text(server, arg, hidden_parts(arg, parts), flag, number)
         });
         Stdio { command: command.clone(), args: bare.collect(), env }
     }
@@ -91,7 +94,9 @@ impl Names {
         let mut from = 0;
         for part in parts {
             let part = whole_templates(text, part);
-            if part.start < from || without_templates(&text[part.clone()]).is_empty() {
+            // Two parts may have touched one template.
+            let part = part.start.max(from)..part.end;
+            if part.is_empty() || without_templates(&text[part.clone()]).is_empty() {
                 continue;
             }
             // Nothing of an earlier part, which is a secret.
@@ -186,6 +191,7 @@ mod tests {
             "--h=Authorization: Bearer three",
             "{{ API_KEY | sk-ant-abc123 }}",
             "sk-ant-one,sk-ant-two",
+            "{{ DB_PASS | seven }}/x",
             "run",
         ];
         let stdio = Connector::Stdio(Stdio {
@@ -196,6 +202,8 @@ mod tests {
                 ("GIT_KEY", "{{ GIT_KEY }}"),
                 ("LEVEL", "debug"),
                 ("OTHER_KEY", "{{ X | six }}"),
+                ("PLACE", "{{ DB_PASS | eight }}"),
+                ("REGION", "{{ REGION | eu }}"),
             ])),
         });
         let remote = Connector::Sse(Remote {
@@ -217,11 +225,22 @@ mod tests {
                 "--h=Authorization: Bearer {{ GIT_AUTHORIZATION }}",
                 "{{ GIT_ARG_5 }}",
                 "{{ GIT_ARG_6 }},{{ GIT_ARG_6_2 }}",
+                "{{ GIT_ARG_7 }}/x",
                 "run"
             ]
         );
         let env: Vec<_> = env.iter().flatten().map(|(_, value)| value.expose()).collect();
-        assert_eq!(env, ["{{ GIT_KEY }}", "{{ GIT_TOKEN }}", "debug", "{{ GIT_OTHER_KEY }}"]);
+        assert_eq!(
+            env,
+            [
+                "{{ GIT_KEY }}",
+                "{{ GIT_TOKEN }}",
+                "debug",
+                "{{ GIT_OTHER_KEY }}",
+                "{{ GIT_PLACE }}",
+                "{{ REGION | eu }}"
+            ]
+        );
         let Connector::Sse(remote) = &bare[1] else { panic!() };
         assert_eq!(remote.server_url, "https://u:{{ MY_SERVER_PASSWORD }}@h/mcp?api_key={{ MY_SERVER_API_KEY }}&q=1");
         assert_eq!(remote.auth_token.as_ref().unwrap().expose(), "Bearer {{ MY_SERVER_AUTHORIZATION }}");
@@ -229,6 +248,6 @@ mod tests {
         assert_eq!(headers, ["{{ MY_SERVER_X_A }}", "Bearer {{ B }}", ""]);
         let Connector::Sse(twin) = &bare[2] else { panic!() };
         assert_eq!(twin.auth_token.as_ref().unwrap().expose(), "Bearer {{ MY_SERVER_AUTHORIZATION_2 }}");
-        assert_eq!(made.len(), 16);
+        assert_eq!(made.len(), 18);
     }
 }

@@ -74,11 +74,16 @@ const FOREIGN: [&str; 13] = [
 pub fn placeholders(text: &str, format: Option<Format>) -> Vec<(Range<usize>, Placeholder<'_>)> {
     let mut found = Vec::new();
     let mut from = 0;
+    // Where the next `}` is: looked for again and again, it would take quadratic time.
+    let mut brace = 0;
     while let Some(start) = text[from..].find("${").map(|more| from + more) {
         from = start + 2;
-        let Some((inside, _)) = text[from..].split_once('}') else { break };
-        if let Some(placeholder) = placeholder(inside, format) {
-            from += inside.len() + 1;
+        if brace < from {
+            let Some(more) = text[from..].find('}') else { break };
+            brace = from + more;
+        }
+        if let Some(placeholder) = placeholder(&text[from..brace], format) {
+            from = brace + 1;
             found.push((start..from, placeholder));
         }
     }
@@ -88,7 +93,10 @@ pub fn placeholders(text: &str, format: Option<Format>) -> Vec<(Range<usize>, Pl
 fn placeholder(inside: &str, format: Option<Format>) -> Option<Placeholder<'_>> {
     let plain = matches!(format, None | Some(Format::Claude));
     let prefixed = matches!(format, None | Some(Format::Cursor | Format::Windsurf | Format::VsCode));
-    match inside.split_once(':') {
+    // No further than a name goes, so that what begins with many of these takes linear time.
+    let name = inside.bytes().take_while(|byte| byte.is_ascii_alphanumeric() || *byte == b'_').count();
+    let after = inside[name..].strip_prefix(':');
+    match after.map(|after| (&inside[..name], after)) {
         Some((name, default)) if plain && is_variable(name) && default.starts_with('-') => {
             Some(Placeholder::Variable { name, default: Some(&default[1..]) })
         }
@@ -138,6 +146,12 @@ mod tests {
         assert_eq!(kinds, [Placeholder::Input("git-hub"), foreign(), foreign(), foreign()]);
         assert_eq!(found("${userHome}/x", None), [("${userHome}".to_owned(), Placeholder::Foreign)]);
         assert_eq!(found("${ A } ${} ${A ${B", None), []);
+        // In quadratic time these would not end.
+        for start in ["${", "${A", "${env-"] {
+            let many = start.repeat(1024 * 1024 / start.len()) + "}";
+            assert!(placeholders(&many, None).len() <= 1, "{start}");
+            assert_eq!(placeholders(&many[..many.len() - 1], None), []);
+        }
     }
 
     #[test]

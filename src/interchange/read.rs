@@ -16,6 +16,8 @@ use super::{Fault, Format, Passed, is_sse};
 
 /// The most faults that are named.
 const MAX_FAULTS: usize = 100;
+/// The longest text that a server can have, in bytes (CONTRACT row 2).
+const MAX_TEXT: usize = 32 * 1024;
 
 const MISPLACED: &str = "A placeholder cannot stand here; only in arguments, variables and header values.";
 const FOREIGN: &str =
@@ -23,6 +25,7 @@ const FOREIGN: &str =
 const NAMELESS: &str = "This placeholder has no name that a variable could have.";
 const BAD_DEFAULT: &str =
     "A default is not empty, begins and ends without white space, and has no placeholder and no brace in it.";
+const TOO_LONG: &str = "This must be a string of at most 32 KiB.";
 const BAD_TYPE: &str = "This must be stdio, sse or http.";
 
 /// What a file says.
@@ -306,7 +309,9 @@ impl Reader {
     /// A text without placeholders; whether it is one is checked elsewhere.
     fn plain(&mut self, value: Value, place: &[Value]) -> Value {
         let text = value.as_str().unwrap_or_default();
-        if !placeholders(text, self.format).is_empty() || is_templated(text) {
+        // Longer than any is: that is said elsewhere.
+        let is_short = text.len() <= MAX_TEXT;
+        if is_short && (!placeholders(text, self.format).is_empty() || is_templated(text)) {
             self.fault(place, MISPLACED);
         }
         value
@@ -339,6 +344,9 @@ impl Reader {
     }
 
     fn text(&mut self, text: &str, server: &str) -> Result<String, &'static str> {
+        if text.len() > MAX_TEXT {
+            return Err(TOO_LONG);
+        }
         let mut changed = String::with_capacity(text.len());
         let mut from = 0;
         for (range, placeholder) in placeholders(text, self.format) {

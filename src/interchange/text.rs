@@ -25,6 +25,8 @@ fn blank(text: &mut [u8]) {
     let mut last = 0;
     // A comma behind a value, which only a closing bracket makes one too many.
     let mut comma = None;
+    // No comment ends from here on: looked for again and again, the end would take quadratic time.
+    let mut endless = false;
     let mut at = 0;
     while let Some(&byte) = text.get(at) {
         let end = match (byte, text.get(at + 1)) {
@@ -33,8 +35,9 @@ fn blank(text: &mut [u8]) {
                 text[at..].iter().position(|byte| *byte == b'\n').map_or(text.len(), |more| at + more)
             }
             // One that does not end stays, and is no JSON.
-            (b'/', Some(b'*')) => {
+            (b'/', Some(b'*')) if !endless => {
                 let end = text[at + 2..].windows(2).position(|pair| pair == b"*/");
+                endless = end.is_none();
                 end.map_or(at + 1, |more| at + 2 + more + 2)
             }
             _ => at + 1,
@@ -89,6 +92,9 @@ mod tests {
         ] {
             assert_eq!(String::from_utf8(plain_json(text.as_bytes()).unwrap()).unwrap(), plain, "{text}");
         }
+        // In quadratic time this would not end.
+        let endless = "/*a".repeat(1024 * 1024 / 3);
+        assert_eq!(plain_json(endless.as_bytes()).unwrap(), endless.as_bytes());
         assert_eq!(plain_json(b"{\n \"a\": \"\xff\"}").unwrap_err(), "The file is not UTF-8 (line 2 column 8).");
         for empty in ["", " \n", "\u{feff}"] {
             assert_eq!(plain_json(empty.as_bytes()).unwrap_err(), "The file is empty.");

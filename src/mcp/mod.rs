@@ -73,7 +73,7 @@ pub use listing::{accept, definition};
 pub use oauth::{ConnectEvent, SignInError, Subject};
 pub use order::{BECOME, KEEP};
 pub use schema::{Health, Room, json_schema, listed_schema};
-pub use template::{bare, is_templated, templates};
+pub use template::{bare, hidden_parts, is_templated, templates};
 pub use variables::{Variables, VariablesError, VariablesFile, VariablesFileError};
 
 use budget::Budget;

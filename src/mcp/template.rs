@@ -40,6 +40,26 @@ pub fn bare(text: &str) -> Option<&str> {
     (template.range == (0..text.len()) && template.default.is_none()).then_some(template.name)
 }
 
+/// The secret parts of a text with templates, of which `parts` are secret without a thought of these. In a secret place a
+/// template hides its default; so it does when its variable has a secret name, or its default looks like a secret.
+pub fn hidden_parts(text: &str, mut parts: Vec<Range<usize>>) -> Vec<Range<usize>> {
+    for template in templates(text) {
+        let range = template.range;
+        let before = parts.len();
+        parts.retain(|part| part.start < range.start || part.end > range.end);
+        let was_secret = parts.len() < before;
+        let Some(default) = template.default else { continue };
+        let is_covered = parts.iter().any(|part| part.start <= default.start && default.end <= part.end);
+        let looks_secret =
+            secrets::is_secret_name(template.name) || !secrets::secret_parts(&text[default.clone()]).is_empty();
+        if !is_covered && (was_secret || looks_secret) {
+            parts.push(default);
+        }
+    }
+    parts.sort_by_key(|part| part.start);
+    parts
+}
+
 pub struct Templates<'a> {
     text: &'a str,
     from: usize,
@@ -285,6 +305,7 @@ impl Filled {
             Connector::StreamableHttp(remote) => Connector::StreamableHttp(fill_remote(remote, value)?),
         };
         secrets.extend(secrets::of(&filled));
+        secrets.extend(hidden_defaults(connector));
         Ok(Self { connector: filled, whole, named, secrets })
     }
 
@@ -292,6 +313,14 @@ impl Filled {
     pub fn was_templated(&self, arg: usize) -> bool {
         self.whole.get(arg).copied().unwrap_or(false)
     }
+}
+
+/// What answers mask of the arguments: filled in, it may look like no secret any more. All of a variable or a header is
+/// secret anyway.
+fn hidden_defaults(connector: &Connector) -> Vec<Secret> {
+    let Connector::Stdio(Stdio { args, .. }) = connector else { return Vec::new() };
+    let parts = args.iter().zip(secrets::secret_args(args)).map(|(arg, parts)| (arg, hidden_parts(arg, parts)));
+    parts.flat_map(|(arg, parts)| parts.into_iter().map(|part| arg[part].to_owned().into())).collect()
 }
 
 fn fill_stdio<'a>(stdio: &'a Stdio, value: impl Fn(&str) -> Option<&'a str>) -> Result<Stdio, Error> {
@@ -529,6 +558,15 @@ mod tests {
         assert_eq!(named.args, ["", "/srv/a", "plain arg", "/srv/file"]);
         assert_eq!(named.env.unwrap()["HOME_OF"].expose(), "/srv/x");
         assert!(filled.secrets.iter().any(|secret| secret.expose() == "/home/me -v"));
+    }
+
+    #[test]
+    fn no_error_shows_a_default_that_answers_mask() {
+        let connector = stdio(&["--as={{ DB_PASS | hunter22 }}", "{{ REGION | eu-west }}"], &[]);
+        let filling = filling(&Needs::of(&connector), &[], &[], 0).unwrap();
+        let filled = Filled::new(&connector, &filling).unwrap();
+        let is_secret = |text: &str| filled.secrets.iter().any(|secret| secret.expose() == text);
+        assert!(is_secret("hunter22") && !is_secret("eu-west"));
     }
 
     #[test]

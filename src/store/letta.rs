@@ -210,7 +210,7 @@ pub enum LettaError {
     Empty(String),
     #[error("There are no MCP servers of a Letta in {place}{}.", within(.schema))]
     Foreign { place: String, schema: Option<String> },
-    #[error("{place} holds more than one Letta, in the schemas {}; choose with --schema.", .schemas.join(" and "))]
+    #[error("{place} holds more than one Letta, in the schemas {}; choose with --schema.", listed(.schemas))]
     Several { place: String, schemas: Vec<String> },
     #[error(
         "{place} is of a version of Letta that is not known here ({version}): known are 0.13 to 0.16.8; --any-version reads \
@@ -219,6 +219,10 @@ pub enum LettaError {
     Version { place: String, version: String },
     #[error("{place} is of no version of Letta that can be read: its table {table} has no {column}.")]
     Column { place: String, table: &'static str, column: &'static str },
+}
+
+fn listed(schemas: &[String]) -> String {
+    schemas.iter().map(|schema| schema.escape_debug().to_string()).collect::<Vec<_>>().join(" and ")
 }
 
 fn within(schema: &Option<String>) -> String {
@@ -287,6 +291,45 @@ impl LettaDatabase {
                 ours.is_some_and(|ours| real(&ours).is_some() && real(&ours) == real(file))
             }
         }
+    }
+
+    /// Whether the database of these settings of Portolan has the servers of a Letta, in any schema, however either is
+    /// spelled. Nothing is written; one that is not there yet has none.
+    ///
+    /// # Errors
+    /// [`LettaError::Unreadable`].
+    pub async fn is_at(url: Option<&str>, data_dir: &Path) -> Result<bool, LettaError> {
+        let target = match url {
+            Some(url) => Self::new(url)?,
+            None => Self::of_file(data_dir.join("portolan.db")),
+        };
+        let looking = async {
+            let mut source = match &target.at {
+                At::Postgres(_) => target.open().await?,
+                At::Sqlite(file) if fs::metadata(file).map_or(0, |metadata| metadata.len()) == 0 => return Ok(false),
+                // Not as one that nobody changes: a Portolan may be at work on it.
+                At::Sqlite(file) => {
+                    let options =
+                        SqliteConnectOptions::new().filename(file).read_only(true).disable_statement_logging();
+                    let connection = SqliteConnection::connect_with(&options).await;
+                    let connection = connection.map_err(|error| target.unreadable(one_line(&error)))?;
+                    Source { connection: Connected::Sqlite(connection), copy: None }
+                }
+            };
+            let schemas = source.schemas().await.map_err(|error| target.unreadable(one_line(&error)));
+            source.close().await;
+            let is_lettas = |tables: &Columns| {
+                let columns = tables.get(SERVERS.name);
+                columns.is_some_and(|columns| SERVERS.needed.iter().all(|column| columns.contains(*column)))
+            };
+            Ok(schemas?.values().any(is_lettas))
+        };
+        let late = || target.unreadable(format!("it takes more than {} s", READ_TIMEOUT.as_secs()));
+        timeout(READ_TIMEOUT, looking).await.map_err(|_| late())?
+    }
+
+    fn of_file(file: PathBuf) -> Self {
+        Self { place: format!("the SQLite file {}", file.display()), at: At::Sqlite(file) }
     }
 
     /// Reads all that there is, as one moment has it; of the schema, if it is given (PostgreSQL). A version that is not known

@@ -4,6 +4,7 @@
   for in an empty PATH: a run sends nothing to any other host and starts nothing but the fixture server. Other text stays.
 - Most ids become those of live servers and their tools; the rest stay as they were made, or name a server whose upstream is gone.
 - What deletes or reconfigures goes to throw-away servers: those that the fuzzer made itself, else one made for it.
+- An import removes nothing: what is live would be gone.
 - Most valid server names and all Idempotency-Keys are made unique, since the fuzzer loves short ones and a second "0" is only
   ever a conflict.
 
@@ -30,7 +31,6 @@ from schemathesis.core.failures import ServerError
 GIVEN = json.loads(os.environ["PORTOLAN_FUZZ"])
 LIVE, GONE = GIVEN["live"], GIVEN["gone"]
 KEPT = {it["id"] for it in [*LIVE, GONE]}
-KEPT_NAMES = {it["name"] for it in [*LIVE, GONE]}
 MOST_THROWAWAYS = 60  # so that the list of all servers stays short
 
 NOBODY = "http://127.0.0.1:1/"
@@ -107,8 +107,9 @@ def register_by_name(name):
 def aim_by_name(case, operation, roll):
     names, share, pick = case.path_parameters, roll % 8, roll // 8
     if operation in ("update_mcp_server", "delete_mcp_server"):
-        if share < 6 or names["mcp_server_name"].strip() in KEPT_NAMES:
-            names["mcp_server_name"] = register_by_name(f"by name {next(numbers)}")
+        # One that stood in an answer may be that of a live server, whatever that is called by now.
+        made = f"by name {next(numbers)}"
+        names["mcp_server_name"] = register_by_name(made) if share < 6 else f"nobody is called {made}"
         return
     if share == 7:
         return
@@ -201,6 +202,9 @@ def after_call(_context, case, response):
         server = response.json()
         if server["id"] not in KEPT:
             keep_as_throwaway(server["id"], server["mcp_server_type"] == "stdio")
+        for kept in [*LIVE, GONE]:
+            if kept["id"] == server["id"]:
+                kept["name"] = server["server_name"]
 
 
 @schemathesis.hook

@@ -3,16 +3,11 @@
 //! A mask means: as it is stored. It stands for the value of the same header, variable, parameter or argument, and only on
 //! the same origin: whoever may not read a secret must not be able to have it sent elsewhere.
 
-use std::ops::Range;
-
 use url::Url;
 
-use crate::mcp::{bare, templates};
+use crate::mcp::{bare, hidden_parts};
 use crate::model::{Connector, OauthClient, Remote, Secret, SecretMap, Stdio};
-use crate::secrets::{
-    MASK, decoded, is_secret_name, is_secret_variable, secret_args, secret_parts, secret_spots, spots, without,
-    without_scheme,
-};
+use crate::secrets::{MASK, decoded, is_secret_variable, secret_args, secret_spots, spots, without, without_scheme};
 
 /// What a connection is shown as.
 pub fn masked(connector: &Connector) -> Connector {
@@ -27,7 +22,7 @@ fn masked_stdio(Stdio { command, args, env }: &Stdio) -> Stdio {
     let env = env.as_ref().map(|env| {
         let shown = |name: &str, value: &Secret| {
             let text = value.expose();
-            let is_secret = is_secret_variable(name, text) || !around_templates(text, Vec::new()).is_empty();
+            let is_secret = is_secret_variable(name, text) || !hidden_parts(text, Vec::new()).is_empty();
             if is_secret { masked_value(value) } else { value.clone() }
         };
         env.iter().map(|(name, value)| (name.clone(), shown(name, value))).collect()
@@ -66,26 +61,7 @@ pub fn masked_url(url: &str) -> String {
 }
 
 fn masked_args(args: &[String]) -> Vec<String> {
-    args.iter().zip(secret_args(args)).map(|(arg, parts)| without(arg, &around_templates(arg, parts))).collect()
-}
-
-/// The secret parts of a text with templates, of which `parts` are secret without a thought of these. In a secret place a
-/// template hides its default; so it does when its variable has a secret name, or its default looks like a secret.
-fn around_templates(text: &str, mut parts: Vec<Range<usize>>) -> Vec<Range<usize>> {
-    for template in templates(text) {
-        let range = template.range;
-        let before = parts.len();
-        parts.retain(|part| part.start < range.start || part.end > range.end);
-        let was_secret = parts.len() < before;
-        let Some(default) = template.default else { continue };
-        let is_covered = parts.iter().any(|part| part.start <= default.start && default.end <= part.end);
-        let looks_secret = is_secret_name(template.name) || !secret_parts(&text[default.clone()]).is_empty();
-        if !is_covered && (was_secret || looks_secret) {
-            parts.push(default);
-        }
-    }
-    parts.sort_by_key(|part| part.start);
-    parts
+    args.iter().zip(secret_args(args)).map(|(arg, parts)| without(arg, &hidden_parts(arg, parts))).collect()
 }
 
 /// Whether a value is a mask, with or without `Bearer ` before it.

@@ -11,8 +11,8 @@ use crate::config::{MigrateLetta, Settings};
 use crate::model::Secret;
 use crate::store::{self, LettaDatabase, LettaRows, Step, Store};
 
-use super::say;
-use plan::{Choice, Fate, Here, Line, Plan, counted, shown};
+use super::{say, shown};
+use plan::{Choice, Fate, Here, Line, Plan, counted};
 use unseal::Opener;
 
 /// # Errors
@@ -20,7 +20,11 @@ use unseal::Opener;
 pub async fn run(settings: &Settings, wanted: &MigrateLetta) -> Result<(), String> {
     let source = LettaDatabase::new(wanted.from.expose()).map_err(|error| error.to_string())?;
     let storage = &settings.storage;
-    if source.is(storage.database_url.as_ref().map(Secret::expose), &storage.data_dir) {
+    let target = storage.database_url.as_ref().map(Secret::expose);
+    // The second look finds the same database by another name, too.
+    if source.is(target, &storage.data_dir)
+        || LettaDatabase::is_at(target, &storage.data_dir).await.map_err(|error| error.to_string())?
+    {
         return Err("Letta and Portolan need a database each; give Portolan's with --database-url.".to_owned());
     }
     let opener = opener(wanted)?;
@@ -62,7 +66,10 @@ fn organization<'a>(rows: &'a LettaRows, wanted: &str) -> Result<&'a str, String
     match ids[..] {
         [id] => Ok(id),
         [] => Err("No server in this Letta is of that organization.".to_owned()),
-        _ => Err(format!("Several organizations have this name; choose by id: {}.", ids.join(", "))),
+        _ => {
+            let ids: Vec<_> = ids.into_iter().map(shown).collect();
+            Err(format!("Several organizations have this name; choose by id: {}.", ids.join(", ")))
+        }
     }
 }
 

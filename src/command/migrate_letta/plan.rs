@@ -16,6 +16,7 @@ use crate::mcp::accept;
 use crate::model::{Connector, Offered, Remote, Secret, SecretMap, Server, ServerType, SignIn, Stdio};
 use crate::store::{LettaRows, LettaServer, LettaSignIn, LettaTool, NewServer};
 
+use super::super::shown;
 use super::unseal::{Closed, Opener};
 
 /// What the person who migrates has chosen.
@@ -58,26 +59,13 @@ pub struct Line {
     pub notes: Vec<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Fate {
     Comes,
     /// It is in Portolan, and stays as it is there.
     Here,
     /// It stays in Letta.
     Stays,
-}
-
-/// A text from the database as a terminal may show it.
-pub fn shown(text: &str) -> String {
-    let mut shown = String::new();
-    for c in text.chars().take(255) {
-        let mut escaped = c.escape_debug();
-        match escaped.len() > 1 && !matches!(c, '"' | '\'' | '\\') {
-            true => shown.extend(&mut escaped),
-            false => shown.push(c),
-        }
-    }
-    shown
 }
 
 impl Plan {
@@ -101,17 +89,7 @@ impl Plan {
             }
             plan.closed += usize::from(!draft.closed.is_empty());
             draft.refuse_closed(choice.without_secrets);
-            match names.get(&server_name) {
-                _ if !draft.reasons.is_empty() => {}
-                Some(Holder::Here) => {
-                    draft.reasons.push("another server in Portolan has this name; rename one".to_owned())
-                }
-                Some(Holder::Coming) => draft.reasons.push(
-                    "an older server, of another organization, has this name; choose one with --organization"
-                        .to_owned(),
-                ),
-                None => {}
-            }
+            draft.refuse_taken(names.get(&server_name));
             let mut tools = owners.tools_of(&row.id);
             let Some(connector) = connector.filter(|_| draft.reasons.is_empty()) else {
                 if !tools.is_empty() {
@@ -122,17 +100,10 @@ impl Plan {
             };
             draft.drop_tools_in_use(&mut tools, here);
             let tools = draft.definitions(&tools);
-            for (tool, thief) in owners.stolen_from(&row.id) {
-                let thief = rows.servers.iter().find(|server| server.id == *thief);
-                let thief = thief.map_or("(gone)".to_owned(), |thief| shown(&thief.server_name));
-                draft.notes.push(format!(
-                    "tool {} is a tool of server {thief} in Letta since that has one of this name, too; a refresh brings back \
-                     its own",
-                    shown(tool)
-                ));
-                if !plan.to_refresh.contains(&server_name) {
-                    plan.to_refresh.push(server_name.clone());
-                }
+            let stolen = owners.stolen_from(&row.id);
+            draft.name_stolen(stolen);
+            if !stolen.is_empty() {
+                plan.to_refresh.push(server_name.clone());
             }
             names.insert(server_name.clone(), Holder::Coming);
             plan.lines.push(draft.line(Fate::Comes, parts(&connector, tools.len(), sign_in.is_some())));
@@ -361,6 +332,29 @@ impl Draft<'_> {
         }
     }
 
+    /// Of those with one name, the first that comes has it; one that does not come anyway needs no other reason.
+    fn refuse_taken(&mut self, holder: Option<&Holder>) {
+        let reason = match holder {
+            _ if !self.reasons.is_empty() => return,
+            None => return,
+            Some(Holder::Here) => "another server in Portolan has this name; rename one",
+            Some(Holder::Coming) => {
+                "an older server, of another organization, has this name; choose one with --organization"
+            }
+        };
+        self.reasons.push(reason.to_owned());
+    }
+
+    fn name_stolen(&mut self, tools: &[(&str, &LettaServer)]) {
+        for (tool, thief) in tools {
+            self.notes.push(format!(
+                "tool {} is a tool of server {} in Letta since that has one of this name, too; a refresh brings back its own",
+                shown(tool),
+                shown(&thief.server_name)
+            ));
+        }
+    }
+
     fn drop_tools_in_use(&mut self, tools: &mut Vec<&LettaTool>, here: &Here) {
         tools.retain(|tool| {
             let fault = match (is_id(&tool.id, "tool-"), here.tools.contains(&tool.id)) {
@@ -467,7 +461,7 @@ pub fn counted(number: usize, noun: &str) -> String {
 struct Owners<'a> {
     tools: BTreeMap<&'a str, Vec<&'a LettaTool>>,
     /// By the server that they were taken from, the tool and who has it now.
-    stolen: BTreeMap<&'a str, Vec<(&'a str, &'a str)>>,
+    stolen: BTreeMap<&'a str, Vec<(&'a str, &'a LettaServer)>>,
     orphans: Vec<&'a LettaTool>,
 }
 
@@ -501,7 +495,7 @@ impl<'a> Owners<'a> {
                 Some(owner) => {
                     owners.tools.entry(owner).or_default().push(tool);
                     for other in listed.iter().filter(|other| **other != owner) {
-                        owners.stolen.entry(other).or_default().push((&tool.name, owner));
+                        owners.stolen.entry(other).or_default().push((&tool.name, servers[owner]));
                     }
                 }
                 None => owners.orphans.push(tool),
@@ -514,7 +508,7 @@ impl<'a> Owners<'a> {
         self.tools.get(server_id).cloned().unwrap_or_default()
     }
 
-    fn stolen_from(&self, server_id: &str) -> &[(&'a str, &'a str)] {
+    fn stolen_from(&self, server_id: &str) -> &[(&'a str, &'a LettaServer)] {
         self.stolen.get(server_id).map(Vec::as_slice).unwrap_or_default()
     }
 }

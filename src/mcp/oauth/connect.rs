@@ -216,6 +216,10 @@ impl Mcp {
             Some(pending) => self.exchange(server_id, pending, answer, iss).await,
             None => Err(SignInError::NotStored),
         };
+        if let (Ok(_), Some(server_id)) = (&outcome, server_id) {
+            // The next session is that of whoever has signed in now. Before anybody hears of it, who would open that one.
+            self.pool.forget(server_id);
+        }
         let (progress, ended) = match &outcome {
             Ok((_, apart)) => (Progress::Done, Ended::Well(apart.clone().map(Box::new))),
             Err(error) => (Progress::Failed, Ended::Badly(reason_of(error))),
@@ -230,8 +234,6 @@ impl Mcp {
             Ok((server_url, _)) => {
                 tracing::info!(server.id = server_id, caller.name = caller, "signed in to a server");
                 if let Some(server_id) = server_id {
-                    // The next session is that of whoever has signed in now.
-                    self.pool.forget(server_id);
                     self.sync_signed_in(server_id).await;
                 }
                 Ok(server_url)
@@ -347,9 +349,10 @@ impl Mcp {
         Ok(tools)
     }
 
-    /// The tools of a registered server as it lists them now, each as it wrote it; nothing is stored.
-    pub async fn live_tools(&self, server: &Server, given: &Variables) -> Result<Vec<Box<RawValue>>, Error> {
-        Ok(self.list(server, None, given, true).await?.0.tools)
+    /// The tools of a registered server as it lists them now, each as it wrote it; nothing is stored. `now`: a session is
+    /// tried for also while a failure of before would be answered.
+    pub async fn live_tools(&self, server: &Server, given: &Variables, now: bool) -> Result<Vec<Box<RawValue>>, Error> {
+        Ok(self.list(server, None, given, now).await?.0.tools)
     }
 
     /// As [`Mcp::sync_tools`]; returns the tools as the server wrote them.
