@@ -164,6 +164,14 @@ pub async fn open_store(settings: &Settings) -> Result<Store, OpenError> {
     Store::open(url, &settings.storage.data_dir, keys.map_err(SealError::from)?).await
 }
 
+/// What there is to say when a key was made for this store: it is the only one.
+pub fn key_notice(store: &Store) -> Option<String> {
+    let file = store.made_key()?.display();
+    Some(format!(
+        "A key was made in {file}: keep a copy of it elsewhere, the stored secrets cannot be read without it."
+    ))
+}
+
 /// The folder holds other people's keys: only its owner gets in. One that is there already keeps the mode it was given.
 fn make_private(folder: &Path) -> std::io::Result<()> {
     if let Ok(metadata) = std::fs::metadata(folder) {

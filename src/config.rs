@@ -343,8 +343,7 @@ const CLIENT_METADATA_PATH: &str = "/v1/tools/mcp/oauth/client-metadata.json";
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Sign-in")]
 pub struct SignIn {
-    /// Where browsers reach Portolan, for example https://portolan.example.com; they come back there from a sign-in to an
-    /// MCP server
+    /// Where browsers reach Portolan, as `https://portolan.example.com`; they come back there from a sign-in to an MCP server
     #[arg(long, env = "PORTOLAN_PUBLIC_URL", value_parser = base_url, global = true, value_name = "URL")]
     pub public_url: Option<Url>,
     /// The same under the name that Letta gave it

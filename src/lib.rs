@@ -17,7 +17,13 @@
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
-//! | [`api`] | speaks HTTP: route table, `access` (who may come in), `tokens` (which there are), `attempts` (who guesses), `guard` (what may come in), `origin` (which web pages may), `reveal` (who sees secrets), `wire` (Letta's JSON, in and out; `mask`: what stands for a secret; `events`: what a connect tells), `page` (what a browser sees after a sign-in), `repeats` (which requests mean one run), `runs` (one run of many requests), `drip` (the early head of a long run), `variables` (values that a request brings), `import` (what an import does, and an export), one file per group of routes |
+//! | [`api`] | speaks HTTP: the route table, one file per group of routes, and what they share: |
+//! | `access`, `tokens`, `attempts` | who may come in, by which tokens; who guesses |
+//! | `guard`, `variables` | what may come in: ids, names and bodies; values that a request brings for templates |
+//! | `origin`, `reveal` | which web pages may come in; who sees secrets |
+//! | `wire` | Letta's JSON, in and out; `mask` (what stands for a secret), `events` (what a connect tells) |
+//! | `repeats`, `runs`, `drip` | which requests mean one run; one run of many requests; the early head of a long one |
+//! | `import`, `page` | what an import does, and an export; what a browser sees after a sign-in |
 //! | [`interchange`] | the files of other programs: `read` and `write` (what they say of servers), `text` (from bytes to JSON), `placeholders` (theirs, and templates), `left_out` (secrets that a file does not show) |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
@@ -26,7 +32,7 @@
 //! | `message`, `exchange` | JSON-RPC, and who waits for which answer |
 //! | `lines`, `events`, `budget` | what is read, bounded, and how much of it at a time |
 //! | `egress`, `address` | every outbound byte, and which addresses it may go to |
-//! | `oauth` | sign-in to servers: `connect` (with a person), `signer` (what requests use), `provider` and `token` (what an authorization server is asked), `way` (how it is reached) |
+//! | `oauth` | sign-in to servers: `connect` (with a person), `signer` (what requests use), `adopt` (one from before its registration), `provider` and `token` (what an authorization server is asked), `way` (how it is reached) |
 //! | `fields`, `mirror` | which header fields go out, and arguments as header fields |
 //! | `commands` | which commands may be started |
 //! | `template`, `variables`, `variants` | `{{ VARIABLE }}` in a configuration; the values for it; the sessions of requests that bring their own |
@@ -37,7 +43,7 @@
 //! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
-//! | [`store`] | speaks SQL: one file per table; `changes` (what a new list of tools means), `known` (tools that were read before, in memory), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
+//! | [`store`] | speaks SQL: a file for each table or two that belong together; `changes` (what a new list of tools means), `known` (tools that were read before, in memory), `batch` (several servers in one transaction), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
 //! | [`command`] | what the program does besides serving, one file per command; of `migrate_letta`, `plan` (what becomes of each server) and `unseal` (Letta's own sealing) |
 //!
 //! # Who may import whom
@@ -64,7 +70,8 @@
 //! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of
-//! `api`, `main` and `command` use the tokens, and `command` the rules of a create and the import.
+//! `api`, `main` and `command` use the tokens, and `command` the rules of a create and the import; of `mcp`, `interchange` and `command` use the grammar of templates
+//! and what a list of tools takes.
 //!
 //! # One request
 //!

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use portolan::api::Import;
-use portolan::app::{App, BECOME, KEEP, become_child, ensure_guarded, keep_child};
+use portolan::app::{App, BECOME, KEEP, become_child, ensure_guarded, keep_child, key_notice};
 use portolan::command;
 use portolan::config::{Cli, Command, Settings, Token};
 use portolan::telemetry;
@@ -89,11 +89,8 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
         env!("CARGO_PKG_VERSION"),
         app.store.describe(),
     );
-    if let Some(file) = app.store.made_key() {
-        lines += &format!(
-            "A key was made in {}: keep a copy of it elsewhere, the stored secrets cannot be read without it.\n",
-            file.display()
-        );
+    if let Some(notice) = key_notice(&app.store) {
+        lines += &format!("{notice}\n");
     }
     if app.tokens.current().is_none() {
         tracing::info!("no token is set: every program on this machine may come in");

@@ -130,3 +130,19 @@ fn nested_groups_hide_no_import() {
     assert!(in_braces(code, "store") && in_braces(code, "mcp") && in_braces(code, "model"));
     assert!(!in_braces(code, "Error") && !in_braces(code, "api"));
 }
+
+#[test]
+fn the_map_names_every_file_but_those_that_their_routes_tables_and_commands_name() {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let map = std::fs::read_to_string(src.join("lib.rs")).unwrap();
+    let map = map.split("# Who may import whom").next().unwrap();
+    for folder in ["mcp", "interchange", "serve"] {
+        let mut files = Vec::new();
+        sources(&src.join(folder), &mut files);
+        assert!(!files.is_empty());
+        for file in files {
+            let stem = file.file_stem().unwrap().to_str().unwrap();
+            assert!(stem == "mod" || map.contains(&format!("`{stem}`")), "{} is not on the map", file.display());
+        }
+    }
+}

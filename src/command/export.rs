@@ -6,18 +6,17 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use crate::api::export;
-use crate::app::open_store;
 use crate::config::Settings;
 use crate::interchange::{Format, Written};
 
-use super::shown;
+use super::{open_store, shown};
 
 /// Writes the file, and on standard error what it does not say.
 ///
 /// # Errors
 /// One sentence; a file that was there is as it was.
 pub async fn run(settings: &Settings, format: Format, secrets: bool, output: Option<&Path>) -> Result<(), String> {
-    let store = open_store(settings).await.map_err(|error| error.to_string())?;
+    let store = open_store(settings).await?;
     let servers = store.servers().await;
     store.close().await;
     let servers = servers.map_err(|error| format!("The servers cannot be read: {error}."))?;

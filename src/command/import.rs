@@ -5,11 +5,11 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use crate::api::{Import, Report};
-use crate::app::{Commands, make_data_folder, open_store};
+use crate::app::{Commands, make_data_folder};
 use crate::config::Settings;
 use crate::error::Error;
 
-use super::{say, shown};
+use super::{open_store, say, shown};
 
 /// One byte more than the largest file, so that a larger one is known.
 const MOST: u64 = 1024 * 1024 + 1;
@@ -20,7 +20,7 @@ pub async fn run(settings: &Settings, file: &Path, asked: Import) -> Result<(), 
     let text = read(file).map_err(|error| format!("Cannot read {}: {error}.", file.display()))?;
     let commands = Commands::read(&settings.children).map_err(|error| error.to_string())?;
     make_data_folder(settings).map_err(|error| error.to_string())?;
-    let store = open_store(settings).await.map_err(|error| error.to_string())?;
+    let store = open_store(settings).await?;
     let done = asked.run(&store, text, |connector| commands.check(connector)).await;
     store.close().await;
     tell(&done.map_err(failed)?.report);

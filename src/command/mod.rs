@@ -11,6 +11,19 @@ pub mod token;
 use std::fmt::Display;
 use std::io::Write;
 
+use crate::app;
+use crate::config::Settings;
+use crate::store::Store;
+
+/// The store of these settings. Of a key that was made for it, standard error tells: the output may be a file.
+async fn open_store(settings: &Settings) -> Result<Store, String> {
+    let store = app::open_store(settings).await.map_err(|error| error.to_string())?;
+    if let Some(notice) = app::key_notice(&store) {
+        let _ = writeln!(std::io::stderr(), "{notice}");
+    }
+    Ok(store)
+}
+
 /// Somebody else's text as a terminal may show it.
 fn shown(text: &str) -> String {
     let mut shown = String::new();

@@ -2,16 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use crate::app::open_store;
 use crate::config::Settings;
 use crate::store::{Error, Store};
 
-use super::say;
+use super::{open_store, say};
 
 /// # Errors
 /// One sentence, also when a server could not be sealed again.
 pub async fn run(settings: &Settings, dry_run: bool) -> Result<(), String> {
-    let store = open_store(settings).await.map_err(|error| error.to_string())?;
+    let store = open_store(settings).await?;
     let done = if dry_run { count(&store).await } else { rotate(&store).await };
     store.close().await;
     done

@@ -430,7 +430,9 @@ fn reason(key: &str) -> &'static str {
         "timeout" | "startup_timeout_sec" | "tool_timeout_sec" | "connectTimeout" | "requestTimeout" => {
             "Portolan has the same timeouts for all servers; its settings say which."
         }
-        "auth" | "oauth" | "authProviderType" => "Portolan signs in by itself where a server asks for it.",
+        "auth" | "oauth" | "authProviderType" => {
+            "Sign-ins are not taken over: connect the server, and name a client of its own in its oauth."
+        }
         "sandbox" | "sandboxEnabled" => "Portolan confines all commands alike; its settings say how.",
         "dev" | "gallery" | "version" | "description" | "name" | "server_name" => "This is of no use here.",
         _ => "Portolan does not know this key.",

@@ -1,5 +1,5 @@
 //! What Letta's older SDKs read: servers without ids, in the flat shape in which they were sent, and tools as MCP has them
-//! (docs/CONTRACT.md, legacy endpoints).
+//! (docs/CONTRACT.md, By name).
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize, Serializer};

@@ -67,7 +67,7 @@ impl UpdateServer {
     }
 
     /// As [`UpdateServer::read`], of Letta's older API: a command may stand in `stdio_config`, and a null clears
-    /// `custom_headers` (docs/CONTRACT.md, legacy endpoints).
+    /// `custom_headers` (docs/CONTRACT.md, By name).
     pub fn read_legacy(body: Map<String, Value>) -> Result<Self, Error> {
         let mut reader = Reader::default();
         let clears_headers = body.get("custom_headers").is_some_and(Value::is_null);

@@ -6,12 +6,12 @@ mod unseal;
 
 use std::fs;
 
-use crate::app::{make_data_folder, open_store};
+use crate::app::make_data_folder;
 use crate::config::{MigrateLetta, Settings};
 use crate::model::Secret;
 use crate::store::{self, LettaDatabase, LettaRows, Step, Store};
 
-use super::{say, shown};
+use super::{open_store, say, shown};
 use plan::{Choice, Fate, Here, Line, Plan, counted};
 use unseal::Opener;
 
@@ -34,7 +34,7 @@ pub async fn run(settings: &Settings, wanted: &MigrateLetta) -> Result<(), Strin
         return Err(format!("Letta has no MCP servers in {}.", source.describe()));
     }
     make_data_folder(settings).map_err(|error| error.to_string())?;
-    let store = open_store(settings).await.map_err(|error| error.to_string())?;
+    let store = open_store(settings).await?;
     let choice = Choice { organization, without_secrets: wanted.without_secrets };
     let done = migrate(&store, &source, &rows, &opener, &choice, wanted.dry_run).await;
     store.close().await;
@@ -168,8 +168,8 @@ fn show(plan: &Plan, opener: &Opener) {
     if !plan.to_refresh.is_empty() {
         let names: Vec<_> = plan.to_refresh.iter().map(|name| shown(name)).collect();
         say(format_args!(
-            "Letta keeps one tool of a name and gives it to the server that came last: refresh {} afterwards (PATCH \
-             /v1/mcp-servers/ID/refresh), which repairs it.",
+            "Letta keeps one tool of a name and gives it to the server that came last: refresh {} afterwards (POST \
+             /v1/tools/mcp/servers/NAME/resync), which repairs it.",
             names.join(", ")
         ));
     }

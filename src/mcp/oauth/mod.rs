@@ -1,8 +1,8 @@
 //! Sign-in to MCP servers by OAuth: MCP authorization 2025-11-25 and 2026-07-28, RFC 6749, 7591, 7636, 8414, 8707, 9207, 9728.
-
 //!
 //! [`Signer`] is what the requests to a server use; `connect` is how a person signs in, `provider` and `token` are what the
-//! authorization server is asked, `way` is how it is reached.
+//! authorization server is asked, `way` is how it is reached,
+//! `adopt` is for a sign-in from before its server was registered.
 
 mod adopt;
 mod connect;
