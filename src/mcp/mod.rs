@@ -94,6 +94,8 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How many servers that came together are connected to at a time.
 const FIRST_SYNCS: usize = 4;
+/// How long one of them keeps the next one waiting, at most.
+const FIRST_SYNC_PATIENCE: Duration = Duration::from_secs(120);
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
@@ -204,15 +206,21 @@ impl Mcp {
         timeout(patience, sync).await.is_ok()
     }
 
-    /// As [`Mcp::first_sync`], of several new servers, a few at a time; nobody waits for it.
+    /// As [`Mcp::first_sync`], of several new servers, a few at a time; nobody waits for it. Of many at once no session is
+    /// kept: they would take the places of those that are used.
     pub fn first_syncs(&self, server_ids: Vec<String>) {
         let mcp = self.clone();
-        let patience = self.settings.create_sync_timeout;
+        let are_many = server_ids.len() > FIRST_SYNCS;
         let sync = move |id: String| {
             let mcp = mcp.clone();
             async move {
                 match mcp.store.server(&id).await {
-                    Ok(Some(server)) => drop(mcp.first_sync(server, &Variables::default(), patience).await),
+                    Ok(Some(server)) => {
+                        mcp.first_sync(server, &Variables::default(), FIRST_SYNC_PATIENCE).await;
+                        if are_many {
+                            mcp.pool.rest(&id);
+                        }
+                    }
                     Ok(None) => {}
                     Err(error) => {
                         tracing::error!(server.id = id, %error, "a new server cannot be read for its first sync")
@@ -510,11 +518,9 @@ impl Mcp {
         let mcp = self.clone();
         self.tracker.spawn(async move {
             // What the database has to say is said where it is asked for an answer.
-            let Ok(servers) = mcp.store.servers().await else { return };
-            let is_new = |server: &Server| server.state == State::NeverConnected && server.last_synced_at.is_none();
-            let new: Vec<_> = servers.into_iter().filter(is_new).map(|server| server.id).collect();
-            if !new.is_empty() {
-                mcp.first_syncs(new);
+            match mcp.store.new_servers().await {
+                Ok(new) if !new.is_empty() => mcp.first_syncs(new),
+                _ => {}
             }
         });
     }

@@ -648,6 +648,26 @@ impl Pool {
         }
     }
 
+    /// Lets go of the server's session, and of one that is just being opened; its calls keep their places.
+    pub fn renew(&self, server_id: &str) {
+        let mut slots = self.slots();
+        if let Some(slot) = slots.by_server.get_mut(server_id) {
+            let old = std::mem::replace(slot, Slot::new(slot.turns.clone()));
+            old.clear();
+        }
+    }
+
+    /// Closes the server's session if nobody uses it.
+    pub fn rest(&self, server_id: &str) {
+        let slot = self.slots().by_server.get(server_id).cloned();
+        let Some(slot) = slot else { return };
+        if let Ok(mut history) = slot.history.try_lock()
+            && let Some(idle) = slot.take_idle(Duration::ZERO)
+        {
+            history.end(&idle, None);
+        }
+    }
+
     /// Lets go of all sessions, for good.
     pub fn close(&self) {
         let mut slots = self.slots();

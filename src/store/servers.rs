@@ -66,6 +66,13 @@ impl Store {
         Ok(rows.into_iter().map(|row| self.opened(row)).collect())
     }
 
+    /// The ids of those that nobody has connected to, oldest first.
+    pub async fn new_servers(&self) -> Result<Vec<String>, Error> {
+        const SQL: &str = "SELECT id FROM servers WHERE state = $1 AND last_synced_at IS NULL ORDER BY created_at, id";
+        let state = State::NeverConnected.as_str();
+        Ok(on_db!(self, read pool => sqlx::query_scalar(SQL).bind(state).fetch_all(pool).await)?)
+    }
+
     /// The server with this id.
     pub async fn server(&self, id: &str) -> Result<Option<Server>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM servers WHERE id = $1");

@@ -192,11 +192,16 @@ impl Store {
         Ok(rows > 0)
     }
 
-    /// Removes a sign-in that is of no use any more, unless somebody has written another since `version`.
-    pub async fn remove_sign_in(&self, server_id: &str, version: i64) -> Result<(), Error> {
+    /// Removes a sign-in that is of no use any more; `false` when somebody has written another since `version`.
+    pub async fn remove_sign_in(&self, server_id: &str, version: i64) -> Result<bool, Error> {
         const SQL: &str = "DELETE FROM sign_ins WHERE server_id = $1 AND version = $2";
-        on_db!(self, write pool => sqlx::query(SQL).bind(server_id).bind(version).execute(pool).await.map(|_| ())?);
-        Ok(())
+        let rows = on_db!(self, write pool => sqlx::query(SQL)
+            .bind(server_id)
+            .bind(version)
+            .execute(pool)
+            .await
+            .map(|done| done.rows_affected())?);
+        Ok(rows > 0)
     }
 
     /// Notes that somebody begins to sign in; [`Error::Refused`] when the server is gone. Of those that are under way to
@@ -228,6 +233,14 @@ impl Store {
             transaction.commit().await?;
         });
         Ok(())
+    }
+
+    /// Whether a sign-in was begun with this state. A look, for what anybody may ask: it waits for no writer.
+    pub async fn knows_state(&self, state_digest: &str) -> Result<bool, Error> {
+        const SQL: &str = "SELECT 1 FROM authorizations WHERE state_digest = $1";
+        let found: Option<(i32,)> =
+            on_db!(self, read pool => sqlx::query_as(SQL).bind(state_digest).fetch_optional(pool).await)?;
+        Ok(found.is_some())
     }
 
     /// Takes the sign-in that was begun with this state, once and in time; `None` for any other.

@@ -191,6 +191,11 @@ impl Mcp {
         iss: Option<&str>,
     ) -> Result<String, SignInError> {
         let state = state.filter(|state| !state.is_empty()).ok_or(SignInError::MissingState)?.to_owned();
+        // Before anything is begun that goes on without the caller, who may be anybody.
+        let known = self.sign_ins.store().knows_state(&sha256_hex(&state)).await;
+        if !known.map_err(|_| SignInError::NotStored)? {
+            return Err(SignInError::InvalidState);
+        }
         let answer = match answer {
             Ok(code) => Ok(code.to_owned()),
             Err((error, description)) => Err((error.to_owned(), description.map(str::to_owned))),
@@ -218,7 +223,7 @@ impl Mcp {
         };
         if let (Ok(_), Some(server_id)) = (&outcome, server_id) {
             // The next session is that of whoever has signed in now. Before anybody hears of it, who would open that one.
-            self.pool.forget(server_id);
+            self.pool.renew(server_id);
         }
         let (progress, ended) = match &outcome {
             Ok((_, apart)) => (Progress::Done, Ended::Well(apart.clone().map(Box::new))),
@@ -352,6 +357,7 @@ impl Mcp {
     /// The tools of a registered server as it lists them now, each as it wrote it; nothing is stored. `now`: a session is
     /// tried for also while a failure of before would be answered.
     pub async fn live_tools(&self, server: &Server, given: &Variables, now: bool) -> Result<Vec<Box<RawValue>>, Error> {
+        let _place = self.pool.enter(&server.id, Instant::now() + self.settings.list_timeout).await?;
         Ok(self.list(server, None, given, now).await?.0.tools)
     }
 

@@ -300,12 +300,14 @@ impl Source {
                     let ended = if self.client.as_ref().is_some_and(|client| client.client_secret.is_some()) {
                         // The secret is for the authorization server that it was first used at: the row says which.
                         let over = SignIn { refresh_token: None, ..sign_in };
-                        self.store().renew_sign_in(server_id, version, &over).await.map(|_| ())
+                        self.store().renew_sign_in(server_id, version, &over).await
                     } else {
                         self.store().remove_sign_in(server_id, version).await
                     };
-                    ended.map_err(|_| Problem::Store)?;
-                    return Ok(self.know(None));
+                    if ended.map_err(|_| Problem::Store)? {
+                        return Ok(self.know(None));
+                    }
+                    // Somebody has signed in anew meanwhile.
                 }
                 Err(problem) => {
                     tracing::warn!(server.id = server_id, reason = %problem, "no new token for a server");
@@ -380,8 +382,13 @@ impl Source {
 
     /// The first token of a client that signs in as itself.
     async fn fetch_first(&self, server_id: &str) -> Result<Option<Arc<Token>>, Problem> {
+        // A session of an ended configuration may have a goodbye to say; what its client gets is nobody's any more.
+        if !self.is_current(server_id).await {
+            return Ok(self.know(None));
+        }
         let fetched = timeout(FETCH_TIMEOUT, self.fetch(None)).await.unwrap_or(Err(Problem::TimedOut));
         match fetched {
+            Ok(_) if !self.is_current(server_id).await => Ok(self.know(None)),
             Ok(new) => {
                 let version = self.store().put_sign_in(server_id, &new).await.map_err(|_| Problem::Store)?;
                 let token = version.and_then(|version| Token::new(&new, version, now()));

@@ -189,8 +189,8 @@ fn read(status: StatusCode, body: &[u8]) -> Result<Tokens, Problem> {
             .filter(|text| !text.is_empty() && text.len() <= MAX_TOKEN)
             .map(Secret::from),
         scope: granted.scope,
-        // A year is as good as for ever, and can be added to any time.
-        expires_in: expires_in.map(|seconds| seconds.clamp(0, 366 * 24 * 3600)),
+        // A year is as good as for ever, and can be added to any time. No time at all is how some say that there is no end.
+        expires_in: expires_in.filter(|seconds| *seconds > 0).map(|seconds| seconds.min(366 * 24 * 3600)),
     })
 }
 
@@ -221,9 +221,17 @@ mod tests {
         let tokens = |body: &str| read(StatusCode::CREATED, body.as_bytes()).ok().unwrap();
         let bare = tokens(r#"{"access_token":"a","token_type":"bearer"}"#);
         assert!(bare.access_token.expose() == "a" && bare.refresh_token.is_none() && bare.expires_in.is_none());
-        for (written, seconds) in [("60", 60), ("\"60\"", 60), ("60.9", 60), ("-1", 0), ("1e99", 366 * 24 * 3600)] {
+        let year = 366 * 24 * 3600;
+        for (written, seconds) in [
+            ("60", Some(60)),
+            ("\"60\"", Some(60)),
+            ("60.9", Some(60)),
+            ("0", None),
+            ("-1", None),
+            ("1e99", Some(year)),
+        ] {
             let tokens = tokens(&format!(r#"{{"access_token":"a","expires_in":{written},"refresh_token":"r"}}"#));
-            assert_eq!(tokens.expires_in, Some(seconds), "{written}");
+            assert_eq!(tokens.expires_in, seconds, "{written}");
             assert_eq!(tokens.refresh_token.unwrap().expose(), "r");
         }
     }
