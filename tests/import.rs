@@ -161,7 +161,9 @@ async fn a_real_file_of_each_program_comes_back_with_the_same_meaning() {
                 "variable   GITHUB_PERSONAL_ACCESS_TOKEN has to be set; for github",
                 "variable   REGION has a default; for api-server",
             ],
-            "cursor" => vec!["ignored    oauth-server, auth: Sign-ins are not taken over", "variable   LOG_LEVEL has to be set"],
+            "cursor" => {
+                vec!["ignored    oauth-server, auth: Sign-ins are not taken over", "variable   LOG_LEVEL has to be set"]
+            }
             "windsurf" => vec!["ignored    git, disabled: It is switched off", "ignored    github, disabledTools: "],
             "vscode" => {
                 vec!["ignored    perplexity, dev: ", "variable   REGION has a default", "variable   REGIONAL_TOKEN"]
