@@ -188,7 +188,12 @@ def test_a_killed_chain_of_processes_is_replaced(registered):
     # Reaped, not only ended: an ending process still holds the pipe, and what is written into that may have been read.
     processes.wait_until("npx and all below it have ended",
                          lambda: not set(before) & set(registered.processes()) and processes.stat(leader) is None)
-    assert registered.run("echo", {"message": "y"})["func_return"] == "Echo: y"
+    ran = registered.run("echo", {"message": "y"})
+    if ran["status"] == "error":
+        # The pipe of npx has been seen to take a call still, which nobody answered then. That is said, and not repeated.
+        assert "connection was lost" in ran["func_return"], ran
+        ran = registered.run("echo", {"message": "y"})
+    assert ran["func_return"] == "Echo: y"
     assert not set(before) & set(registered.processes())
 
 
