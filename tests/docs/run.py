@@ -7,7 +7,7 @@ and `portolan` on the PATH, and `python` and `js` blocks between them. A command
 - `portolan` in the foreground is a server in another terminal: it is started, waited for, and ended at the next one.
 - Ports of this machine stand for free ones, and `postgres://portolan@db.example.com/portolan` for a new database of the server
   that PORTOLAN_TEST_POSTGRES_URL names.
-- A block without a language right below a block is what that one prints; `…` is any text, a line with nothing else any lines.
+- A block without a language right below a block is what that one prints on standard output; `…` is any text, a line with nothing else any lines.
 - `<!-- not run: REASON -->` right above a block: it cannot run here. Its syntax is checked, and it is listed.
 - `<!-- fails: REASON -->` right above a block: its last command ends with an error.
 
@@ -57,7 +57,14 @@ portolan() {
         esac
     done
     # `portolan … &`: what runs is this very process, so that $! names it.
-    if ((BASH_SUBSHELL)); then exec portolan "$@"; fi
+    if ((BASH_SUBSHELL)); then
+        if [[ $server ]]; then
+            kill "$server" 2>/dev/null || true
+            # A child of the shell above, which alone can wait for it.
+            until ! grep -qs '^State:[[:space:]]*[^Z[:space:]]' "/proc/$server/status"; do sleep 0.05; done
+        fi
+        exec portolan "$@"
+    fi
     stop_server
     command portolan "$@" >"$DOCS_STATE/server.log" 2>&1 &
     server=$!
@@ -283,7 +290,7 @@ def script(document, names, state):
         if block.mark == "not run" or block.language not in ("sh", "python", "js"):
             continue
         name = f"block-{block.line}"
-        printed = f"$DOCS_STATE/{name}.out"
+        printed = f'>"$DOCS_STATE/{name}.out" 2>"$DOCS_STATE/{name}.err" </dev/null'
         steps.append(f"echo {block.line} >>\"$DOCS_STATE/begun\"")
         text = names.put_in(block.text)
         if block.language == "sh":
@@ -295,9 +302,9 @@ def script(document, names, state):
             (state.parent / "work" / file).write_text(text)
             run = f"{'python3' if block.language == 'python' else 'node'} {file}"
         if block.mark == "fails":
-            steps.append(f'if (set -e; {run}) >"{printed}" 2>&1 </dev/null; then echo "this should have failed" >>"{printed}"; exit 1; fi')
+            steps.append(f"if ({run}) {printed}; then echo 'this should have failed'; exit 1; fi")
         else:
-            steps.append(f'{run} >"{printed}" 2>&1 </dev/null')
+            steps.append(f"{run} {printed}")
     steps.append('echo end >>"$DOCS_STATE/begun"')
     steps.append("stop_server")
     return "\n".join(steps) + "\n"
@@ -343,14 +350,14 @@ def run_document(document, folder):
     begun = (state / "begun").read_text().split()
     wrong = []
 
-    def printed(line):
-        file = state / f"block-{line}.out"
+    def printed(line, kind="out"):
+        file = state / f"block-{line}.{kind}"
         return names.take_out(file.read_text(errors="replace")) if file.exists() else ""
 
     if begun[-1:] != ["end"] or status != 0:
         last = begun[-1] if begun and begun[-1] != "end" else 0
         server = (state / "server.log").read_text() if (state / "server.log").exists() else ""
-        about = printed(last) + (state / "session.log").read_text(errors="replace") + server
+        about = printed(last) + printed(last, "err") + (state / "session.log").read_text(errors="replace") + server
         about = "".join("    " + line + "\n" for line in about.splitlines()[-60:])
         wrong.append(f"{document.name}:{last}: this block failed ({status}):\n{about}")
     for above, below in zip(document.blocks, document.blocks[1:]):
