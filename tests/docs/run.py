@@ -5,8 +5,8 @@ and `portolan` on the PATH, and `python` and `js` blocks between them. A command
 400 or more to curl. What is special:
 
 - `portolan` in the foreground is a server in another terminal: it is started, waited for, and ended at the next one.
-- Ports of this machine stand for free ones, and `postgres://portolan@db.example.com/portolan` for a new database of the server
-  that PORTOLAN_TEST_POSTGRES_URL names.
+- Ports of this machine stand for free ones, `postgres://portolan@db.example.com/portolan` for a new database of the server that
+  PORTOLAN_TEST_POSTGRES_URL names, and `postgresql://letta@db.example.com/letta` for one of Letta's there.
 - A block without a language right below a block is what that one prints on standard output; `…` is any text, a line with nothing else any lines.
 - `<!-- not run: REASON -->` right above a block: it cannot run here. Its syntax is checked, and it is listed.
 - `<!-- fails: REASON -->` right above a block: its last command ends with an error.
@@ -32,6 +32,10 @@ import uuid
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 POSTGRES = "postgres://portolan@db.example.com/portolan"
+# A database of Letta's with made-up servers, and the key of its secrets.
+LETTA = "postgresql://letta@db.example.com/letta"
+LETTA_DUMP = ROOT / "tests/data/letta-0.16.8.sql"
+LETTA_KEY = ("LETTA_ENCRYPTION_KEY=…", "LETTA_ENCRYPTION_KEY=made-up-letta-encryption-key-1")
 # Downloads of npm and pip are among the commands of a document.
 DOCUMENT_TIMEOUT = 900
 
@@ -211,15 +215,18 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def new_database():
-    """The URL of a new database on the throwaway PostgreSQL."""
+def new_database(dump):
+    """The URL of a new database on the throwaway PostgreSQL, with what is in `dump`, if there is one."""
     server = os.environ.get("PORTOLAN_TEST_POSTGRES_URL")
     if not server:
         raise SystemExit("a document uses PostgreSQL: name a throwaway server in PORTOLAN_TEST_POSTGRES_URL")
     name = f"docs_{uuid.uuid4().hex[:12]}"
     subprocess.run(["psql", "-Xqc", f"CREATE DATABASE {name}", server], check=True)
     url = urllib.parse.urlsplit(server)
-    return url._replace(path=f"/{name}").geturl()
+    made = url._replace(path=f"/{name}").geturl()
+    if dump:
+        subprocess.run(["psql", "-Xq", "-v", "ON_ERROR_STOP=1", "-f", str(dump), made], check=True, stdout=subprocess.DEVNULL)
+    return made
 
 
 class Names:
@@ -235,11 +242,19 @@ class Names:
             return found[1] + self.here[name]
 
         text = re.sub(r"\b((?:127\.0\.0\.1|localhost|0\.0\.0\.0):)(\d{4,5})\b", port, text)
-        if POSTGRES in text:
-            if POSTGRES not in self.here:
-                self.here[POSTGRES] = new_database()
-            text = text.replace(POSTGRES, self.here[POSTGRES])
-        return text
+        for name, dump in ((POSTGRES, None), (LETTA, LETTA_DUMP)):
+            if name in text:
+                if name not in self.here:
+                    self.here[name] = new_database(dump)
+                text = text.replace(name, self.here[name])
+        return text.replace(*LETTA_KEY)
+
+    def drop_databases(self):
+        for name in (POSTGRES, LETTA):
+            if name in self.here:
+                database = urllib.parse.urlsplit(self.here[name]).path.lstrip("/")
+                server = os.environ["PORTOLAN_TEST_POSTGRES_URL"]
+                subprocess.run(["psql", "-Xqc", f"DROP DATABASE {database} WITH (FORCE)", server], check=True)
 
     def take_out(self, text):
         for name, here in self.here.items():
@@ -280,6 +295,8 @@ def environment(folder, with_pip):
         "TMPDIR": str(folder / "tmp"),
         "LANG": "C.UTF-8",
         "DOCS_STATE": str(folder / "state"),
+        # A slow machine may take its time to fetch a server.
+        "PORTOLAN_START_TIMEOUT": "10m",
     }
 
 
@@ -347,6 +364,7 @@ def run_document(document, folder):
             status = f"no end within {DOCUMENT_TIMEOUT} s"
         finally:
             end(session)
+            names.drop_databases()
     begun = (state / "begun").read_text().split()
     wrong = []
 
