@@ -38,6 +38,8 @@ LETTA_DUMP = ROOT / "tests/data/letta-0.16.8.sql"
 LETTA_KEY = ("LETTA_ENCRYPTION_KEY=…", "LETTA_ENCRYPTION_KEY=made-up-letta-encryption-key-1")
 # Downloads of npm and pip are among the commands of a document.
 DOCUMENT_TIMEOUT = 900
+# The languages of blocks that are run.
+RUN = ("sh", "python", "js")
 
 PRELUDE = r"""
 set -eo pipefail
@@ -304,7 +306,7 @@ def script(document, names, state):
     """The session of a document: its blocks, each of which leaves what it prints in a file."""
     steps = [PRELUDE]
     for block in document.blocks:
-        if block.mark == "not run" or block.language not in ("sh", "python", "js"):
+        if block.mark == "not run" or block.language not in RUN:
             continue
         name = f"block-{block.line}"
         printed = f'>"$DOCS_STATE/{name}.out" 2>"$DOCS_STATE/{name}.err" </dev/null'
@@ -386,42 +388,79 @@ def run_document(document, folder):
     return wrong, len([line for line in begun if line != "end"])
 
 
+class Findings:
+    """What came of reading and running some documents."""
+
+    def __init__(self, documents):
+        self.wrong, self.outside, self.left, self.ran = [], set(), [], 0
+        known = {}
+
+        def anchors_of(file):
+            if file not in known:
+                known[file] = Document(file).anchors() if file.suffix == ".md" else set()
+            return known[file]
+
+        for document in documents:
+            self.wrong += check_links(document, anchors_of, self.outside) + check_paths(document) + check_data(document)
+            for block in document.blocks:
+                if block.mark == "not run":
+                    self.left.append(f"{document.name}:{block.line}: {block.reason}")
+                    if block.language == "sh":
+                        self.wrong += check_syntax(document, block)
+        for document in documents:
+            if any(block.language in RUN and block.mark != "not run" for block in document.blocks):
+                started = time.monotonic()
+                with tempfile.TemporaryDirectory(prefix="portolan-docs-", ignore_cleanup_errors=True) as folder:
+                    failures, blocks = run_document(document, pathlib.Path(folder))
+                print(f"{document.name}: {blocks} blocks run in {time.monotonic() - started:.0f} s", flush=True)
+                self.ran += blocks
+                self.wrong += failures
+
+
+# Pages with mistakes, and what is to be found in each, by its line and a part of the sentence.
+MISTAKES = {
+    "links.md": [
+        ("3", "missing.md: there is no such file"),
+        ("3", "links.md#nowhere: that file has no such heading"),
+        ("3", "[undefined] is defined nowhere"),
+        ("3", "http://example.com/ is not https"),
+        ("3", "src/nothing.rs is not there"),
+        ("6", "Expecting value"),
+        ("11", "syntax error"),
+    ],
+    "commands.md": [("10", "this block failed")],
+    "outputs.md": [("17", "this is not what was printed")],
+    "refusals.md": [("4", "this block failed")],
+}
+
+
+def check_itself():
+    """Finds every mistake of `tests/docs/wrong`, and nothing else there."""
+    for name, mistakes in MISTAKES.items():
+        path = HERE / "wrong" / name
+        found = Findings([Document(path)]).wrong
+        start = str(path.relative_to(ROOT))
+        for line, part in mistakes:
+            if not any(one.startswith(f"{start}:{line}: ") and part in one for one in found):
+                raise SystemExit(f"{start}:{line}: {part!r} was not found among {found}")
+        if len(found) != len(mistakes):
+            raise SystemExit(f"{start}: too much was found: {found}")
+
+
 def main():
     if "PORTOLAN_BIN" not in os.environ:
         raise SystemExit("set PORTOLAN_BIN to the portolan program that the documents are tried with")
-    files = sys.argv[1:] or ["README.md", "SECURITY.md", *sorted(map(str, ROOT.glob("docs/*.md"))), *sorted(map(str, ROOT.glob("deploy/*.md")))]
-    documents = [Document((ROOT / file).resolve()) for file in files]
-    known = {}
-
-    def anchors_of(file):
-        if file not in known:
-            known[file] = Document(file).anchors() if file.suffix == ".md" else set()
-        return known[file]
-
-    wrong, outside, left, ran = [], set(), [], 0
-    for document in documents:
-        wrong += check_links(document, anchors_of, outside) + check_paths(document) + check_data(document)
-        for block in document.blocks:
-            if block.mark == "not run":
-                left.append(f"{document.name}:{block.line}: {block.reason}")
-                if block.language == "sh":
-                    wrong += check_syntax(document, block)
-    for document in documents:
-        if not any(block.language in ("sh", "python", "js") and block.mark != "not run" for block in document.blocks):
-            continue
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="portolan-docs-") as folder:
-            failures, blocks = run_document(document, pathlib.Path(folder))
-        print(f"{document.name}: {blocks} blocks run in {time.monotonic() - started:.0f} s", flush=True)
-        ran += blocks
-        wrong += failures
-    print("\nNot run, their syntax checked:", *left, sep="\n  ")
-    print("\nLinks to other hosts, not followed:", *sorted(outside), sep="\n  ")
-    if wrong:
-        raise SystemExit("\n" + "\n".join(wrong) + f"\n{len(wrong)} wrong")
-    print(f"\n{len(documents)} documents, {ran} blocks run, {len(left)} not")
-    if not ran:
-        raise SystemExit("nothing was run")
+    files = [pathlib.Path(file).resolve() for file in sys.argv[1:]]
+    if not files:
+        check_itself()
+        files = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("deploy/*.md"))]
+    documents = [Document(file) for file in files]
+    found = Findings(documents)
+    print("\nNot run, their syntax checked:", *found.left, sep="\n  ")
+    print("\nLinks to other hosts, not followed:", *sorted(found.outside), sep="\n  ")
+    if found.wrong:
+        raise SystemExit("\n" + "\n".join(found.wrong) + f"\n{len(found.wrong)} wrong")
+    print(f"\n{len(documents)} documents, {found.ran} blocks run, {len(found.left)} not")
 
 
 if __name__ == "__main__":
