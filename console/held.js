@@ -79,6 +79,8 @@ export function Held({ tool, server, onDone, level = 2 }) {
       const path = `/v1/mcp-servers/${encodeURIComponent(server)}/tools/${encodeURIComponent(tool.id)}`;
       const approved = await call("POST", `${path}/approve`, { hash });
       announce("Approved. The tool may be run.");
+      // The button that was pressed is gone with what it was about.
+      document.querySelector("h1")?.focus();
       onDone(approved);
     } catch (failure) {
       setError(failure);

@@ -39,6 +39,7 @@ export function Tool({ id, tool: toolId }) {
     <${Hints} annotations=${definition?.annotations} />
     <${Run} key=${shown.metadata_.mcp.definition_hash} tool=${shown} path=${path} />
     <h2>About this tool</h2>
+    <p><a href="#/runs?${new URLSearchParams({ mcp_server_id: id, tool_id: toolId })}">Runs of this tool</a></p>
     <${Health} schema=${shown.json_schema} />
     <${Changes} changes=${changes} />
     <details><summary>Definition</summary><${Definition} definition=${definition} /></details>
