@@ -4,7 +4,7 @@ import { html } from "./preact.js";
 import { Filters, Rows, useLog } from "./log.js";
 import { write } from "./exact.js";
 import { Heading } from "./page.js";
-import { Instant, Shown } from "./text.js";
+import { Instant, Name, Shown } from "./text.js";
 
 const ACTIONS = {
   "server.created": "Server registered",
@@ -32,7 +32,7 @@ export function Changes({ query }) {
 
 function Row({ change }) {
   const { action, mcp_server_id: id, server_name: name, caller, details } = change;
-  const shown = name === null ? null : html`<${Shown} text=${name} limit=${80} />`;
+  const shown = name === null ? null : html`<${Name} text=${name} />`;
   return html`<tr data-action=${action}>
     <td><${Instant} at=${change.at} /></td>
     <td>${Object.hasOwn(ACTIONS, action) ? ACTIONS[action] : html`<code><${Shown} text=${action} limit=${80} /></code>`}</td>

@@ -5,9 +5,9 @@ import { indent, write } from "./exact.js";
 import { Filters, Rows, useLog } from "./log.js";
 import { sizeOf, spanOf } from "./outcome.js";
 import { Heading } from "./page.js";
-import { Instant, Shown } from "./text.js";
+import { Instant, Name, Shown } from "./text.js";
 
-const OUTCOMES = { success: ["good", "Success"], error: ["bad", "Error of the tool"], failed: ["bad", "Not run"] };
+const OUTCOMES = { success: ["good", "Success"], error: ["bad", "Error of the tool"], failed: ["bad", "Failed"] };
 
 export function Runs({ query }) {
   const log = useLog("/v1/portolan/runs", "runs", query);
@@ -33,12 +33,12 @@ function Row({ run }) {
   return html`
     <tr data-outcome=${run.outcome}>
       <td><${Instant} at=${run.started_at} /></td>
-      <td><a href=${server}><${Shown} text=${run.server_name} limit=${80} /></a></td>
-      <td><a href="${server}/tools/${encodeURIComponent(run.tool_id)}"><${Shown} text=${run.tool_name} limit=${80} /></a></td>
+      <td><a href=${server}><${Name} text=${run.server_name} /></a></td>
+      <td><a href="${server}/tools/${encodeURIComponent(run.tool_id)}"><${Name} text=${run.tool_name} /></a></td>
       <td>${run.caller === null ? html`<span class="quiet">no token</span>` : html`<${Shown} text=${run.caller} limit=${80} />`}</td>
       <td><span class="state ${look}">${name}</span>${run.error_code && html`<div class="quiet"><code>${run.error_code}</code></div>`}</td>
       <td>${spanOf(run.duration_ms)}</td>
-      <td><button type="button" aria-expanded=${open ? "true" : "false"} onClick=${() => setOpen(!open)}>Details<span class="unseen"> of the run of <${Shown} text=${run.tool_name} limit=${80} /></span></button></td>
+      <td><button type="button" aria-expanded=${open ? "true" : "false"} onClick=${() => setOpen(!open)}>Details<span class="unseen"> of the run of <${Name} text=${run.tool_name} /></span></button></td>
     </tr>
     ${open && html`<tr class="details"><td colspan="7"><${Details} run=${run} /></td></tr>`}`;
 }

@@ -5,7 +5,7 @@ import { call } from "./api.js";
 import { Flags, Held, remember } from "./held.js";
 import { Confirm, Failure, Heading, Loading, announce, useLoaded } from "./page.js";
 import { Advice, KINDS, State } from "./servers.js";
-import { Instant, Shown } from "./text.js";
+import { Instant, Name, Shown } from "./text.js";
 
 /** Milliseconds between two looks at the server's status. */
 const EVERY = 5000;
@@ -144,7 +144,7 @@ function Report({ report, onClose }) {
   ].filter(([, names]) => names.length > 0);
   return html`<section class="done report" aria-label="What the refresh did">
     <p><strong>${summaryOf(report)}.</strong></p>
-    ${lists.map(([title, names]) => html`<h3>${title}</h3><${Listed} names=${names} />`)}
+    ${lists.map(([title, names]) => html`<h2>${title}</h2><${Listed} names=${names} />`)}
     <button type="button" class="link" onClick=${onClose}>Close</button>
   </section>`;
 }
@@ -190,7 +190,7 @@ function Tools({ tools, id, onApproved }) {
 function Waiting({ held, id, onApproved }) {
   const shown = held.slice(0, 10);
   return html`${shown.map((tool) => html`<div key=${tool.id + tool.metadata_.mcp.definition_hash}>
-      <h3><a href=${pathOf(id, tool)}><${Shown} text=${tool.name} limit=${200} /></a></h3>
+      <h3><a href=${pathOf(id, tool)}><${Name} text=${tool.name} /></a></h3>
       <${Flags} flags=${tool.metadata_.mcp.flags} />
       <${Held} tool=${tool} server=${id} level=${3} onDone=${onApproved} /></div>`)}
     ${held.length > shown.length && html`<p>${held.length - shown.length} more are marked below.</p>`}`;
@@ -201,7 +201,7 @@ const pathOf = (id, tool) => `#/servers/${encodeURIComponent(id)}/tools/${encode
 function Card({ tool, id }) {
   const { held, flags } = tool.metadata_.mcp;
   return html`<li class="card">
-    <div class="top"><h3><a href=${pathOf(id, tool)}><${Shown} text=${tool.name} limit=${200} /></a></h3>
+    <div class="top"><h3><a href=${pathOf(id, tool)}><${Name} text=${tool.name} /></a></h3>
       <div class="facts">
         ${held && html`<span class="state warn">Held</span>`}
         ${flags.length > 0 && html`<span class="state warn">Hidden characters</span>`}
