@@ -13,6 +13,8 @@ const ACTIONS = {
   "tools.changed": "Tools changed",
   "tool.approved": "Tool approved",
   "sign_in.completed": "Signed in",
+  "sign_in.adopted": "Sign-in taken over",
+  "sign_in.removed": "Sign-in removed",
 };
 
 export function Changes({ query }) {
@@ -44,11 +46,17 @@ function Row({ change }) {
 
 /** Names and counts, one below the other. */
 function Details({ details }) {
-  const entries = Object.entries(details ?? {});
+  const entries = Object.entries(details ?? {}).filter(([, value]) => value?.count !== 0);
   if (entries.length === 0) return null;
   return html`<ul class="plain">${entries.map(([key, value]) => html`<li key=${key}><${Shown} text=${key.replaceAll("_", " ")} limit=${80} />: ${" "}
     <${Shown} text=${textOf(value)} limit=${200} /></li>`)}</ul>`;
 }
 
-const textOf = (value) =>
-  typeof value === "string" ? value : Array.isArray(value) ? value.map(textOf).join(", ") : write(value, 0);
+/** Tools come as their count and the first names. */
+function textOf(value) {
+  if (typeof value === "string") return value;
+  if (Array.isArray(value)) return value.map(textOf).join(", ");
+  if (!Array.isArray(value?.names)) return write(value, 0);
+  const more = value.count - value.names.length;
+  return value.count === 0 ? "none" : `${textOf(value.names)}${more > 0 ? ` and ${more} more` : ""}`;
+}

@@ -2,6 +2,7 @@
 
 import { html, useEffect, useRef, useState } from "./preact.js";
 import { call } from "./api.js";
+import { read } from "./exact.js";
 import { Failure, Loading, announce, useLoaded } from "./page.js";
 import { visible } from "./text.js";
 
@@ -23,7 +24,7 @@ export function useLog(path, key, query) {
     asked.set("limit", PAGE);
     if (after) asked.set("after", after);
     try {
-      const answer = await call("GET", `${path}?${asked}`);
+      const answer = await call("GET", `${path}?${asked}`, undefined, { parse: read });
       if (mine !== turn.current) return;
       setState((before) => ({ rows: after ? [...before.rows, ...answer[key]] : answer[key], next: answer.next, error: null, loading: false }));
       announce(after ? `${answer[key].length} more.` : `${answer[key].length}${answer.next ? " or more" : ""} found.`);
@@ -97,5 +98,6 @@ export function Filters({ page, query, outcomes, onReload }) {
     <div><label for="log-until">Until</label><input id="log-until" name="until" type="datetime-local" value=${localOf(asked("until"))} /></div>
     <div class="actions"><button type="submit" class="main">Show</button>
       ${query.size > 0 && html`<a class="button" href="#/${page}">Clear</a>`}</div>
-  </form>`;
+  </form>
+  ${asked("tool_id") && html`<p class="hint">Of one tool alone. <a href="#/${page}?${new URLSearchParams({ mcp_server_id: server })}">All tools of its server</a></p>`}`;
 }

@@ -7,7 +7,7 @@ import { sizeOf, spanOf } from "./outcome.js";
 import { Heading } from "./page.js";
 import { Instant, Name, Shown } from "./text.js";
 
-const OUTCOMES = { success: ["good", "Success"], error: ["bad", "Error of the tool"], failed: ["bad", "Failed"] };
+const OUTCOMES = { success: ["good", "Success"], error: ["bad", "Error of the tool"], failed: ["bad", "Not run"] };
 
 export function Runs({ query }) {
   const log = useLog("/v1/portolan/runs", "runs", query);
@@ -53,10 +53,12 @@ function Details({ run }) {
     </dl>
     ${run.args === null && run.result === null
       ? html`<p class="quiet">What went in and came out is not kept, unless Portolan is started with <code>--log-arguments</code>.</p>`
-      : html`<${Kept} title="Arguments" text=${run.args === null ? null : write(run.args)} />
-        <${Kept} title="Result" text=${run.result === null ? null : (run.result.length < 300_000 && indent(run.result)) || run.result} />`}`;
+      : html`<${Kept} title="Arguments" cut=${run.args_cut}
+          text=${run.args === null || typeof run.args === "string" ? run.args : write(run.args)} />
+        <${Kept} title="Result" cut=${run.result_cut}
+          text=${run.result === null ? null : (run.result.length < 300_000 && indent(run.result)) || run.result} />`}`;
 }
 
-const Kept = ({ title, text }) => html`<h2>${title}</h2>${text === null
+const Kept = ({ title, text, cut }) => html`<h2>${title}</h2>${text === null
   ? html`<p class="quiet">Not kept.</p>`
-  : html`<pre tabindex="0" role="region" aria-label=${title}><${Shown} text=${text} limit=${20_000} block=${true} /></pre>`}`;
+  : html`${cut && html`<p class="quiet">Only its start is kept.</p>`}<pre tabindex="0" role="region" aria-label=${title}><${Shown} text=${text} limit=${20_000} block=${true} /></pre>`}`;
