@@ -9,6 +9,7 @@ mod bad_input;
 mod browsers;
 mod children;
 mod confinement;
+mod console;
 mod documents;
 mod egress;
 mod endurance;
