@@ -190,6 +190,13 @@ def check_paths(document):
     return wrong
 
 
+def check_fences(document):
+    """Commands that nobody would run, because they are no fenced block."""
+    found = enumerate(document.prose, 1)
+    indented = [number for number, line in found if re.match(r"( {4,}|\t)(?:\$ )?(?:curl|portolan|kill|psql|sqlite3|systemctl|cargo) ", line)]
+    return [f"{document.name}:{number}: put this command into a block of sh" for number in indented]
+
+
 def check_data(document):
     """JSON and TOML that cannot be read. (YAML needs more than the standard library: `tests/documents.rs` reads it.)"""
     wrong = []
@@ -401,7 +408,8 @@ class Findings:
             return known[file]
 
         for document in documents:
-            self.wrong += check_links(document, anchors_of, self.outside) + check_paths(document) + check_data(document)
+            self.wrong += check_links(document, anchors_of, self.outside) + check_paths(document)
+            self.wrong += check_fences(document) + check_data(document)
             for block in document.blocks:
                 if block.mark == "not run":
                     self.left.append(f"{document.name}:{block.line}: {block.reason}")
@@ -425,8 +433,9 @@ MISTAKES = {
         ("3", "[undefined] is defined nowhere"),
         ("3", "http://example.com/ is not https"),
         ("3", "src/nothing.rs is not there"),
-        ("6", "Expecting value"),
-        ("11", "syntax error"),
+        ("6", "put this command into a block"),
+        ("8", "Expecting value"),
+        ("13", "syntax error"),
     ],
     "commands.md": [("10", "this block failed")],
     "outputs.md": [("17", "this is not what was printed")],
