@@ -16,7 +16,7 @@
 //! | [`model`] | plain data, also the table rows |
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
-//! | [`telemetry`] | logs |
+//! | [`telemetry`] | logs; `traces` (the spans of runs), `context` (the trace that a request belongs to), `export` (their way to a collector), `otlp` (how it is told) |
 //! | [`api`] | speaks HTTP: the route table, one file per group of routes, and what they share: |
 //! | `access`, `tokens`, `attempts` | who may come in, by which tokens; who guesses |
 //! | `guard`, `variables` | what may come in: ids, names and bodies; values that a request brings for templates |
@@ -55,7 +55,7 @@
 //! |---|---|
 //! | `main` | `api`, `app`, `command`, `config`, `store`, `telemetry` |
 //! | `lib` | |
-//! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
+//! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store`, `telemetry` |
 //! | `serve` | `config`, `axum` |
 //! | `error` | `mcp`, `model`, `store`, `axum` |
 //! | `config` | `interchange`, `model` |
@@ -63,15 +63,15 @@
 //! | `model` | `sqlx` |
 //! | `secrets` | `model` |
 //! | `interchange` | `mcp`, `model`, `secrets` |
-//! | `telemetry` | |
-//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
-//! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `rmcp` |
+//! | `telemetry` | `config`, `mcp`, `model` |
+//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `telemetry`, `axum` |
+//! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `telemetry`, `rmcp` |
 //! | `store` | `corpus`, `model`, `sqlx` |
 //! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of
 //! `api`, `main` and `command` use the tokens, and `command` the rules of a create and the import; of `mcp`, `interchange` and `command` use the grammar of templates
-//! and what a list of tools takes.
+//! and what a list of tools takes; `telemetry` uses the way out of `mcp`, which writes to its spans.
 //!
 //! # One request
 //!

@@ -20,6 +20,7 @@ use super::repeats::Repeat;
 use super::reveal::Shown;
 use super::servers::{self, ForAgent};
 use super::tools;
+use super::traced::RunSpan;
 use super::variables::Given;
 use super::wire::{Configs, CreateServer, ServerConfig, UpdateServer, execution, live_tools, run_arguments, trial};
 
@@ -158,6 +159,7 @@ pub async fn execute(
     caller: Caller,
     repeat: Repeat,
     Given(given): Given,
+    RunSpan(span): RunSpan,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
     let arguments = run_arguments(body)?;
@@ -169,7 +171,7 @@ pub async fn execute(
         sync(&app, &server, &given).await?;
         ids = tool_named(&app, &server, &names.tool_name).await?;
     }
-    tools::answer(&app, ids.ok_or(Error::NoToolNamed)?, &repeat, given, arguments, execution).await
+    tools::answer(&app, ids.ok_or(Error::NoToolNamed)?, &repeat, given, span, arguments, execution).await
 }
 
 fn is_admin(caller: &Caller) -> bool {

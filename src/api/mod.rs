@@ -19,6 +19,7 @@ mod servers;
 mod status;
 mod tokens;
 mod tools;
+mod traced;
 mod variables;
 mod wire;
 

@@ -10,17 +10,20 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use serde_json::{Map, Value};
 use tokio::task::spawn_blocking;
+use tokio::time::Instant;
 
 use crate::app::App;
 use crate::error::Error;
 use crate::mcp::Room;
 use crate::mcp::Variables;
 use crate::model::ServerTool;
+use crate::telemetry::Span;
 
 use super::drip;
 use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
 use super::repeats::Repeat;
 use super::runs::Sent;
+use super::traced::{self, RunSpan};
 use super::variables::Given;
 use super::wire::{ToolExecutionResult, ToolObject, approved_hash, run_arguments, tools_array};
 
@@ -52,9 +55,10 @@ pub async fn run(
     ids: ToolId,
     repeat: Repeat,
     Given(given): Given,
+    RunSpan(span): RunSpan,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
-    answer(&app, ids, &repeat, given, run_arguments(body)?, |json| json).await
+    answer(&app, ids, &repeat, given, span, run_arguments(body)?, |json| json).await
 }
 
 /// The answer to a run: its JSON is what `shape` makes of that of a [`ToolExecutionResult`].
@@ -63,18 +67,27 @@ pub(super) async fn answer(
     ids: ToolId,
     repeat: &Repeat,
     given: Variables,
+    span: Span,
     arguments: Map<String, Value>,
     shape: fn(Bytes) -> Bytes,
 ) -> Result<Response, Error> {
     let call = repeat.call(&ids, &arguments, &given);
     let running = app.clone();
-    let work = |sent: Sent| async move {
-        let found = find(&running, &ids).await?;
-        if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
-            return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
+    let work = |sent: Sent| {
+        let (mut span, started) = (span.begin(), Instant::now());
+        async move {
+            let running_it = async {
+                let found = find(&running, &ids).await?;
+                traced::describe(&mut span, &found);
+                if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
+                    return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
+                }
+                Ok(running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent, &mut span).await?)
+            };
+            let outcome = running_it.await;
+            traced::end(span, &outcome, started.elapsed() >= running.settings.runs.early_head_after);
+            Ok(ToolExecutionResult::from(outcome?).json())
         }
-        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent).await?;
-        Ok(ToolExecutionResult::from(outcome).json())
     };
     let (outcome, repeated) = match call {
         None => (app.runs.alone(work), false),
