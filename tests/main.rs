@@ -30,4 +30,5 @@ mod servers;
 mod templates;
 mod tool_changes;
 mod tools;
+mod traces;
 mod transports;
