@@ -22,7 +22,7 @@
 //! | `guard`, `variables` | what may come in: ids, names and bodies; values that a request brings for templates |
 //! | `origin`, `reveal` | which web pages may come in; who sees secrets |
 //! | `wire` | Letta's JSON, in and out; `mask` (what stands for a secret), `events` (what a connect tells) |
-//! | `repeats`, `runs`, `drip` | which requests mean one run; one run of many requests; the early head of a long one |
+//! | `repeats`, `runs`, `drip` | which requests mean one run; one run of many requests; the early head of a long one; `traced` (its span) |
 //! | `import`, `page` | what an import does, and an export; what a browser sees after a sign-in |
 //! | [`interchange`] | the files of other programs: `read` and `write` (what they say of servers), `text` (from bytes to JSON), `placeholders` (theirs, and templates), `left_out` (secrets that a file does not show) |
 //! | [`mcp`] | speaks MCP; its files are: |
@@ -40,6 +40,7 @@
 //! | `confine`, `reach` | what a command gives up before it is one; which files it may reach |
 //! | `homes`, `users`, `order` | its private folders; the user it runs as; what these processes tell each other |
 //! | `error` | why a server cannot be used |
+//! | `traced` | what the spans of a run say of its server |
 //! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
