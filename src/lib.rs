@@ -43,6 +43,7 @@
 //! | `confine`, `reach` | what a command gives up before it is one; which files it may reach |
 //! | `homes`, `users`, `order` | its private folders; the user it runs as; what these processes tell each other |
 //! | `error` | why a server cannot be used |
+//! | `traced` | what the spans of a run say of its server |
 //! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |

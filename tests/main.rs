@@ -31,4 +31,5 @@ mod servers;
 mod templates;
 mod tool_changes;
 mod tools;
+mod traces;
 mod transports;

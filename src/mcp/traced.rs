@@ -58,7 +58,7 @@ fn describe(span: &mut Span, server: &Server) {
         && let Ok(url) = server_url(&remote.server_url)
     {
         span.set("network.protocol.name", "http");
-        span.set("server.address", url.host_str().unwrap_or_default());
+        span.set("server.address", url.host_str().unwrap_or_default().trim_matches(['[', ']']));
         span.set("server.port", url.port_or_known_default().unwrap_or_default());
     }
 }

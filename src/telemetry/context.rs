@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn flags_without_a_meaning_are_not_passed_on_and_later_versions_are_understood() {
-        let flags = |parent| of(&[("traceparent", parent)]).map(|context| context.flags);
+        let flags = |parent: &str| of(&[("traceparent", parent)]).map(|context| context.flags);
         let id = "4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7";
         assert_eq!(flags(&format!("00-{id}-00")), Some(0));
         assert_eq!(flags(&format!("00-{id}-03")), Some(3));

@@ -219,8 +219,8 @@ impl Drop for Span {
 }
 
 impl Live {
-    fn record(self: Box<Self>) {
-        let Self { shared, context, parent, kind, name, wall, started, attributes, is_error, .. } = *self;
+    fn record(self) {
+        let Self { shared, context, parent, kind, name, wall, started, attributes, is_error, .. } = self;
         if !context.is_sampled() {
             return;
         }
