@@ -281,9 +281,7 @@ impl Mcp {
         let turn = self.turn(server_id);
         let _turn = turn.lock().await;
         let synced = match self.store.server(server_id).await {
-            Ok(Some(server)) => {
-                self.sync(&server, None, &Variables::default(), false, &By::ITSELF).await.map(|_| ())
-            }
+            Ok(Some(server)) => self.sync(&server, None, &Variables::default(), false, &By::ITSELF).await.map(|_| ()),
             Ok(None) => Ok(()),
             Err(error) => Err(error.into()),
         };

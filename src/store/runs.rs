@@ -97,7 +97,8 @@ impl Store {
                     .push_bind(content);
             });
             insert.push(" ON CONFLICT (id) DO NOTHING");
-            insert.build().execute(pool).await?;
+            // Of as many lengths as there are none is worth to be remembered in place of other statements.
+            insert.build().persistent(false).execute(pool).await?;
         });
         Ok(())
     }
@@ -141,7 +142,10 @@ impl Store {
             query.push(" ORDER BY id DESC LIMIT ").push_bind(wanted.limit);
             query.build_query_as().fetch_all(pool).await?
         });
-        Ok(rows.into_iter().map(|Row { run, content }| Run { content: self.content(&run.id, content), ..run }).collect())
+        Ok(rows
+            .into_iter()
+            .map(|Row { run, content }| Run { content: self.content(&run.id, content), ..run })
+            .collect())
     }
 
     fn content(&self, id: &str, envelope: Option<String>) -> Option<RunContent> {
@@ -183,7 +187,14 @@ mod tests {
         let id = run_id(crate::store::now());
         let cursor = id.strip_prefix(PREFIX).unwrap().replace('-', "");
         assert_eq!(run_id_of(&cursor), Some(id));
-        for bad in ["", "0", &cursor.to_uppercase(), &cursor[1..], &format!("{cursor}0"), "{00000000-0000-0000-0000-0000000000}"] {
+        for bad in [
+            "",
+            "0",
+            &cursor.to_uppercase(),
+            &cursor[1..],
+            &format!("{cursor}0"),
+            "{00000000-0000-0000-0000-0000000000}",
+        ] {
             assert_eq!(run_id_of(bad), None, "{bad}");
         }
     }
