@@ -12,12 +12,14 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::{Bodies, EveryPage, Origins, Runs, TokenError, Tokens};
-use crate::config::Settings;
+use crate::config::{Entry, Settings};
 use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
 pub use crate::mcp::{BECOME, Commands, KEEP, become_child, keep_child};
 use crate::mcp::{Egress, Mcp, TlsError, VariablesFile, VariablesFileError};
+use crate::serve::Load;
 use crate::store::{KeySource, OpenError, SealError, Store};
+use crate::telemetry::metrics::{Metrics, Readings, Use};
 use crate::{api, serve, store};
 
 /// How long the database may take to end its connections at a stop; a lock that somebody else holds can hold it up.
@@ -25,6 +27,11 @@ const STORE_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which part of the drain time runs have; in the rest those that are still under way are answered with an error.
 const RUNS_SHARE: f64 = 0.9;
+
+/// What the address of `--metrics-listen` takes: a scraper or two, and no more of Portolan's files than that.
+const METRICS_CONNECTIONS: usize = 64;
+const METRICS_REQUESTS: usize = 16;
+const METRICS_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Clones share everything.
 #[derive(Clone)]
@@ -42,6 +49,9 @@ pub struct App {
     pub bodies: Bodies,
     /// Which web pages may come in.
     pub origins: Origins,
+    /// What is counted.
+    pub metrics: Metrics,
+    load: Arc<Load>,
     tracker: TaskTracker,
 }
 
@@ -99,16 +109,20 @@ impl App {
         let tokens = Tokens::open(settings.tokens.clone())?;
         let folder = &settings.storage.data_dir;
         make_data_folder(&settings)?;
-        let store = open_store(&settings).await?;
+        let routes = api::routes();
+        let metrics = Metrics::new(routes.iter().map(|route| (route.method.as_str(), route.path)));
+        let store = open_store(&settings).await?.counted_in(metrics.operations.clone());
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
         let children =
             Children::new(settings.children.clone(), folder.join("children"), own_files(&settings), tracker.clone())?;
         let variables = VariablesFile::open(settings.variables.variables_file.clone())?;
-        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, variables, tracker.clone());
+        let upstream = settings.upstream.clone();
+        let mcp = Mcp::new(store.clone(), upstream, egress, children, variables, metrics.clone(), tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
-        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, bodies, origins, tracker })
+        let (settings, load) = (Arc::new(settings), Arc::default());
+        Ok(Self { settings, tokens, store, mcp, runs, bodies, origins, metrics, load, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
@@ -118,7 +132,8 @@ impl App {
         if let Ok(address) = listener.local_addr() {
             self.mcp.egress.listens_on(address.port());
         }
-        let serving = serve::serve(listener, api::router(self.clone()), &self.settings.entry, shutdown.clone());
+        let (router, load) = (api::router(self.clone()), self.load.clone());
+        let serving = serve::serve(listener, router, &self.settings.entry, load, shutdown.clone());
         // A client whose connection is cut would ask for its run again, at a Portolan that knows nothing of it.
         let answering = async {
             shutdown.cancelled().await;
@@ -134,6 +149,32 @@ impl App {
         let clean = self.mcp.close().await;
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
         clean && closed.is_ok()
+    }
+
+    /// Serves the metrics alone on `listener`, which is that of `--metrics-listen`, without a token, until `shutdown`.
+    pub async fn serve_metrics(self, listener: TcpListener, shutdown: CancellationToken) {
+        if let Ok(address) = listener.local_addr() {
+            self.mcp.egress.listens_on(address.port());
+        }
+        let entry = Entry {
+            max_connections: METRICS_CONNECTIONS,
+            max_requests: METRICS_REQUESTS,
+            drain_timeout: METRICS_DRAIN_TIMEOUT,
+            ..self.settings.entry.clone()
+        };
+        serve::serve(listener, api::metrics_router(self), &entry, Arc::default(), shutdown).await;
+    }
+
+    /// How things stand, for the metrics.
+    pub fn readings(&self) -> Readings {
+        let entry = &self.settings.entry;
+        let mut readings = Readings {
+            requests: Use { now: self.load.requests(), most: entry.max_requests },
+            connections: Use { now: self.load.connections(), most: entry.max_connections },
+            ..Readings::default()
+        };
+        self.mcp.read(&mut readings);
+        readings
     }
 
     /// Does `work` to its end even when the caller leaves: a change that is stored must also end its old session.

@@ -193,6 +193,11 @@ impl Error {
         }
     }
 
+    /// What kind of error it is, in a word.
+    pub fn code(&self) -> &'static str {
+        self.status().1
+    }
+
     fn log(&self) {
         let (status, code) = self.status();
         match self {

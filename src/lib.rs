@@ -16,7 +16,7 @@
 //! | [`model`] | plain data, also the table rows |
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
-//! | [`telemetry`] | logs |
+//! | [`telemetry`] | logs; `metrics` (what is counted, and how it is written for Prometheus) |
 //! | [`api`] | speaks HTTP: the route table, one file per group of routes, and what they share: |
 //! | `access`, `tokens`, `attempts` | who may come in, by which tokens; who guesses |
 //! | `guard`, `variables` | what may come in: ids, names and bodies; values that a request brings for templates |
@@ -55,7 +55,7 @@
 //! |---|---|
 //! | `main` | `api`, `app`, `command`, `config`, `store`, `telemetry` |
 //! | `lib` | |
-//! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
+//! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store`, `telemetry` |
 //! | `serve` | `config`, `axum` |
 //! | `error` | `mcp`, `model`, `store`, `axum` |
 //! | `config` | `interchange`, `model` |
@@ -63,10 +63,10 @@
 //! | `model` | `sqlx` |
 //! | `secrets` | `model` |
 //! | `interchange` | `mcp`, `model`, `secrets` |
-//! | `telemetry` | |
-//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
-//! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `rmcp` |
-//! | `store` | `corpus`, `model`, `sqlx` |
+//! | `telemetry` | `model` |
+//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `telemetry`, `axum` |
+//! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `telemetry`, `rmcp` |
+//! | `store` | `corpus`, `model`, `telemetry`, `sqlx` |
 //! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of

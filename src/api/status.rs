@@ -1,14 +1,17 @@
-//! How Portolan is, and what its API is: health, readiness, the OpenAPI document and its page.
+//! How Portolan is, and what its API is: health, readiness, metrics, the OpenAPI document and its page.
 
 use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
-use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
+use axum::http::HeaderMap;
+use axum::http::header::{ACCEPT, CONTENT_SECURITY_POLICY, CONTENT_TYPE, VARY};
 use axum::response::{Html, IntoResponse, Response};
 use serde_json::{Value, json};
+use tokio::task::spawn_blocking;
 
 use crate::app::App;
 use crate::error::Error;
+use crate::telemetry::metrics::Format;
 
 const OPENAPI: &str = include_str!("../../openapi.yaml");
 const DOCS: &str = include_str!("docs.html");
@@ -26,6 +29,15 @@ pub async fn health() -> Json<Value> {
 pub async fn ready(State(app): State<App>) -> Result<Json<Value>, Error> {
     app.store.ping().await?;
     Ok(Json(json!({ "status": "ok" })))
+}
+
+pub async fn metrics(State(app): State<App>, headers: HeaderMap) -> Result<Response, Error> {
+    let accept: Vec<_> = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok()).collect();
+    let format = Format::accepted(&accept.join(","));
+    // The system is asked for the process, a file for each that is open, and there may be thousands of sessions.
+    let text = spawn_blocking(move || app.metrics.write(&app.readings(), format)).await;
+    let text = text.map_err(|broken| Error::Internal(broken.into()))?;
+    Ok(([(CONTENT_TYPE, format.content_type()), (VARY, "accept")], text).into_response())
 }
 
 pub async fn openapi() -> Response {

@@ -16,6 +16,7 @@ use crate::error::Error;
 use crate::mcp::Room;
 use crate::mcp::Variables;
 use crate::model::ServerTool;
+use crate::telemetry::metrics::RunEnd;
 
 use super::drip;
 use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
@@ -69,12 +70,22 @@ pub(super) async fn answer(
     let call = repeat.call(&ids, &arguments, &given);
     let running = app.clone();
     let work = |sent: Sent| async move {
-        let found = find(&running, &ids).await?;
-        if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
-            return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
-        }
-        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent).await?;
-        Ok(ToolExecutionResult::from(outcome).json())
+        let mut counted = running.metrics.begin_run();
+        let outcome = async {
+            let found = find(&running, &ids).await?;
+            counted.goes_to(found.server.server_type);
+            if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
+                return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
+            }
+            Ok(running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent).await?)
+        };
+        let outcome = outcome.await;
+        counted.end(match &outcome {
+            Ok(outcome) if outcome.is_error => RunEnd::Error,
+            Ok(_) => RunEnd::Success,
+            Err(error) => RunEnd::Failed(error.code()),
+        });
+        Ok(ToolExecutionResult::from(outcome?).json())
     };
     let (outcome, repeated) = match call {
         None => (app.runs.alone(work), false),

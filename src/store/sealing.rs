@@ -16,7 +16,7 @@ use crate::model::{Config, Connector, Server, Unreadable};
 use super::keys::{KeyError, KeySource};
 use super::seal::{Keyring, Place, Unopened, key_id};
 use super::sign_ins::{authorization_of, sign_in_of};
-use super::{Database, Error, OpenError, Store, now, on_db};
+use super::{Database, Error, OpenError, Store, now, on_db, on_pool};
 
 /// What each key seals in `sealing_keys`.
 const KNOWN: &[u8] = b"portolan";
@@ -189,7 +189,7 @@ impl Unlocked<'_> {
     /// Whether nothing was ever sealed in it.
     async fn is_unsealed(&self) -> sqlx::Result<bool> {
         const SQL: &str = "SELECT count(*) FROM sealing_keys";
-        let keys: i64 = on_db!(self, write pool => sqlx::query_scalar(SQL).fetch_one(pool).await?);
+        let keys: i64 = on_pool!(self, write pool => sqlx::query_scalar(SQL).fetch_one(pool).await?);
         Ok(keys == 0 && self.sealed_by().await?.is_empty())
     }
 
@@ -201,7 +201,7 @@ impl Unlocked<'_> {
                            SELECT substr(material, 1, 15), server_id FROM sign_ins UNION \
                            SELECT substr(material, 1, 15), coalesce(server_id, id) FROM authorizations) AS all_sealed \
                            WHERE substr(sealed, 1, 3) = 'v1.' GROUP BY 1";
-        let rows: Vec<(String, i64)> = on_db!(self, write pool => sqlx::query_as(SQL).fetch_all(pool).await?);
+        let rows: Vec<(String, i64)> = on_pool!(self, write pool => sqlx::query_as(SQL).fetch_all(pool).await?);
         Ok(rows.into_iter().collect())
     }
 
@@ -209,7 +209,7 @@ impl Unlocked<'_> {
     async fn forget_key(&self, id: &str) -> sqlx::Result<bool> {
         const SQL: &str = "DELETE FROM sealing_keys WHERE id = $1";
         let rows =
-            on_db!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|done| done.rows_affected())?);
+            on_pool!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|done| done.rows_affected())?);
         Ok(rows > 0)
     }
 
@@ -227,7 +227,7 @@ impl Unlocked<'_> {
             Database::Sqlite { .. } => "DELETE FROM sealing_keys WHERE 1 = 0",
         };
         let first = ring.first();
-        on_db!(self, write pool => {
+        on_pool!(self, write pool => {
             let mut transaction = pool.begin().await?;
             sqlx::query(lock).execute(&mut *transaction).await?;
             let keys: Vec<(String, String)> = sqlx::query_as(KEYS).fetch_all(&mut *transaction).await?;
@@ -349,7 +349,7 @@ impl Store {
                 .bind(&after)
                 .bind(ROWS_AT_ONCE)
                 .fetch_all(pool)
-                .await?);
+                .await)?;
             let Some(last) = rows.last() else { break };
             after.clone_from(&last.id);
             let before = rotated.sealed;
@@ -372,7 +372,8 @@ impl Store {
                     }
                 }
                 transaction.commit().await?;
-            });
+                Ok::<_, sqlx::Error>(())
+            })?;
             if rotated.sealed > before {
                 progress(rotated.sealed);
             }
@@ -404,7 +405,7 @@ impl Store {
                     .bind(&after)
                     .bind(ROWS_AT_ONCE)
                     .fetch_all(pool)
-                    .await?);
+                    .await)?;
                 let Some((last, _)) = rows.last() else { break };
                 after.clone_from(last);
                 on_db!(self, write pool => {
@@ -425,7 +426,8 @@ impl Store {
                         }
                     }
                     transaction.commit().await?;
-                });
+                    Ok::<_, sqlx::Error>(())
+                })?;
             }
         }
         Ok(())

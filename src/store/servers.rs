@@ -111,8 +111,11 @@ impl Store {
                 let mut transaction = pool.begin().await.map_err(Error::from)?;
                 let current: Option<ServerRow> =
                     sqlx::query_as(LOCK).bind(id).fetch_optional(&mut *transaction).await.map_err(Error::from)?;
-                let Some(current) = current else { return Ok(None) };
-                let update = change(&self.opened(current))?;
+                let Some(current) = current else { return Ok(Ok(None)) };
+                let update = match change(&self.opened(current)) {
+                    Ok(update) => update,
+                    Err(refusal) => return Ok(Err(refusal)),
+                };
                 let changed: Result<ServerRow, _> = match &update.connector {
                     None => sqlx::query_as(RENAME)
                         .bind(id)
@@ -135,10 +138,10 @@ impl Store {
                     sqlx::query(FORGET).bind(id).execute(&mut *transaction).await.map_err(Error::from)?;
                 }
                 transaction.commit().await.map_err(Error::from)?;
-                Ok(Some(self.opened(changed)))
+                Ok::<_, Error>(Ok(Some(self.opened(changed))))
             })
         };
-        self.known.during(id, write).await
+        self.known.during(id, write).await?
     }
 
     /// Removes a server and its tools; `false` when there is none.

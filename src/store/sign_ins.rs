@@ -158,7 +158,7 @@ impl Store {
             .bind(now)
             .execute(pool)
             .await
-            .map(|done| done.rows_affected())?);
+            .map(|done| done.rows_affected()))?;
         Ok(rows > 0)
     }
 
@@ -172,7 +172,7 @@ impl Store {
             .bind(refresher)
             .execute(pool)
             .await
-            .map(|_| ())?);
+            .map(|_| ()))?;
         Ok(())
     }
 
@@ -188,7 +188,7 @@ impl Store {
             .bind(now())
             .execute(pool)
             .await
-            .map(|done| done.rows_affected())?);
+            .map(|done| done.rows_affected()))?;
         Ok(rows > 0)
     }
 
@@ -200,7 +200,7 @@ impl Store {
             .bind(version)
             .execute(pool)
             .await
-            .map(|done| done.rows_affected())?);
+            .map(|done| done.rows_affected()))?;
         Ok(rows > 0)
     }
 
@@ -231,7 +231,8 @@ impl Store {
                 .execute(&mut *transaction)
                 .await?;
             transaction.commit().await?;
-        });
+            Ok::<_, sqlx::Error>(())
+        })?;
         Ok(())
     }
 
@@ -258,8 +259,8 @@ impl Store {
                 .fetch_optional(&mut *transaction)
                 .await?;
             transaction.commit().await?;
-            row
-        });
+            Ok::<_, sqlx::Error>(row)
+        })?;
         Ok(row.map(|row| self.opened_authorization(row)))
     }
 
@@ -287,7 +288,7 @@ impl Store {
             .bind(material)
             .execute(pool)
             .await
-            .map(|_| ())?);
+            .map(|_| ()))?;
         Ok(())
     }
 
@@ -311,14 +312,14 @@ impl Store {
             .bind(id)
             .execute(pool)
             .await
-            .map(|done| done.rows_affected())?);
+            .map(|done| done.rows_affected()))?;
         Ok(rows > 0)
     }
 
     /// Forgets those whose time is over.
     pub async fn forget_old_authorizations(&self) -> Result<(), Error> {
         const SQL: &str = "DELETE FROM authorizations WHERE expires_at < $1";
-        on_db!(self, write pool => sqlx::query(SQL).bind(now()).execute(pool).await.map(|_| ())?);
+        on_db!(self, write pool => sqlx::query(SQL).bind(now()).execute(pool).await.map(|_| ()))?;
         Ok(())
     }
 }

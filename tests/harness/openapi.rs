@@ -474,7 +474,7 @@ mod tests {
         assert_eq!(all[0], ("POST".into(), SERVERS.into()));
         assert_eq!(all[1], ("GET".into(), SERVERS.into()));
         assert_eq!(all.last(), Some(&("GET".into(), "/docs/{file}".into())));
-        assert_eq!(all.len(), 36);
+        assert_eq!(all.len(), 37);
     }
 
     #[test]
