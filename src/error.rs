@@ -193,7 +193,7 @@ impl Error {
         }
     }
 
-    /// What kind of error it is, in a word.
+    /// What its answer says under `code`.
     pub fn code(&self) -> &'static str {
         self.status().1
     }

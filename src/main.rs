@@ -87,7 +87,7 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     let metrics = listen_for_metrics(settings.metrics.metrics_listen.as_deref()).await?;
     let app = App::open(settings).await.map_err(|error| error.to_string())?;
     let mut lines = format!(
-        "Portolan {} listens on http://{address}\nDatabase: {}\nAPI reference: http://{address}/docs\n",
+        "Portolan {} listens on http://{address}\nDatabase: {}\nConsole: http://{address}/ · API reference: http://{address}/docs\n",
         env!("CARGO_PKG_VERSION"),
         app.store.describe(),
     );

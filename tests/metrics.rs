@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::fake::{self, Fake, Script};
-use crate::harness::{FakeProgram, PATIENCE, Portolan, Remote, kill, patiently};
+use crate::harness::{FakeProgram, PATIENCE, Portolan, Remote, client, kill, patiently};
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -107,7 +107,10 @@ impl Scrape {
         assert!(!series.is_empty(), "{name}");
         for (labels, mut buckets) in series {
             buckets.sort_by(|one, other| one.0.total_cmp(&other.0));
-            assert!(buckets.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1), "{name} {buckets:?}");
+            assert!(
+                buckets.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 <= pair[1].1),
+                "{name} {buckets:?}"
+            );
             let of = |part: &str| self.samples[&(format!("{name}_{part}"), labels.clone())];
             let (end, all) = *buckets.last().unwrap();
             assert_eq!((end, all), (f64::INFINITY, of("count")), "{name}");
@@ -254,7 +257,8 @@ async fn counts_are_those_of_what_happened() {
     let remote_id = remote["id"].as_str().unwrap();
     let before = scrape(&portolan).await;
     for transport in ["stdio", "streamable_http"] {
-        let opened = format!("portolan_session_opens_total{{transport=\"{transport}\",kind=\"first\",result=\"opened\"}}");
+        let opened =
+            format!("portolan_session_opens_total{{transport=\"{transport}\",kind=\"first\",result=\"opened\"}}");
         assert_eq!(before.get(&opened), 1.0);
         assert_eq!(before.get(&format!("portolan_sessions{{transport=\"{transport}\",state=\"idle\"}}")), 1.0);
     }
@@ -319,7 +323,10 @@ async fn counts_are_those_of_what_happened() {
     assert_eq!(scrape(&portolan).await.get("portolan_store_errors_total{operation=\"write\"}"), 0.0);
     portolan.app.store.close().await;
     portolan.get("/v1/mcp-servers/").await.expect(503);
-    portolan.post("/v1/mcp-servers/", &json!({"server_name": "more", "config": {"server_url": http.url}})).await.expect(503);
+    portolan
+        .post("/v1/mcp-servers/", &json!({"server_name": "more", "config": {"server_url": http.url}}))
+        .await
+        .expect(503);
     let gone = scrape(&portolan).await;
     assert_eq!(gone.get("portolan_store_errors_total{operation=\"read\"}"), 1.0);
     assert_eq!(gone.get("portolan_store_errors_total{operation=\"write\"}"), 1.0);
@@ -342,7 +349,10 @@ async fn a_lost_session_is_counted_and_so_is_the_next_one() {
     let told = scrape(&portolan).await;
     assert_eq!(told.get("portolan_upstream_calls_total{transport=\"stdio\",result=\"lost\"}"), 1.0);
     assert_eq!(told.get("portolan_runs_total{outcome=\"error\",code=\"\"}"), 1.0);
-    assert_eq!((told.get(&opens("stdio", "first", "opened")), told.get(&opens("stdio", "reconnect", "opened"))), (1.0, 1.0));
+    assert_eq!(
+        (told.get(&opens("stdio", "first", "opened")), told.get(&opens("stdio", "reconnect", "opened"))),
+        (1.0, 1.0)
+    );
     // It is killed while nobody uses it.
     let pid = portolan.run(id, "pid", json!({})).await["func_return"].as_str().unwrap().parse().unwrap();
     kill(pid);
@@ -367,11 +377,12 @@ async fn a_lost_session_is_counted_and_so_is_the_next_one() {
     assert_eq!(told.get("portolan_sessions_lost_total{transport=\"streamable_http\"}"), 1.0);
     assert!(told.get(&opens("streamable_http", "reconnect", "unreachable")) >= 1.0);
     assert_eq!(told.get(&opens("streamable_http", "reconnect", "opened")), 0.0);
-    let _again = FakeProgram::start("http", &script, Some(program.addr));
+    let again = FakeProgram::start("http", &script, Some(program.addr));
     patiently(async || portolan.post(&path, &body).await).await.expect(200);
     let told = scrape(&portolan).await;
     assert_eq!(told.get(&opens("streamable_http", "first", "opened")), 1.0);
     assert_eq!(told.get(&opens("streamable_http", "reconnect", "opened")), 1.0);
+    drop(again);
     portolan.stop().await;
 }
 
@@ -384,7 +395,8 @@ async fn sessions_that_nobody_uses_go_and_come_back_as_new_ones() {
     settles(&portolan, "portolan_sessions{transport=\"stdio\",state=\"idle\"}", 0.0).await;
     assert_eq!(portolan.run(id, "echo", json!({"message": "m"})).await["status"], "success");
     let told = scrape(&portolan).await;
-    let opened = |kind: &str| format!("portolan_session_opens_total{{transport=\"stdio\",kind=\"{kind}\",result=\"opened\"}}");
+    let opened =
+        |kind: &str| format!("portolan_session_opens_total{{transport=\"stdio\",kind=\"{kind}\",result=\"opened\"}}");
     assert_eq!((told.get(&opened("first")), told.get(&opened("reconnect"))), (2.0, 0.0));
     assert_eq!(told.get("portolan_sessions_lost_total{transport=\"stdio\"}"), 0.0);
     portolan.stop().await;
@@ -423,7 +435,9 @@ async fn a_busy_portolan_tells_what_it_is_busy_with() {
     settles(&portolan, "portolan_http_requests_in_flight", 1.0).await;
     settles(&portolan, "portolan_sessions{transport=\"stdio\",state=\"idle\"}", 1.0).await;
     let told = scrape(&portolan).await;
-    assert_eq!(told.get("portolan_upstream_calls_total{transport=\"stdio\",result=\"cancelled\"}"), 2.0);
+    // Those that waited may have had their turn by then.
+    let cancelled = told.get("portolan_upstream_calls_total{transport=\"stdio\",result=\"cancelled\"}");
+    assert!((2.0..=5.0).contains(&cancelled), "{cancelled}");
     assert_eq!((told.get("portolan_upstream_calls_queued"), told.get("portolan_upstream_calls_in_flight")), (0.0, 0.0));
     portolan.stop().await;
 }
@@ -565,8 +579,12 @@ async fn metrics_on_an_address_of_their_own_need_no_token_and_are_nowhere_else()
     assert!(server["status"]["error"].as_str().unwrap().contains("may not be connected to"), "{server}");
     // It holds few connections, and a silent one does not keep the others out.
     let silent: Vec<_> = join_all((0..80).map(|_| tokio::net::TcpStream::connect(address))).await;
-    let told = patiently(async || metrics.send("GET", "/metrics", None).await).await;
-    assert_eq!(told.status, 200);
+    let deadline = Instant::now() + PATIENCE;
+    // A connection that was kept may have made room for another.
+    while !client().get(format!("http://{address}/metrics")).send().await.is_ok_and(|told| told.status() == 200) {
+        assert!(Instant::now() < deadline, "nobody gets in");
+        sleep(Duration::from_millis(20)).await;
+    }
     drop(silent);
     stop.cancel();
     serving.await.unwrap();
@@ -639,16 +657,24 @@ fn unknown(query: &str) -> Vec<String> {
         let name = rest[start..].split(|character| !is_of_a_name(character)).next().unwrap();
         rest = &rest[start + name.len()..];
         let of_histogram = ["_bucket", "_sum", "_count"].iter().find_map(|part| name.strip_suffix(part));
-        let family = promised.get(name).filter(|(kind, _)| *kind != "histogram").or_else(|| {
-            promised.get(of_histogram?).filter(|(kind, _)| *kind == "histogram")
-        });
+        let family = promised
+            .get(name)
+            .filter(|(kind, _)| *kind != "histogram")
+            .or_else(|| promised.get(of_histogram?).filter(|(kind, _)| *kind == "histogram"));
         let Some((_, labels)) = family else {
             wrong.push(name.to_owned());
             continue;
         };
         any = true;
         known_labels.extend(labels.keys());
-        let Some(matchers) = rest.strip_prefix('{').and_then(|rest| rest.split_once("\"}")).map(|(inside, _)| inside) else {
+        // A variable of a dashboard asks for the values of a label.
+        if let Some(label) = query.strip_prefix("label_values(").and_then(|asked| asked.rsplit(", ").next()) {
+            wrong.extend(
+                Some(label.trim_end_matches(')')).filter(|label| !known_labels.contains(label)).map(str::to_owned),
+            );
+        }
+        let Some(matchers) = rest.strip_prefix('{').and_then(|rest| rest.split_once("\"}")).map(|(inside, _)| inside)
+        else {
             continue;
         };
         for matcher in matchers.split("\",") {

@@ -79,13 +79,7 @@ impl Load {
 /// Answers requests on `listener` with `router` until `shutdown`. Then it takes no new connection, closes the idle ones,
 /// ends event streams, lets each other request finish, and returns when all have, or when the drain time has passed.
 /// What it has to do at the moment is told in `load`.
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    entry: &Entry,
-    load: Arc<Load>,
-    shutdown: CancellationToken,
-) {
+pub async fn serve(listener: TcpListener, router: Router, entry: &Entry, load: Arc<Load>, shutdown: CancellationToken) {
     let connections = Connections::new(entry, load, shutdown.clone());
     let tasks = TaskTracker::new();
     let mut ticks = interval(TICK);

@@ -291,9 +291,6 @@ pub struct Counted {
     pub requests: Requests,
     /// Operations of the store, which is to be given them.
     pub operations: Operations,
-    /// Rows of the run log that wait to be written, and those that were dropped because too many did.
-    pub run_log_queued: Gauge,
-    pub run_log_dropped: Counter,
     runs: Runs,
     calls: Each<Counter, 2>,
     call_times: Each<Times, 1>,
@@ -362,14 +359,6 @@ impl Metrics {
             Each::of::<ServerType>(Counter::default),
         );
         let operations = Operations::new(known);
-        let run_log_queued =
-            count(known, "run_log_queued", "Rows of the run log that wait to be written", Gauge::default());
-        let run_log_dropped = count(
-            known,
-            "run_log_dropped",
-            "Rows of the run log that were dropped because too many waited",
-            Counter::default(),
-        );
         let token_failures = count(
             known,
             "token_failures",
@@ -385,8 +374,6 @@ impl Metrics {
         Self(Arc::new(Counted {
             requests,
             operations,
-            run_log_queued,
-            run_log_dropped,
             runs,
             calls,
             call_times,
@@ -475,7 +462,8 @@ fn to_prometheus(openmetrics: &str) -> String {
     let mut text = String::with_capacity(openmetrics.len());
     let mut lines = openmetrics.lines().peekable();
     while let Some(line) = lines.next() {
-        let next_is_counter = lines.peek().is_some_and(|next| next.starts_with("# TYPE ") && next.ends_with(" counter"));
+        let next_is_counter =
+            lines.peek().is_some_and(|next| next.starts_with("# TYPE ") && next.ends_with(" counter"));
         let is_counter = line.starts_with("# TYPE ") && line.ends_with(" counter");
         let about = line.strip_prefix("# ").and_then(|about| about.split_once(' '));
         match about.and_then(|(word, rest)| Some((word, rest.split_once(' ')?))) {
@@ -706,6 +694,9 @@ pub struct Readings {
     pub queued_calls: usize,
     /// Of answers of servers, in bytes; the first 64 KiB of each are not counted.
     pub held_bytes: Use,
+    /// Rows of the run log that wait to be written, and those that never will be.
+    pub run_log_queued: usize,
+    pub run_log_dropped: u64,
 }
 
 /// How much there is of something, and how much there may be.
@@ -733,6 +724,9 @@ impl Readings {
         one("children_limit", "How many commands may run (--max-children)", self.children.most);
         one("upstream_calls_in_flight", "Calls of tools that have a place at their server", self.calls);
         one("upstream_calls_queued", "Calls of tools that wait for a place at their server", self.queued_calls);
+        one("run_log_queued", "Rows of the run log that wait to be written", self.run_log_queued);
+        let help = "Rows of the run log that were dropped because the database did not keep up";
+        registry.register("run_log_dropped", help, ConstCounter::new(self.run_log_dropped));
         let mut bytes = |name: &str, help: &str, value: usize| {
             registry.register_with_unit(name, help, Unit::Bytes, ConstGauge::new(value));
         };
@@ -743,9 +737,10 @@ impl Readings {
         let sessions = ServerType::VALUES.iter().enumerate().flat_map(|(at, transport)| {
             let opening = usize::try_from(openings.at(at).get()).unwrap_or_default();
             let counts = [opening, self.idle_sessions[at], self.busy_sessions[at]];
-            SessionState::VALUES.iter().zip(counts).map(|(state, count)| {
-                ([(*transport).to_owned(), (*state).to_owned()], ConstGauge::new(count))
-            })
+            SessionState::VALUES
+                .iter()
+                .zip(counts)
+                .map(|(state, count)| ([(*transport).to_owned(), (*state).to_owned()], ConstGauge::new(count)))
         });
         let sessions = Each { names: [ServerType::NAME, SessionState::NAME], series: sessions.collect() };
         registry.register("sessions", "Sessions to MCP servers, by transport and state", sessions);
@@ -774,7 +769,12 @@ mod linux {
             registry.register_with_unit("cpu", help, Unit::Seconds, ConstCounter::new(seconds));
         }
         if let Some(bytes) = resident_bytes() {
-            registry.register_with_unit("resident_memory", "Memory of the process", Unit::Bytes, ConstGauge::new(bytes));
+            registry.register_with_unit(
+                "resident_memory",
+                "Memory of the process",
+                Unit::Bytes,
+                ConstGauge::new(bytes),
+            );
         }
         // The folder that is read is open itself.
         if let Ok(files) = std::fs::read_dir("/proc/self/fd") {
@@ -851,11 +851,10 @@ mod tests {
     fn labels_are_where_their_values_say() {
         let each = Each::of_two::<ServerType, OpenResult>(Counter::default);
         for transport in [ServerType::Stdio, ServerType::Sse, ServerType::StreamableHttp] {
-            for result in
-                [OpenResult::Opened, OpenResult::Unreachable, OpenResult::AuthRequired, OpenResult::Refused]
-            {
+            for result in [OpenResult::Opened, OpenResult::Unreachable, OpenResult::AuthRequired, OpenResult::Refused] {
                 each.at_two(transport, result).inc();
-                let found = each.series.iter().find(|(_, counter)| counter.get() == 1).map(|(values, _)| values.clone());
+                let found =
+                    each.series.iter().find(|(_, counter)| counter.get() == 1).map(|(values, _)| values.clone());
                 let told = OpenResult::VALUES[result.index()];
                 assert_eq!(found, Some([transport.as_str().to_owned(), told.to_owned()]));
                 each.at_two(transport, result).inc();

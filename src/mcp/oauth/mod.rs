@@ -100,13 +100,7 @@ struct Shared {
 }
 
 impl SignIns {
-    pub fn new(
-        store: Store,
-        egress: Egress,
-        metrics: Metrics,
-        tracker: TaskTracker,
-        settings: config::SignIn,
-    ) -> Self {
+    pub fn new(store: Store, egress: Egress, metrics: Metrics, tracker: TaskTracker, settings: config::SignIn) -> Self {
         Self(Arc::new(Shared {
             store,
             egress,
