@@ -73,7 +73,7 @@ pub(super) async fn answer(
     let call = repeat.call(&ids, &arguments, &given);
     let running = app.clone();
     let work = |sent: Sent| async move {
-        let mut counted = running.metrics.begin_run();
+        let mut counted = running.metrics.begin_run(&sent);
         let outcome = async {
             let found = find(&running, &ids).await?;
             counted.goes_to(found.server.server_type);

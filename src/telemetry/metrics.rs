@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::ops::Deref;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use prometheus_client::encoding::text::{encode_eof, encode_registry};
@@ -388,9 +388,9 @@ impl Metrics {
         }))
     }
 
-    /// A run begins. Dropped without [`Run::end`], it was cancelled.
-    pub fn begin_run(&self) -> Run {
-        Run { metrics: self.clone(), began: Instant::now(), transport: None, ended: false }
+    /// A run begins. Dropped without [`Run::end`], it was cut off; `sent` says whether it may have reached its tool.
+    pub fn begin_run(&self, sent: &Arc<AtomicBool>) -> Run {
+        Run { metrics: self.clone(), began: Instant::now(), transport: None, sent: sent.clone(), ended: false }
     }
 
     /// A call is made on a session. Dropped without [`UpstreamCall::end`], it was cancelled.
@@ -535,22 +535,25 @@ fn bare(path: &str) -> &str {
 struct Runs {
     success: Counter,
     error: Counter,
-    cancelled: Counter,
-    /// By outcome and code, for those that failed.
-    failed: Family<[(&'static str, &'static str); 2], Counter>,
+    /// By outcome and code: these two, and what has a code.
+    all: Family<[(&'static str, &'static str); 2], Counter>,
     times: Each<Times, 1>,
 }
 
 impl Runs {
     fn new(registry: &mut Registry) -> Self {
-        let help = "Runs by outcome; code is that of the error when no call was made (failed). Requests that mean one run \
-                    count as one";
-        let failed = count(registry, "runs", help, Family::<[(&'static str, &'static str); 2], Counter>::default());
-        let of = |outcome| failed.get_or_create_owned(&[("outcome", outcome), ("code", "")]);
-        let (success, error, cancelled) = (of("success"), of("error"), of("cancelled"));
+        let help = "Runs by outcome, with the code of the error when no call was made (failed), or cancelled. Requests that \
+                    mean one run count as one";
+        let all = count(registry, "runs", help, Family::<[(&'static str, &'static str); 2], Counter>::default());
+        let of = |outcome| all.get_or_create_owned(&[("outcome", outcome), ("code", "")]);
+        let (success, error) = (of("success"), of("error"));
         let help = "How long runs took, with the wait for their turn and for a session";
         let times = time(registry, "run_duration", help, Each::of::<ServerType>(|| Times::new(CALL_BOUNDS)));
-        Self { success, error, cancelled, failed, times }
+        Self { success, error, all, times }
+    }
+
+    fn count(&self, outcome: &'static str, code: &'static str) {
+        self.all.get_or_create(&[("outcome", outcome), ("code", code)]).inc();
     }
 }
 
@@ -569,6 +572,7 @@ pub struct Run {
     metrics: Metrics,
     began: Instant,
     transport: Option<ServerType>,
+    sent: Arc<AtomicBool>,
     ended: bool,
 }
 
@@ -582,10 +586,14 @@ impl Run {
         self.ended = true;
         let runs = &self.metrics.runs;
         match end {
-            RunEnd::Success => runs.success.inc(),
-            RunEnd::Error => runs.error.inc(),
-            RunEnd::Failed(code) => runs.failed.get_or_create(&[("outcome", "failed"), ("code", code)]).inc(),
-        };
+            RunEnd::Success => {
+                runs.success.inc();
+            }
+            RunEnd::Error => {
+                runs.error.inc();
+            }
+            RunEnd::Failed(code) => runs.count("failed", code),
+        }
     }
 }
 
@@ -593,8 +601,8 @@ impl Drop for Run {
     fn drop(&mut self) {
         let runs = &self.metrics.runs;
         if !self.ended {
-            // One that panics is answered with a result that says so.
-            if std::thread::panicking() { &runs.error } else { &runs.cancelled }.inc();
+            // In the words of the run log.
+            runs.count(if self.sent.load(Ordering::Relaxed) { "error" } else { "failed" }, "cancelled");
         }
         if let Some(transport) = self.transport {
             runs.times.at(transport.index()).record(self.began.elapsed());
