@@ -406,7 +406,7 @@ async fn sessions_that_nobody_uses_go_and_come_back_as_new_ones() {
 async fn a_busy_portolan_tells_what_it_is_busy_with() {
     let portolan = Portolan::start_with(|settings| {
         settings.upstream.max_calls_per_server = 2;
-        settings.entry.max_requests = 100;
+        settings.entry.max_requests = 5;
     })
     .await;
     let (server, _script) = portolan.create_stdio("child", &json!({})).await;
@@ -415,16 +415,22 @@ async fn a_busy_portolan_tells_what_it_is_busy_with() {
     let calls: Vec<_> = (0..5)
         .map(|_| {
             let request = remote.request("POST", &path).json(&json!({}));
-            tokio::spawn(async move { request.send().await.map(drop) })
+            tokio::spawn(async move {
+                // One that finds no room, because somebody reads metrics just then, comes again.
+                while request.try_clone().unwrap().send().await.is_ok_and(|answer| answer.status() == 503) {}
+            })
         })
         .collect();
     settle(&portolan, &["portolan_upstream_calls_queued"], 3.0).await;
     let told = scrape(&portolan).await;
     assert_eq!(told.get("portolan_upstream_calls_in_flight"), 2.0);
     assert_eq!(told.get("portolan_sessions{transport=\"stdio\",state=\"busy\"}"), 1.0);
-    assert_eq!(told.get("portolan_http_requests_in_flight"), 6.0, "with this one");
-    assert_eq!(told.get("portolan_http_requests_limit"), 100.0);
+    // It takes no more, and says so.
+    assert_eq!(told.get("portolan_http_requests_in_flight"), 5.0);
+    assert_eq!(told.get("portolan_http_requests_limit"), 5.0);
     assert!(told.get("portolan_http_connections") >= 6.0);
+    portolan.get("/v1/mcp-servers/").await.expect(503);
+    assert!(scrape(&portolan).await.get("portolan_http_errors_total{code=\"overloaded\"}") >= 1.0);
     // Their clients leave.
     calls.iter().for_each(tokio::task::JoinHandle::abort);
     for call in calls {

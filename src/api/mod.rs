@@ -176,8 +176,8 @@ pub fn metrics_router(app: App) -> Router {
         .with_state(app)
 }
 
-/// Answers, also when there is no room for requests: who asks must tell a busy Portolan from a dead one.
-const ALWAYS: [&str; 2] = ["/v1/health", "/v1/ready"];
+/// Answers, also when there is no room for requests: who asks must tell a busy Portolan from a dead one, and how busy it is.
+const ALWAYS: [&str; 3] = ["/v1/health", "/v1/ready", METRICS];
 
 /// What there is to say when there is no room for a request. Its body is not read, so nobody knows which run it asks for.
 fn refusal(request: &Request) -> Option<Error> {
