@@ -44,7 +44,7 @@ export function Server({ id }) {
     <${Failure} error=${server.error} retry=${server.reload} />
     <${Status} server=${data} />
     <${Refresh} path=${path} onDone=${both}>
-      ${data.mcp_server_type !== "stdio" && html`<a class="button" href="${own}/sign-in">Sign in</a>`}
+      ${data.mcp_server_type !== "stdio" && html`<a class=${data.status.state === "auth_required" ? "button main" : "button"} href="${own}/sign-in">Sign in</a>`}
       <a class="button" href="${own}/edit">Edit</a>
       <a class="button" href="#/runs?mcp_server_id=${encodeURIComponent(id)}">Runs</a>
       <button type="button" class="danger" onClick=${() => setAsking(true)}>Delete…</button>
@@ -189,7 +189,7 @@ function Tools({ tools, id, onApproved }) {
 /** Held tools one below the other; with many, the others are on their own pages. */
 function Waiting({ held, id, onApproved }) {
   const shown = held.slice(0, 10);
-  return html`${shown.map((tool) => html`<div key=${tool.id + tool.metadata_.mcp.definition_hash}>
+  return html`${shown.map((tool) => html`<div key=${tool.id}>
       <h3><a href=${pathOf(id, tool)}><${Name} text=${tool.name} /></a></h3>
       <${Flags} flags=${tool.metadata_.mcp.flags} />
       <${Held} tool=${tool} server=${id} level=${3} onDone=${onApproved} /></div>`)}

@@ -31,7 +31,7 @@ export function Tool({ id, tool: toolId }) {
     <${Heading} title=${shown.name}><${Shown} text=${shown.name} limit=${200} /><//>
     ${definition?.title && typeof definition.title === "string" && html`<p><strong><${Shown} text=${definition.title} limit=${200} /></strong></p>`}
     <${Failure} error=${error} retry=${reload} />
-    ${held && html`<${Held} key=${shown.metadata_.mcp.definition_hash} tool=${shown} server=${id} onDone=${done} />`}
+    ${held && html`<${Held} key=${shown.id} tool=${shown} server=${id} onDone=${done} />`}
     <${Flags} flags=${flags} />
     ${shown.description
       ? html`<p><${Shown} text=${shown.description} limit=${1500} block=${true} /></p>`
@@ -141,7 +141,10 @@ function Run({ tool, path }) {
 
   const submit = (event) => { event.preventDefault(); run(doubted); };
   const press = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
+    if (event.key !== "Enter") return;
+    if (event.ctrlKey || event.metaKey) submit(event);
+    // What a run did cannot be undone: the Enter that ends a line or leaves a field starts none.
+    else if (event.target.tagName === "INPUT") event.preventDefault();
   };
   const whole = problems.filter(() => text !== null);
 
