@@ -152,8 +152,10 @@ function Report({ report, onClose }) {
 function Listed({ names }) {
   const [all, setAll] = useState(false);
   const shown = all ? names : names.slice(0, 20);
-  return html`<ul>${shown.map(([name, more]) => html`<li><code><${Shown} text=${name} limit=${200} /></code>${more && html`: <${Shown} text=${more} limit=${300} />`}</li>`)}
-    ${shown.length < names.length && html`<li><button type="button" class="link" onClick=${() => setAll(true)}>Show ${names.length - shown.length} more</button></li>`}</ul>`;
+  return html`<ul>${shown.map(([name, more]) => html`<li><code><${Shown} text=${name} limit=${200} /></code>
+      ${more && html`: <${Shown} text=${more} limit=${300} />`}</li>`)}
+    ${shown.length < names.length && html`<li>
+      <button type="button" class="link" onClick=${() => setAll(true)}>Show ${names.length - shown.length} more</button></li>`}</ul>`;
 }
 
 function Tools({ tools, id, onApproved }) {
@@ -181,7 +183,8 @@ function Tools({ tools, id, onApproved }) {
         <input id="tool-filter" type="search" value=${filter} autocomplete="off" aria-describedby="tool-count"
           onInput=${(event) => { setFilter(event.target.value); setMost(PAGE); }} />
         <p class="hint" id="tool-count" role="status">${filter ? `${found.length} of ${data.length} tools` : `${data.length} tools`}</p>
-        ${found.length === 0 && html`<p>No name or description has these words. <button type="button" class="link" onClick=${() => setFilter("")}>Show all tools</button></p>`}
+        ${found.length === 0 && html`<p>No name or description has these words.${" "}
+          <button type="button" class="link" onClick=${() => setFilter("")}>Show all tools</button></p>`}
         <ul class="cards" aria-labelledby="tools-title">${shown.map((tool) => html`<${Card} key=${tool.id} tool=${tool} id=${id} />`)}</ul>
         ${shown.length < found.length && html`<p><button type="button" onClick=${() => setMost(most + PAGE)}>Show more of the ${found.length} tools</button></p>`}`}`;
 }

@@ -126,7 +126,9 @@ function Run({ tool, path }) {
     announce("The tool is running.");
     let result;
     try {
-      const answer = await call("POST", `${path}/run`, `{"args":${write(value, 0)}}`, { signal: controller.signal, timeout: PATIENCE, parse: read });
+      const answer = await call("POST", `${path}/run`, `{"args":${write(value, 0)}}`, {
+        signal: controller.signal, timeout: PATIENCE, parse: read,
+      });
       result = outcomeOf(answer);
     } catch (error) {
       if (!("code" in error)) throw error;

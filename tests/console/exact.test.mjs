@@ -10,9 +10,11 @@ test("numbers keep their digits", () => {
     '"\\"12345678901234567890\\""',
     '{"__proto__":12345678901234567890,"exact:":1}',
     "12345678901234567890",
+    "[123.45678901234567]",
   ]) {
     assert.equal(write(read(text), 0), text);
   }
+  assert.equal(read('["\\u0065xact:1",12345678901234567890]')[0], "exact:1");
   assert.ok(read("9007199254740993") instanceof Exact);
   assert.equal(read("9007199254740991"), 9007199254740991);
   assert.equal(read("[1.5, 2e3]")[1], 2000);
