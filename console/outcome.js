@@ -85,7 +85,7 @@ function bytesOf(base64) {
 const ADVICE = {
   tool_held: "Look at what changed in it above, then approve it.",
   forbidden: "This token may not run tools. Log out and give one with the scope run or admin.",
-  unauthorized: "Nothing was run. Run it again with a token of this Portolan.",
+  unauthorized: "Run it again with a token of this Portolan.",
   too_many_attempts: "Wait a minute, then run it again with the right token.",
   not_found: "It may have been deleted: go back to its server and refresh the tools.",
   mcp_connection_error: "Nothing was run. See on the page of the server what is wrong with it.",

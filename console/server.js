@@ -114,7 +114,9 @@ function Refresh({ path, onDone, children }) {
       setReport(found);
       announce(`The tools were read: ${summaryOf(found)}.`);
     } catch (failure) {
-      setError(failure);
+      // Why is said above, as long as it is so.
+      const unreached = failure.code === "mcp_server_unavailable";
+      setError(unreached ? new Error("The server was not reached. Its tools are what they were.") : failure);
     } finally {
       setBusy(false);
       onDone();
