@@ -24,6 +24,7 @@
 //! | `wire` | Letta's JSON, in and out; `mask` (what stands for a secret), `events` (what a connect tells) |
 //! | `repeats`, `runs`, `drip` | which requests mean one run; one run of many requests; the early head of a long one |
 //! | `import`, `page` | what an import does, and an export; what a browser sees after a sign-in |
+//! | `assets` | the console and the API reference, which `build.rs` packed: files of `console/` at the top of the repository |
 //! | [`interchange`] | the files of other programs: `read` and `write` (what they say of servers), `text` (from bytes to JSON), `placeholders` (theirs, and templates), `left_out` (secrets that a file does not show) |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |

@@ -1,0 +1,6 @@
+import { html } from "./preact.js";
+import { Heading } from "./page.js";
+
+export function Tool() {
+  return html`<${Heading}>Tool<//>`;
+}
