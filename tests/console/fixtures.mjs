@@ -303,6 +303,15 @@ class Api {
   }
 }
 
+/** Takes the console's files out of a folder, for whoever changes them and does not want to wait for a build. */
+async function serveFrom(folder, context) {
+  const kinds = { ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml" };
+  await context.route("**/console/*", (route) => {
+    const file = path.join(folder, path.basename(new URL(route.request().url()).pathname));
+    return route.fulfill({ path: file, contentType: kinds[path.extname(file)] });
+  });
+}
+
 export const test = base.extend({
   /** Environment variables for Portolan, and `tokens`: names with their scopes. `portolan.tokens` has the tokens then. */
   settings: [{}, { option: true }],
@@ -344,6 +353,7 @@ export const test = base.extend({
 
   guard: [
     async ({ context, page, gate }, use) => {
+      if (process.env.CONSOLE_FROM) await serveFrom(process.env.CONSOLE_FROM, context);
       const guard = new Guard(context, page, gate.url);
       await guard.watch();
       await use(guard);
