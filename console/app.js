@@ -7,6 +7,7 @@ import { Heading, announce, noteNavigation } from "./page.js";
 import { TokenPrompt } from "./token.js";
 import { Servers } from "./servers.js";
 import { Add } from "./add.js";
+import { Edit } from "./edit.js";
 import { SignIn } from "./sign-in.js";
 import { Server } from "./server.js";
 import { Tool } from "./tool.js";
@@ -17,6 +18,7 @@ const ROUTES = [
   [/^\/servers$/, Servers],
   [/^\/add$/, Add],
   [/^\/servers\/(?<id>[^/]+)$/, Server],
+  [/^\/servers\/(?<id>[^/]+)\/edit$/, Edit],
   [/^\/servers\/(?<id>[^/]+)\/sign-in$/, SignIn],
   [/^\/servers\/(?<id>[^/]+)\/tools\/(?<tool>[^/]+)$/, Tool],
   [/^\/runs$/, Runs],
