@@ -70,9 +70,10 @@ async function newToken(tried) {
 
 /** Sends a request and returns its JSON, `null` for an answer without a body.
  *
- *  `body` is what becomes JSON; a string is sent as it is. `timeout` is in milliseconds, `headers` are sent beside ours.
+ *  `body` is what becomes JSON; a string is sent as it is. `timeout` is in milliseconds, `headers` are sent beside ours,
+ *  `parse` reads the answer in place of `JSON.parse`.
  *  A call that was refused for its token is repeated with a new one; a run never is, the user starts it again. */
-export async function call(method, path, body, { signal, timeout = PATIENCE, headers = {} } = {}) {
+export async function call(method, path, body, { signal, timeout = PATIENCE, headers = {}, parse } = {}) {
   const request = { method, headers: { accept: "application/json", ...headers } };
   if (body !== undefined) {
     request.headers["content-type"] = "application/json";
@@ -81,7 +82,7 @@ export async function call(method, path, body, { signal, timeout = PATIENCE, hea
   const response = await admitted(path, request, within(timeout, signal), !isRun(method, path));
   if (response.status === 204) return null;
   try {
-    return await response.json();
+    return parse ? parse(await response.text()) : await response.json();
   } catch (error) {
     throw unanswered(error);
   }

@@ -19,9 +19,9 @@ use flate2::read::GzDecoder;
 use crate::error::Error;
 
 /// Scripts, styles and calls from here and to here alone, no markup out of text, and no frame around it. The console shows
-/// pictures that tools return, as data.
+/// pictures and plays sounds that tools return.
 const CONSOLE_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; \
-                              connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
+                              media-src blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
                               require-trusted-types-for 'script'; trusted-types 'none'";
 
 /// The same for Swagger UI, which sets styles on elements and carries its icons as data.
