@@ -27,18 +27,18 @@ test.describe("with a token", () => {
     await field.fill(TOKEN);
     await prompt.getByRole("button", { name: "Use this token" }).click();
     await expect(prompt).toBeHidden();
-    await expect(page.getByRole("link", { name: "first" })).toBeVisible();
+    await expect(page.getByRole("link", { name: "first", exact: true })).toBeVisible();
 
     // This tab keeps it, and nothing else does.
     await page.reload();
-    await expect(page.getByRole("link", { name: "first" })).toBeVisible();
+    await expect(page.getByRole("link", { name: "first", exact: true })).toBeVisible();
     await expect(prompt).toBeHidden();
     const kept = await page.evaluate(() => ({ local: { ...localStorage }, address: location.href, text: document.documentElement.outerHTML }));
     expect(JSON.stringify(kept)).not.toContain(TOKEN);
 
     await page.getByRole("button", { name: "Log out" }).click();
     await expect(prompt).toBeVisible();
-    await expect(page.getByRole("link", { name: "first" })).toBeHidden();
+    await expect(page.getByRole("link", { name: "first", exact: true })).toBeHidden();
     expect(await page.evaluate(() => ({ ...sessionStorage }))).toEqual({});
     await page.keyboard.press("Escape");
     await expect(prompt).toBeHidden();
@@ -61,7 +61,7 @@ test.describe("with a token that reads", () => {
     const server = await api.create("first", everything);
     guard.expect(401, 403);
     await enter(page, portolan.tokens.reader);
-    await page.getByRole("link", { name: "first" }).click();
+    await page.getByRole("link", { name: "first", exact: true }).click();
     await expect(page.getByRole("heading", { name: "first", level: 1 })).toBeVisible();
 
     await page.getByRole("button", { name: "Refresh" }).click();
@@ -69,9 +69,9 @@ test.describe("with a token that reads", () => {
     await guard.look("read-refresh");
 
     await page.goto(`/#/servers/${server.id}`);
-    await page.getByRole("link", { name: "echo" }).click();
+    await page.getByRole("link", { name: "echo", exact: true }).click();
     await page.getByLabel(/^message/).fill("hello");
-    await page.getByRole("button", { name: "Run" }).click();
+    await page.getByRole("button", { name: "Run", exact: true }).click();
     await expect(page.getByRole("alert")).toContainText(/token/);
     await guard.look("read-run");
 
@@ -87,10 +87,10 @@ test.describe("with a token that reads", () => {
     const server = await api.create("first", everything);
     guard.expect(401);
     await enter(page, portolan.tokens.runner);
-    await page.getByRole("link", { name: "first" }).click();
-    await page.getByRole("link", { name: "echo" }).click();
+    await page.getByRole("link", { name: "first", exact: true }).click();
+    await page.getByRole("link", { name: "echo", exact: true }).click();
     await page.getByLabel(/^message/).fill("hello");
-    await page.getByRole("button", { name: "Run" }).click();
+    await page.getByRole("button", { name: "Run", exact: true }).click();
     await expect(page.getByRole("region", { name: "Result" })).toContainText("hello");
     expect(server.status.state).toBe("ready");
   });

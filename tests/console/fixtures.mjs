@@ -168,9 +168,9 @@ export class Guard {
     });
     this.context.on("console", (message) => {
       if (!["error", "warning", "assert"].includes(message.type())) return;
-      const [, status] = message.text().match(/^Failed to load resource: (?:the server responded with a status of (\d+)|net::ERR_CONNECTION)/) ?? [];
-      const key = status ? Number(status) : message.text().includes("net::ERR_CONNECTION") ? "connection" : null;
-      if (key !== null && this.expected.has(key)) return void this.expected.set(key, true);
+      const [, status, net] = message.text().match(/^Failed to load resource: (?:the server responded with a status of (\d+)|(net::ERR_))/) ?? [];
+      const what = net ? "connection" : Number(status);
+      if (this.expected.has(what)) return void this.expected.set(what, true);
       this.problems.push(`console ${message.type()}: ${message.text()}`);
     });
     this.context.on("weberror", (error) => this.problems.push(`uncaught: ${error.error().stack}`));
@@ -194,9 +194,9 @@ export class Guard {
     for (const status of statuses) this.expected.set(status, false);
   }
 
-  /** All that a page must hold at any time, whatever it shows. */
-  async harmless(page = this.page) {
-    const found = await page.evaluate((unseen) => {
+  /** What there is on a page that must never be there, whatever the page shows. */
+  async harm(page = this.page) {
+    return page.evaluate((unseen) => {
       const bad = [];
       if (window.pwned) bad.push("a script of others ran");
       const one = (selector) => document.querySelectorAll(selector).forEach((it) => bad.push(`element: ${it.outerHTML.slice(0, 200)}`));
@@ -227,7 +227,10 @@ export class Guard {
       }
       return bad;
     }, UNSEEN);
-    expect(found, "what the page holds").toEqual([]);
+  }
+
+  async harmless(page = this.page) {
+    expect(await this.harm(page), "what the page holds").toEqual([]);
   }
 
   /** What axe finds to be serious or critical, in words. */
@@ -247,7 +250,7 @@ export class Guard {
     for (const colorScheme of ["light", "dark"]) {
       await page.emulateMedia({ colorScheme });
       const height = await page.evaluate(() => document.scrollingElement.scrollHeight);
-      await page.screenshot({ path: path.join(SHOTS, `${name}-${colorScheme}-${size}.png`), fullPage: height < 6000 });
+      await page.screenshot({ path: path.join(SHOTS, `${name}-${colorScheme}-${size}.png`), fullPage: height < 6000, caret: "initial" });
       expect(await this.axe(page), `axe on ${name}, ${colorScheme}`).toEqual([]);
       await this.harmless(page);
     }
@@ -256,9 +259,9 @@ export class Guard {
 
   /** Nothing bad happened, and what was to happen did. */
   async settle() {
-    if (!this.page.isClosed() && this.page.url().startsWith(this.origin)) await this.harmless();
     const cookies = await this.context.cookies();
     if (cookies.length) this.problems.push(`cookies: ${JSON.stringify(cookies)}`);
+    if (!this.page.isClosed() && this.page.url().startsWith(this.origin)) this.problems.push(...(await this.harm()));
     expect(this.problems, "what happened in the browser").toEqual([]);
     const missing = [...this.expected].filter(([, seen]) => !seen).map(([status]) => status);
     expect(missing, "failures that were to happen and did not").toEqual([]);
