@@ -101,12 +101,14 @@ function advice(error) {
   return null;
 }
 
-/** A dialog that is open as long as it is there. `onClose` is called when the user leaves it. */
+/** A dialog that is open as long as it is there. `onClose` is called when the user leaves it; what is marked `data-first` has
+ *  the focus. */
 export function Dialog({ title, children, onClose }) {
   const place = useRef(null);
   useEffect(() => {
     const before = document.activeElement;
     place.current.showModal();
+    place.current.querySelector("[data-first]")?.focus();
     return () => before?.isConnected && before.focus();
   }, []);
   const cancel = (event) => { event.preventDefault(); onClose(); };
@@ -133,7 +135,7 @@ export function Confirm({ title, yes, onYes, onClose, children }) {
     ${children}
     <${Failure} error=${error} />
     <div class="actions">
-      <button type="button" onClick=${onClose} autofocus>Cancel</button>
+      <button type="button" onClick=${onClose} data-first>Cancel</button>
       <button type="button" class="danger" onClick=${go} disabled=${busy}>${yes}</button>
     </div>
   <//>`;

@@ -128,7 +128,7 @@ function Card({ server, onDelete, reload }) {
     <p class="code"><${Shown} text=${target(server)} limit=${200} /></p>
     <p class="facts"><span>${KINDS[server.mcp_server_type] ?? server.mcp_server_type}</span>
       <span>${status.tool_count === 1 ? "1 tool" : `${status.tool_count} tools`}</span>
-      <span>Tools read <${Instant} at=${status.last_synced_at} /></span></p>
+      <span>${status.last_synced_at ? html`Tools read <${Instant} at=${status.last_synced_at} />` : "Tools never read"}</span></p>
     ${status.error && html`<p class="problem"><${Shown} text=${status.error} limit=${500} /></p>`}
     <${Advice} server=${server} />
     <${Failure} error=${failed} />

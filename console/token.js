@@ -16,13 +16,13 @@ export function TokenPrompt({ refused, onDone }) {
     setToken(given);
     onDone(true);
   };
-  return html`<${Dialog} title="Token" onClose=${() => onDone(false)}>
+  return html`<${Dialog} title="Token needed" onClose=${() => onDone(false)}>
     <form onSubmit=${submit} autocomplete="off">
-      <p>This Portolan asks for a token. Its operator makes one with <code>portolan token</code>. This tab keeps it until
+      <p>This Portolan wants a token. Its operator makes one with <code>portolan token new</code>. This tab keeps it until
         it is closed.</p>
       ${refused && html`<p class="failure" role="alert">The token was not taken: it is wrong, or was taken back.</p>`}
       <label for="token">Token</label>
-      <input id="token" ref=${field} type="password" autocomplete="off" spellcheck=${false} autofocus
+      <input id="token" ref=${field} type="password" autocomplete="off" spellcheck=${false} data-first
         aria-invalid=${missing} aria-describedby=${missing ? "token-problem" : undefined} />
       ${missing && html`<p id="token-problem" class="problem">Paste the token as it was given to you, without spaces.</p>`}
       <div class="actions">

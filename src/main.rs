@@ -85,7 +85,7 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     ensure_guarded(&settings, address).map_err(|error| error.to_string())?;
     let app = App::open(settings).await.map_err(|error| error.to_string())?;
     let mut lines = format!(
-        "Portolan {} listens on http://{address}\nDatabase: {}\nAPI reference: http://{address}/docs\n",
+        "Portolan {} listens on http://{address}\nDatabase: {}\nConsole: http://{address}/ · API reference: http://{address}/docs\n",
         env!("CARGO_PKG_VERSION"),
         app.store.describe(),
     );

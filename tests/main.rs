@@ -9,6 +9,7 @@ mod bad_input;
 mod browsers;
 mod children;
 mod confinement;
+mod console;
 mod egress;
 mod endurance;
 mod entry;
