@@ -239,7 +239,8 @@ export const itemOf = (draft) => ({ key: (keys += 1), draft })
 
 /** What stands in an untouched field: its default, what there is no choice about, or nothing. */
 export function draftOf(field) {
-  if (field.default !== undefined) {
+  // Where null stands for nothing, nothing says so as well, and more tools understand it.
+  if (field.default !== undefined && (field.default !== null || field.required)) {
     const draft = fit(field, field.default)
     if (draft.mode !== 'json' || field.kind === 'json') return draft
   }

@@ -73,7 +73,7 @@ const described = (id, field, problems) => ({
 });
 
 const Label = ({ field, id }) => html`<div class="named">
-  <label for=${id}>${nameOf(field)}</label>${field.required && html`<span class="mark" aria-hidden="true">required</span>`}
+  <label for=${id}>${nameOf(field)}</label>${field.required && !field.isPart && html`<span class="mark" aria-hidden="true">required</span>`}
 </div>`;
 
 /** A box beside a control, about what the control itself cannot say. */
@@ -120,7 +120,7 @@ function Typed({ field, draft, onDraft, attributes }) {
       : isLine
         ? html`<input type="text" inputmode=${isText ? undefined : "decimal"} ...${control} />`
         : html`<textarea class="text" rows=${rows} ...${control}></textarea>`}
-    ${isText && value === "" && draft.mode !== "null" && html`<${Box} id="${id}-empty" about="${id}-hint" checked=${draft.mode === "given"}
+    ${isText && value === "" && (draft.mode === "given" || (draft.mode === "absent" && field.required && !(field.shortest > 0) && !field.format)) && html`<${Box} id="${id}-empty" about="${id}-hint" checked=${draft.mode === "given"}
       onCheck=${(on) => onDraft(on ? { mode: "given", value: "" } : ABSENT)}>Send an empty text<//>`}
     ${field.nullable && html`<${Box} id="${id}-null" about="${id}-hint" checked=${draft.mode === "null"}
       onCheck=${(on) => onDraft(on ? { mode: "null" } : ABSENT)}>Send null<//>`}`;
@@ -149,7 +149,7 @@ function Group(all) {
   const Inside = { object: Properties, list: Items, variants: Kinds }[field.kind];
   const give = () => onDraft({ mode: "given", value: field.kind === "list" ? [] : emptyDraft(field).value });
   return html`<fieldset class="argument" aria-describedby="${id}-hint ${id}-problem" id=${id} tabindex="-1">
-    <legend>${nameOf(field)}${field.required && html` <span class="mark">required</span>`}</legend>
+    <legend>${nameOf(field)}${field.required && !field.isPart && html` <span class="mark">required</span>`}</legend>
     <${Hints} field=${field} id=${id} /><${Problems} problems=${problems} id=${id} />
     ${field.kind === "object" && !field.required && html`<${Box} id="${id}-given" about="${id}-hint" checked=${isThere}
       onCheck=${(on) => (on ? give() : onDraft(ABSENT))}>Give ${nameOf(field)}<//>`}
@@ -177,7 +177,7 @@ function Items({ field, draft, onDraft, id, problems, depth }) {
   };
   return html`
     ${items.map((item, index) => html`<div key=${item.key} class="item">
-      <${Control} field=${{ ...field.item, name: `${name} ${index + 1}`, title: null }} draft=${item.draft} id="${id}-${index}"
+      <${Control} field=${{ ...field.item, name: `${name} ${index + 1}`, title: null, isPart: true }} draft=${item.draft} id="${id}-${index}"
         problems=${below(problems, index)} depth=${depth + 1}
         onDraft=${(next) => onDraft({ mode: "given", value: items.with(index, { ...item, draft: next }) })} />
       <button type="button" onClick=${() => remove(index)}>Remove ${name} ${index + 1}</button>
@@ -202,7 +202,7 @@ function Kinds({ field, draft, onDraft, id, problems, depth }) {
       <option value="" selected=${chosen === ""}>${field.required ? "Choose…" : "Left out"}</option>
       ${field.options.map(({ label }, at) => html`<option key=${at} value=${String(at)} selected=${chosen === String(at)}>${visible(label, 100)}</option>`)}
     </select>
-    ${index !== null && html`<${Control} key=${index} field=${{ ...field.options[index].field, name: field.name, title: null }} id="${id}-${index}"
+    ${index !== null && html`<${Control} key=${index} field=${{ ...field.options[index].field, name: field.name, title: null, isPart: true }} id="${id}-${index}"
       draft=${draft.value.draft} problems=${below(problems, index)} depth=${depth + 1}
       onDraft=${(next) => onDraft({ mode: "given", value: { index, draft: next } })} />`}`;
 }

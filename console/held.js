@@ -5,7 +5,7 @@ import { html, useState } from "./preact.js";
 import { call } from "./api.js";
 import { write } from "./exact.js";
 import { Failure, announce } from "./page.js";
-import { Instant, Shown } from "./text.js";
+import { Instant, Name, Shown } from "./text.js";
 
 /** Definitions that this tab has seen, by hash. The API tells only the present one; for what changes while somebody looks,
  *  the one before is still here. */
@@ -50,7 +50,7 @@ const HEALTH = {
 export function Health({ schema }) {
   const [look, words] = HEALTH[schema["mcp:SCHEMA_STATUS"]] ?? ["idle", "The tool declares no schema."];
   const warnings = schema["mcp:SCHEMA_WARNINGS"] ?? [];
-  return html`<p><span class="state ${look}">${words}</span></p>
+  return html`<p><span class="health state ${look}">${words}</span></p>
     ${warnings.length > 0 && html`<details><summary>${warnings.length === 1 ? "1 warning" : `${warnings.length} warnings`}</summary>
       <ul>${warnings.slice(0, 100).map((warning) => html`<li><${Shown} text=${warning} limit=${500} /></li>`)}</ul></details>`}`;
 }
@@ -79,6 +79,8 @@ export function Held({ tool, server, onDone, level = 2 }) {
       const path = `/v1/mcp-servers/${encodeURIComponent(server)}/tools/${encodeURIComponent(tool.id)}`;
       const approved = await call("POST", `${path}/approve`, { hash });
       announce("Approved. The tool may be run.");
+      // The button that was pressed is gone with what it was about.
+      document.querySelector("h1")?.focus();
       onDone(approved);
     } catch (failure) {
       setError(failure);
@@ -96,7 +98,7 @@ export function Held({ tool, server, onDone, level = 2 }) {
     <${Comparison} before=${before} after=${definition} what=${isNew ? null : last.what} level=${level + 1} />
     ${!isNew && before === undefined && html`<p class="quiet">Portolan keeps the old definition's hash, not its text; this page has not seen it.</p>`}
     <${Failure} error=${error} />
-    <div class="actions"><button type="button" class="main" disabled=${busy} onClick=${approve}>Approve <${Shown} text=${tool.name} limit=${60} /></button></div>
+    <div class="actions"><button type="button" class="main" disabled=${busy} onClick=${approve}><span>Approve <${Name} text=${tool.name} limit=${60} /></span></button></div>
   </section>`;
 }
 

@@ -46,7 +46,7 @@ function Block({ block, number }) {
     case "file":
       return html`<${Media} block=${block} number=${number} />`;
     case "link":
-      return html`<div class="block"><h3>Link to a resource</h3>
+      return html`<div class="part"><h3>Link to a resource</h3>
         <p><${Shown} text=${block.name} limit=${200} /></p>
         <p><code><${Shown} text=${block.uri} limit=${500} /></code></p>
         ${block.about && html`<p><${Shown} text=${block.about} limit=${500} /></p>`}</div>`;
@@ -65,7 +65,7 @@ function Text({ block, number }) {
   const shown = text.slice(0, limit);
   const rest = text.length - shown.length;
   const kind = isJson ? "JSON" : "Text";
-  return html`<div class="block">
+  return html`<div class="part">
     <div class="bar"><h3 class="grow">${block.title ? html`<${Shown} text=${block.title} limit=${200} />` : kind}</h3>
       ${isJson && block.kind === "text" && html`<button type="button" aria-pressed=${plain} onClick=${() => setPlain(!plain)}>As it came</button>`}
       <${Copy} text=${block.text} what="${kind} ${number}" />
@@ -83,7 +83,7 @@ function Media({ block, number }) {
   const [broken, setBroken] = useState(false);
   const name = `result-${number}.${endingOf(block.type)}`;
   const what = { picture: "Image", sound: "Audio", file: "File" }[block.kind];
-  return html`<div class="block">
+  return html`<div class="part">
     <div class="bar"><h3 class="grow">${what}</h3><${Download} parts=${[block.bytes]} type=${block.blobType} name=${name} /></div>
     <p class="quiet"><${Shown} text=${block.type || "unknown type"} limit=${100} />, ${sizeOf(block.bytes.length)}</p>
     ${block.kind === "picture" && url && !broken && html`<img src=${url} alt="Image ${number} of the result" onError=${() => setBroken(true)} />`}

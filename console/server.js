@@ -4,7 +4,8 @@ import { html, useEffect, useMemo, useState } from "./preact.js";
 import { call } from "./api.js";
 import { Flags, Held, remember } from "./held.js";
 import { Confirm, Failure, Heading, Loading, announce, useLoaded } from "./page.js";
-import { Instant, Shown } from "./text.js";
+import { Advice, KINDS, State } from "./servers.js";
+import { Instant, Name, Shown } from "./text.js";
 
 /** Milliseconds between two looks at the server's status. */
 const EVERY = 5000;
@@ -31,6 +32,7 @@ export function Server({ id }) {
       : html`<${Failure} error=${server.error} retry=${server.reload} /><p><a href="#/servers">All servers</a></p>`}`;
   }
   const both = () => { server.reload(); tools.reload(); };
+  const own = `#/servers/${encodeURIComponent(id)}`;
   const remove = async () => {
     await call("DELETE", path);
     announce("The server is deleted.");
@@ -40,9 +42,11 @@ export function Server({ id }) {
     <nav aria-label="Where this is" class="way"><a href="#/servers">Servers</a></nav>
     <${Heading} title=${data.server_name}><${Shown} text=${data.server_name} limit=${200} /><//>
     <${Failure} error=${server.error} retry=${server.reload} />
-    <${Status} server=${data} id=${id} />
+    <${Status} server=${data} />
     <${Refresh} path=${path} onDone=${both}>
-      ${data.mcp_server_type !== "stdio" && html`<a class="button" href="#/servers/${encodeURIComponent(id)}/sign-in">Sign in</a>`}
+      ${data.mcp_server_type !== "stdio" && html`<a class="button" href="${own}/sign-in">Sign in</a>`}
+      <a class="button" href="${own}/edit">Edit</a>
+      <a class="button" href="#/runs?mcp_server_id=${encodeURIComponent(id)}">Runs</a>
       <button type="button" class="danger" onClick=${() => setAsking(true)}>Delete…</button>
     <//>
     ${asking && html`<${Confirm} title="Delete this server?" yes="Delete it" onYes=${remove} onClose=${() => setAsking(false)}>
@@ -51,14 +55,6 @@ export function Server({ id }) {
     <//>`}
     <${Tools} tools=${tools} id=${id} onApproved=${both} />`;
 }
-
-const STATES = {
-  never_connected: ["idle", "Not connected yet", "Refresh the tools to connect to it."],
-  ready: ["good", "Ready", null],
-  unreachable: ["bad", "Unreachable", "See that it runs and that its settings are right, then refresh the tools."],
-  auth_required: ["warn", "Wants a sign-in", null],
-  disabled: ["idle", "Not allowed here", "The operator of this Portolan decides which commands may be started: --stdio."],
-};
 
 const CONFINEMENT = {
   session: "in a session of its own",
@@ -72,18 +68,14 @@ const CONFINEMENT = {
 
 const confinementOf = (word) => CONFINEMENT[word] ?? (word.startsWith("landlock-") ? `kept out of files of others (${word})` : word);
 
-function Status({ server, id }) {
-  const { state, error, tool_count: count, last_synced_at: synced, confinement } = server.status;
-  const [look, name, advice] = STATES[state] ?? ["idle", state, null];
+function Status({ server }) {
+  const { error, tool_count: count, last_synced_at: synced, confinement } = server.status;
   return html`
-    <p><span class="state ${look}" data-state=${state}>${name}</span></p>
-    ${(error || advice || state === "auth_required") && html`<div class=${look === "bad" ? "failure" : "notice"}>
-      ${error && html`<p><${Shown} text=${error} limit=${1000} /></p>`}
-      ${advice && html`<p>${advice}</p>`}
-      ${state === "auth_required" && html`<p><a href="#/servers/${encodeURIComponent(id)}/sign-in">Sign in to it</a>, or give it another token.</p>`}
-    </div>`}
+    <p><${State} status=${server.status} /></p>
+    ${error && html`<p class="problem"><${Shown} text=${error} limit=${1000} /></p>`}
+    <${Advice} server=${server} />
     <dl class="pairs">
-      <dt>Type</dt><dd><code>${server.mcp_server_type}</code></dd>
+      <dt>Type</dt><dd>${KINDS[server.mcp_server_type] ?? server.mcp_server_type}</dd>
       ${server.mcp_server_type === "stdio"
         ? html`<dt>Command</dt><dd><code><${Shown} text=${commandOf(server)} limit=${600} /></code></dd>`
         : html`<dt>URL</dt><dd><code><${Shown} text=${server.server_url} limit=${600} /></code></dd>`}
@@ -152,7 +144,7 @@ function Report({ report, onClose }) {
   ].filter(([, names]) => names.length > 0);
   return html`<section class="done report" aria-label="What the refresh did">
     <p><strong>${summaryOf(report)}.</strong></p>
-    ${lists.map(([title, names]) => html`<h3>${title}</h3><${Listed} names=${names} />`)}
+    ${lists.map(([title, names]) => html`<h2>${title}</h2><${Listed} names=${names} />`)}
     <button type="button" class="link" onClick=${onClose}>Close</button>
   </section>`;
 }
@@ -198,7 +190,7 @@ function Tools({ tools, id, onApproved }) {
 function Waiting({ held, id, onApproved }) {
   const shown = held.slice(0, 10);
   return html`${shown.map((tool) => html`<div key=${tool.id + tool.metadata_.mcp.definition_hash}>
-      <h3><a href=${pathOf(id, tool)}><${Shown} text=${tool.name} limit=${200} /></a></h3>
+      <h3><a href=${pathOf(id, tool)}><${Name} text=${tool.name} /></a></h3>
       <${Flags} flags=${tool.metadata_.mcp.flags} />
       <${Held} tool=${tool} server=${id} level=${3} onDone=${onApproved} /></div>`)}
     ${held.length > shown.length && html`<p>${held.length - shown.length} more are marked below.</p>`}`;
@@ -209,7 +201,7 @@ const pathOf = (id, tool) => `#/servers/${encodeURIComponent(id)}/tools/${encode
 function Card({ tool, id }) {
   const { held, flags } = tool.metadata_.mcp;
   return html`<li class="card">
-    <div class="top"><h3><a href=${pathOf(id, tool)}><${Shown} text=${tool.name} limit=${200} /></a></h3>
+    <div class="top"><h3><a href=${pathOf(id, tool)}><${Name} text=${tool.name} /></a></h3>
       <div class="facts">
         ${held && html`<span class="state warn">Held</span>`}
         ${flags.length > 0 && html`<span class="state warn">Hidden characters</span>`}

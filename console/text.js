@@ -43,6 +43,9 @@ function start(text, limit) {
   return text.length <= limit ? text : text.slice(0, limit).replace(/[\uD800-\uDBFF]$/, "");
 }
 
+/** A name of others, in a place where nothing can be pressed but the whole: a link, a button. */
+export const Name = ({ text, limit = 200 }) => html`<bdi>${visible(text, limit)}</bdi>`;
+
 /** Text of others. `limit`: how many characters are shown before the user asks for all of them; `block`: as lines of their
  *  own, with their line breaks. */
 export function Shown({ text, limit = 2000, block = false }) {

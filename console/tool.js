@@ -9,7 +9,7 @@ import { Changes, Definition, Flags, Health, Held, remember } from "./held.js";
 import { failureOf, outcomeOf, spanOf } from "./outcome.js";
 import { Failure, Heading, Loading, announce, useLoaded } from "./page.js";
 import { Result } from "./result.js";
-import { Shown } from "./text.js";
+import { Name, Shown } from "./text.js";
 
 /** Milliseconds a run may take here; Portolan's own deadline is much shorter, and its answer says more. */
 const PATIENCE = 24 * 60 * 60 * 1000;
@@ -39,6 +39,7 @@ export function Tool({ id, tool: toolId }) {
     <${Hints} annotations=${definition?.annotations} />
     <${Run} key=${shown.metadata_.mcp.definition_hash} tool=${shown} path=${path} />
     <h2>About this tool</h2>
+    <p><a href="#/runs?${new URLSearchParams({ mcp_server_id: id, tool_id: toolId })}">Runs of this tool</a></p>
     <${Health} schema=${shown.json_schema} />
     <${Changes} changes=${changes} />
     <details><summary>Definition</summary><${Definition} definition=${definition} /></details>
@@ -46,7 +47,7 @@ export function Tool({ id, tool: toolId }) {
 }
 
 const Way = ({ id, server }) => html`<nav aria-label="Where this is" class="way"><a href="#/servers">Servers</a> ›
-  ${" "}<a href="#/servers/${encodeURIComponent(id)}">${server ? html`<${Shown} text=${server} limit=${100} />` : "Server"}</a></nav>`;
+  ${" "}<a href="#/servers/${encodeURIComponent(id)}">${server ? html`<${Name} text=${server} />` : "Server"}</a></nav>`;
 
 const ANNOTATIONS = {
   readOnlyHint: ["changes nothing", null],

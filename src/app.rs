@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
 pub use crate::mcp::{BECOME, Commands, KEEP, become_child, keep_child};
 use crate::mcp::{Egress, Mcp, TlsError, VariablesFile, VariablesFileError};
+use crate::run_log::RunLog;
 use crate::store::{KeySource, OpenError, SealError, Store};
 use crate::{api, serve, store};
 
@@ -38,6 +39,8 @@ pub struct App {
     pub mcp: Mcp,
     /// Runs under way, and those that may be asked for again.
     pub runs: Runs,
+    /// What is written down of runs.
+    pub run_log: RunLog,
     /// Bodies of requests that are being read.
     pub bodies: Bodies,
     /// Which web pages may come in.
@@ -107,12 +110,14 @@ impl App {
         let variables = VariablesFile::open(settings.variables.variables_file.clone())?;
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, variables, tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
+        let run_log = RunLog::new(settings.run_log.clone(), store.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
-        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, bodies, origins, tracker })
+        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, run_log, bodies, origins, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
-    /// time, ends every session and child, and closes the database. `false` when a session did not end in time.
+    /// time, ends every session and child, writes what is left of the run log, and closes the database. `false` when
+    /// something of that did not end in time.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> bool {
         let drain = self.settings.entry.drain_timeout;
         if let Ok(address) = listener.local_addr() {
@@ -132,8 +137,10 @@ impl App {
         }
         self.runs.end();
         let clean = self.mcp.close().await;
+        // Nothing runs any more.
+        let logged = self.run_log.close().await;
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
-        clean && closed.is_ok()
+        clean && logged && closed.is_ok()
     }
 
     /// Does `work` to its end even when the caller leaves: a change that is stored must also end its old session.

@@ -143,6 +143,8 @@ pub struct Settings {
     #[command(flatten)]
     pub logs: Logs,
     #[command(flatten)]
+    pub run_log: RunLog,
+    #[command(flatten)]
     pub upstream: Upstream,
     #[command(flatten)]
     pub variables: Variables,
@@ -284,6 +286,21 @@ pub struct Logs {
     /// `info,portolan::mcp=debug`
     #[arg(long, env = "PORTOLAN_LOG", default_value = "info", global = true, value_name = "FILTER")]
     pub log: String,
+}
+
+/// What is remembered of runs and changes.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Run log")]
+pub struct RunLog {
+    /// Keep the arguments and the result of each run, too, sealed, the first 16 KiB of each; admins can read them
+    #[arg(long, env = "PORTOLAN_LOG_ARGUMENTS", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, value_parser = switch, action = clap::ArgAction::Set, global = true, value_name = "true|false")]
+    pub log_arguments: bool,
+    /// How long runs are remembered
+    #[arg(long, env = "PORTOLAN_KEEP_RUNS", default_value = "30days", value_parser = long_time, global = true, value_name = "TIME")]
+    pub keep_runs: Duration,
+    /// How long changes to servers, tools and sign-ins are remembered
+    #[arg(long, env = "PORTOLAN_KEEP_CHANGES", default_value = "365days", value_parser = long_time, global = true, value_name = "TIME")]
+    pub keep_changes: Duration,
 }
 
 /// The MCP servers that Portolan connects to.
@@ -580,6 +597,19 @@ fn duration(text: &str) -> Result<Duration, String> {
         Ok(time) if time.is_zero() || time > LONGEST => Err("it must be more than zero and at most a day".to_owned()),
         Ok(time) => Ok(time),
         Err(_) => Err("write a number and a unit, for example 500ms, 20s or 5m".to_owned()),
+    }
+}
+
+/// No calendar goes back further than it must.
+const LONGEST_MEMORY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+fn long_time(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(time) if time.is_zero() || time > LONGEST_MEMORY => {
+            Err("it must be more than zero and at most 100 years".to_owned())
+        }
+        Ok(time) => Ok(time),
+        Err(_) => Err("write a number and a unit, for example 12h or 30days".to_owned()),
     }
 }
 

@@ -193,6 +193,11 @@ impl Error {
         }
     }
 
+    /// What its answer says under `code`.
+    pub fn code(&self) -> &'static str {
+        self.status().1
+    }
+
     fn log(&self) {
         let (status, code) = self.status();
         match self {

@@ -17,6 +17,7 @@
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
+//! | [`run_log`] | a row for each run, written behind its back; what is forgotten of runs and changes, and when |
 //! | [`api`] | speaks HTTP: the route table, one file per group of routes, and what they share: |
 //! | `access`, `tokens`, `attempts` | who may come in, by which tokens; who guesses |
 //! | `guard`, `variables` | what may come in: ids, names and bodies; values that a request brings for templates |
@@ -44,7 +45,7 @@
 //! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
-//! | [`store`] | speaks SQL: a file for each table or two that belong together; `changes` (what a new list of tools means), `known` (tools that were read before, in memory), `batch` (several servers in one transaction), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
+//! | [`store`] | speaks SQL: a file for each table or two that belong together; `changes` (what a new list of tools means), `journal` (the table `changes`), `known` (tools that were read before, in memory), `batch` (several servers in one transaction), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
 //! | [`command`] | what the program does besides serving, one file per command; of `migrate_letta`, `plan` (what becomes of each server) and `unseal` (Letta's own sealing) |
 //!
 //! # Who may import whom
@@ -56,7 +57,7 @@
 //! |---|---|
 //! | `main` | `api`, `app`, `command`, `config`, `store`, `telemetry` |
 //! | `lib` | |
-//! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
+//! | `app` | `api`, `config`, `error`, `mcp`, `run_log`, `serve`, `store` |
 //! | `serve` | `config`, `axum` |
 //! | `error` | `mcp`, `model`, `store`, `axum` |
 //! | `config` | `interchange`, `model` |
@@ -65,6 +66,7 @@
 //! | `secrets` | `model` |
 //! | `interchange` | `mcp`, `model`, `secrets` |
 //! | `telemetry` | |
+//! | `run_log` | `config`, `model`, `store` |
 //! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `rmcp` |
 //! | `store` | `corpus`, `model`, `sqlx` |
@@ -80,7 +82,8 @@
 //! `repeats` says whether other requests mean the same run → `runs` finds it, or starts it: `api::tools::run` gets server
 //! and tool, which the store has in memory after the first time → [`mcp::Mcp::run_tool`] → `pool` gives it a place among
 //! the server's calls and hands out the live session, or opens one → `session` sends the call with a deadline → the
-//! transport brings the result as the server wrote it → `wire::ToolExecutionResult` → `drip` sends it.
+//! transport brings the result as the server wrote it → [`run_log`] takes a note → `wire::ToolExecutionResult` → `drip`
+//! sends it.
 
 pub mod api;
 pub mod app;
@@ -92,6 +95,7 @@ pub mod error;
 pub mod interchange;
 pub mod mcp;
 pub mod model;
+pub mod run_log;
 pub mod secrets;
 pub mod serve;
 pub mod store;

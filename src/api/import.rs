@@ -16,7 +16,7 @@ use crate::interchange::{
     Document, Entry, Format, Passed, Variable, Written, canonical, headers, leave_out, plain_json, read, write,
 };
 use crate::mcp::{self, is_templated};
-use crate::model::{Connector, Remote, Server, Stdio};
+use crate::model::{By, Connector, Remote, Server, Stdio};
 use crate::store::{self, NewServer, Step, Store, now};
 
 use super::guard::{file_object, shown};
@@ -58,7 +58,8 @@ pub struct Imported {
 }
 
 impl Import {
-    /// Does what the file says to the stored servers, in one transaction. `check` says whether such a server may be had.
+    /// Does what the file says to the stored servers, in one transaction; `by` asks for it. `check` says whether such a
+    /// server may be had.
     ///
     /// # Errors
     /// [`Error::Invalid`] with all that is wrong and where in the file, [`Error::BodyTooLarge`]; what the store says. Then
@@ -67,6 +68,7 @@ impl Import {
         self,
         store: &Store,
         file: Vec<u8>,
+        by: &By,
         check: impl Fn(&Connector) -> Result<(), mcp::Error>,
     ) -> Result<Imported, Error> {
         // A file can be large and hostile: no other request waits while it is read.
@@ -77,8 +79,10 @@ impl Import {
         loop {
             let servers = store.servers().await?;
             let plan = Plan::new(&entries, &servers, &check)?.removing(self.replace, &disabled);
-            let done =
-                if self.dry_run || plan.steps.is_empty() { Ok(()) } else { store.change_servers(&plan.steps).await };
+            let done = match self.dry_run || plan.steps.is_empty() {
+                true => Ok(()),
+                false => store.change_servers(&plan.steps, by).await,
+            };
             match done {
                 Ok(()) => {
                     let Plan { mut report, added, changed, removed, .. } = plan;

@@ -9,6 +9,7 @@ pub mod fuzz;
 mod guard;
 mod import;
 mod legacy;
+mod logs;
 mod oauth;
 mod origin;
 mod page;
@@ -114,6 +115,8 @@ pub fn routes() -> Vec<Route> {
         route(Method::POST, NAMED_EXECUTE, RUN, legacy::execute),
         route(Method::POST, "/v1/portolan/import", ADMIN, portolan::import),
         route(Method::GET, "/v1/portolan/export", ADMIN, portolan::export),
+        route(Method::GET, "/v1/portolan/runs", ADMIN, logs::runs),
+        route(Method::GET, "/v1/portolan/changes", ADMIN, logs::changes),
         route(Method::GET, "/v1/health/", Open, status::health),
         route(Method::GET, "/v1/ready", Open, status::ready),
         route(Method::GET, "/openapi.yaml", Open, assets::openapi),

@@ -15,8 +15,9 @@ use crate::app::App;
 use crate::error::Error;
 use crate::mcp::Room;
 use crate::mcp::Variables;
-use crate::model::ServerTool;
+use crate::model::{By, ServerTool};
 
+use super::access::Caller;
 use super::drip;
 use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
 use super::repeats::Repeat;
@@ -50,17 +51,19 @@ pub(super) fn object(app: &App, found: &ServerTool) -> Response {
 pub async fn run(
     State(app): State<App>,
     ids: ToolId,
+    caller: Caller,
     repeat: Repeat,
     Given(given): Given,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
-    answer(&app, ids, &repeat, given, run_arguments(body)?, |json| json).await
+    answer(&app, ids, caller.by(), &repeat, given, run_arguments(body)?, |json| json).await
 }
 
 /// The answer to a run: its JSON is what `shape` makes of that of a [`ToolExecutionResult`].
 pub(super) async fn answer(
     app: &App,
     ids: ToolId,
+    by: By,
     repeat: &Repeat,
     given: Variables,
     arguments: Map<String, Value>,
@@ -70,11 +73,18 @@ pub(super) async fn answer(
     let running = app.clone();
     let work = |sent: Sent| async move {
         let found = find(&running, &ids).await?;
-        if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
-            return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
+        let recording = running.run_log.begin(&by, &found, &arguments, &sent);
+        let outcome = match &found.tool.approved_hash {
+            Some(approved) if running.settings.upstream.tools.holds() => {
+                Err(Error::ToolHeld { is_new: approved.is_empty() })
+            }
+            _ => running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent).await.map_err(Error::from),
+        };
+        match &outcome {
+            Ok(outcome) => recording.ended(outcome.is_error, &outcome.text),
+            Err(error) => recording.failed(error.code()),
         }
-        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent).await?;
-        Ok(ToolExecutionResult::from(outcome).json())
+        Ok(ToolExecutionResult::from(outcome?).json())
     };
     let (outcome, repeated) = match call {
         None => (app.runs.alone(work), false),
@@ -91,13 +101,18 @@ pub(super) async fn answer(
 }
 
 /// What an admin has seen may be run (`--tool-changes hold`).
-pub async fn approve(State(app): State<App>, ids: ToolId, OptionalBody(body): OptionalBody) -> Result<Response, Error> {
+pub async fn approve(
+    State(app): State<App>,
+    ids: ToolId,
+    caller: Caller,
+    OptionalBody(body): OptionalBody,
+) -> Result<Response, Error> {
     let hash = approved_hash(body)?;
     find(&app, &ids).await?;
     let approving = app.clone();
     app.to_the_end(async move {
         let ToolId { server_id, tool_id } = &ids;
-        let approved = approving.store.approve_tool(server_id, tool_id, hash.as_deref()).await?;
+        let approved = approving.store.approve_tool(server_id, tool_id, hash.as_deref(), &caller.by()).await?;
         let found = find(&approving, &ids).await?;
         if !approved {
             return Err(Error::ToolChanged);

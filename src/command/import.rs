@@ -8,6 +8,7 @@ use crate::api::{Import, Report};
 use crate::app::{Commands, make_data_folder};
 use crate::config::Settings;
 use crate::error::Error;
+use crate::model::By;
 
 use super::{open_store, say, shown};
 
@@ -21,7 +22,7 @@ pub async fn run(settings: &Settings, file: &Path, asked: Import) -> Result<(), 
     let commands = Commands::read(&settings.children).map_err(|error| error.to_string())?;
     make_data_folder(settings).map_err(|error| error.to_string())?;
     let store = open_store(settings).await?;
-    let done = asked.run(&store, text, |connector| commands.check(connector)).await;
+    let done = asked.run(&store, text, &By::IMPORT, |connector| commands.check(connector)).await;
     store.close().await;
     tell(&done.map_err(failed)?.report);
     Ok(())

@@ -56,9 +56,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{Connector, Era, Flagged, Offered, Server, Skipped, State, Tool, ToolChanges};
+use crate::model::{By, Connector, Era, Flagged, Offered, Server, Skipped, State, Tool, ToolChanges};
 use crate::secrets::scrub;
-use crate::store::Store;
+use crate::store::{Listing, Store};
 
 pub use address::{Forbidden, Scope, UrlError, scope, server_url};
 pub use budget::Held;
@@ -183,16 +183,16 @@ impl Mcp {
 
     /// Lists the tools of a new server for the first time, in the background: the sync goes on when the caller leaves.
     /// Waits at most `patience`; `false` when it is still going on. What came of it is in the server's status. `given` are
-    /// the values that the request brings, here and below.
-    pub async fn first_sync(&self, server: Server, given: &Variables, patience: Duration) -> bool {
-        let (mcp, given) = (self.clone(), given.clone());
+    /// the values that the request brings, and `by` is who asked for it, here and below.
+    pub async fn first_sync(&self, server: Server, given: &Variables, patience: Duration, by: &By) -> bool {
+        let (mcp, given, by) = (self.clone(), given.clone(), by.clone());
         let sync = async move {
             let turn = mcp.turn(&server.id);
             let _turn = turn.lock().await;
             // A repeated create may have waited for the turn of the first, and has nothing left to do.
             let result = match mcp.store.server(&server.id).await {
                 Ok(Some(current)) if current.state == State::NeverConnected => {
-                    mcp.sync(&current, None, &given, true).await.map(|_| ())
+                    mcp.sync(&current, None, &given, true, &by).await.map(|_| ())
                 }
                 Ok(_) => Ok(()),
                 Err(error) => Err(error.into()),
@@ -208,15 +208,15 @@ impl Mcp {
 
     /// As [`Mcp::first_sync`], of several new servers, a few at a time; nobody waits for it. Of many at once no session is
     /// kept: they would take the places of those that are used.
-    pub fn first_syncs(&self, server_ids: Vec<String>) {
-        let mcp = self.clone();
+    pub fn first_syncs(&self, server_ids: Vec<String>, by: &By) {
+        let (mcp, by) = (self.clone(), by.clone());
         let are_many = server_ids.len() > FIRST_SYNCS;
         let sync = move |id: String| {
-            let mcp = mcp.clone();
+            let (mcp, by) = (mcp.clone(), by.clone());
             async move {
                 match mcp.store.server(&id).await {
                     Ok(Some(server)) => {
-                        mcp.first_sync(server, &Variables::default(), FIRST_SYNC_PATIENCE).await;
+                        mcp.first_sync(server, &Variables::default(), FIRST_SYNC_PATIENCE, &by).await;
                         if are_many {
                             mcp.pool.rest(&id);
                         }
@@ -243,6 +243,7 @@ impl Mcp {
         server: &Server,
         agent: Option<&AgentId>,
         given: &Variables,
+        by: &By,
     ) -> Result<ToolChanges, SyncError> {
         let arrived = Instant::now();
         let turn = self.turn(&server.id);
@@ -258,7 +259,7 @@ impl Mcp {
         let began = Instant::now();
         // The row may have changed while others had their turn.
         let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
-        let synced = self.sync(&server, agent, given, true).await;
+        let synced = self.sync(&server, agent, given, true, by).await;
         let result = match &synced {
             Ok(changes) => Some(Ok(changes.clone())),
             Err(SyncError::Server(error)) => Some(Err(error.clone())),
@@ -280,7 +281,9 @@ impl Mcp {
         let turn = self.turn(server_id);
         let _turn = turn.lock().await;
         let synced = match self.store.server(server_id).await {
-            Ok(Some(server)) => self.sync(&server, None, &Variables::default(), false).await.map(|_| ()),
+            Ok(Some(server)) => {
+                self.sync(&server, None, &Variables::default(), false, &By::ITSELF).await.map(|_| ())
+            }
             Ok(None) => Ok(()),
             Err(error) => Err(error.into()),
         };
@@ -310,9 +313,10 @@ impl Mcp {
         agent: Option<&AgentId>,
         given: &Variables,
         now: bool,
+        by: &By,
     ) -> Result<ToolChanges, SyncError> {
         let (listed, era) = self.list(server, agent, given, now).await?;
-        self.keep(server, given, &listed, era).await
+        self.keep(server, given, &listed, era, by).await
     }
 
     /// Makes the stored tools of a server equal to what it listed.
@@ -322,6 +326,7 @@ impl Mcp {
         given: &Variables,
         listed: &Listed,
         era: Era,
+        by: &By,
     ) -> Result<ToolChanges, SyncError> {
         let (offered, skipped) = accept(&listed.tools);
         // A server may call a tool by what it was given.
@@ -329,8 +334,9 @@ impl Mcp {
         let secrets = filled.map(|filled| filled.secrets).unwrap_or_default();
         let notice = notice(&skipped).map(|notice| scrub(&notice, &secrets));
         let hold = self.settings.tools.holds();
-        let synced =
-            self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered, hold).await?;
+        let (notice, shown) = (notice.as_deref(), &|name: &str| scrub(name, &secrets));
+        let listing = Listing { era: Some(era), notice, offered: &offered, hold, shown };
+        let synced = self.store.sync_tools(&server.id, server.revision, &listing, by).await?;
         let Some(mut changes) = synced else {
             let exists = self.store.server(&server.id).await?.is_some();
             return Err(if exists { Error::Reconfigured } else { Error::Deleted }.into());
@@ -519,7 +525,7 @@ impl Mcp {
         self.tracker.spawn(async move {
             // What the database has to say is said where it is asked for an answer.
             match mcp.store.new_servers().await {
-                Ok(new) if !new.is_empty() => mcp.first_syncs(new),
+                Ok(new) if !new.is_empty() => mcp.first_syncs(new, &By::ITSELF),
                 _ => {}
             }
         });

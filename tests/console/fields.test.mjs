@@ -52,7 +52,8 @@ test("null is an answer where the schema says so", () => {
     assert.deepEqual([field.kind, field.nullable], ["text", true]);
     assert.equal(enter(field, { mode: "null" }).value, null);
   }
-  assert.deepEqual(draftOf(only({ anyOf: [{ type: "string" }, { type: "null" }], default: null })), { mode: "null" });
+  const usual = { anyOf: [{ type: "string" }, { type: "null" }], default: null };
+  assert.deepEqual([draftOf(only(usual)), draftOf(only(usual, true))], [{ mode: "absent" }, { mode: "null" }]);
 });
 
 test("references are followed, but not for ever", () => {

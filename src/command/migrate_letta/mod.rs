@@ -8,7 +8,7 @@ use std::fs;
 
 use crate::app::make_data_folder;
 use crate::config::{MigrateLetta, Settings};
-use crate::model::Secret;
+use crate::model::{By, Secret};
 use crate::store::{self, LettaDatabase, LettaRows, Step, Store};
 
 use super::{open_store, say, shown};
@@ -94,7 +94,7 @@ async fn migrate(
         say("This was a dry run: nothing was written. Without --dry-run, what comes is written in one transaction.");
     } else {
         let steps: Vec<_> = plan.servers.into_iter().map(|server| Step::Add(Box::new(server))).collect();
-        store.change_servers(&steps).await.map_err(failed)?;
+        store.change_servers(&steps, &By::MIGRATION).await.map_err(failed)?;
         say(format_args!("{} came to {}.", counted(coming, "server"), store.describe()));
     }
     if staying > 0 {
