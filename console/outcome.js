@@ -32,8 +32,8 @@ export function outcomeOf(answer) {
     }
   }
   if (blocks.length === 0 && text(answer.func_return) !== "") blocks.push(textBlock(answer.func_return));
-  let title = "The tool answered";
-  if (failed) title = answer.result ? "The tool reported an error" : "There was no answer from the tool";
+  let title = "Success";
+  if (failed) title = answer.result ? "Error of the tool" : "Error: no answer from the tool";
   return { state: failed ? "error" : "success", title, duration: answer.duration_ms, text: text(answer.func_return), blocks };
 }
 
@@ -113,7 +113,7 @@ export function failureOf(error) {
   }
   return {
     state: "failed",
-    title: "The run failed",
+    title: "Failed",
     message: error.message,
     advice: Object.hasOwn(ADVICE, error.code) ? ADVICE[error.code] : null,
     code: error.code ?? null,
