@@ -38,6 +38,17 @@ export function write(value, space = 2) {
   return marked.replaceAll(new RegExp(`"${mark}([^"]*)"`, "g"), "$1");
 }
 
+/** Characters that people would not see in a field: those of `text.js`, but for the ones that JSON escapes anyway. */
+const UNSEEN =
+  /[\p{Cf}\p{Zl}\p{Zp}\p{Co}\u007F-\u009F\u034F\u115F\u1160\u17B4\u17B5\u2800\u3164\uFFA0\u{FE00}-\u{FE0F}\u{E0100}-\u{E01EF}]/gu;
+
+const escape = (character) =>
+  Array.from({ length: character.length }, (_, at) => `\\u${character.charCodeAt(at).toString(16).padStart(4, "0")}`).join("");
+
+/** The same value as `write` writes, with escapes in place of what nobody would see: for fields, which show their text as it
+ *  is. */
+export const writeVisibly = (value) => write(value).replace(UNSEEN, escape);
+
 /** What no text in `value` begins with. */
 function unused(value) {
   const text = JSON.stringify(value);

@@ -13,7 +13,7 @@
 // Schemas come from servers that nobody here knows. So no pattern of theirs is run (it may never end), no reference is
 // followed for ever, and a form has an end: what is deeper or longer is asked for as JSON.
 
-import { Exact, numberOf, read, write } from "./exact.js";
+import { Exact, numberOf, read, write, writeVisibly } from "./exact.js";
 
 const DEEPEST = 6;
 const MOST_FIELDS = 250;
@@ -282,7 +282,7 @@ export function emptyDraft(field) {
 export function fit(field, value) {
   if (value === null && field.nullable) return { mode: "null" };
   const given = field.kind === "json" ? undefined : fitted(field, value);
-  return given === undefined ? { mode: "json", value: write(value) } : { mode: "given", value: given };
+  return given === undefined ? { mode: "json", value: writeVisibly(value) } : { mode: "given", value: given };
 }
 
 function fitted(field, value) {
@@ -311,7 +311,7 @@ function fitted(field, value) {
         Object.hasOwn(value, part.name) ? fit(part, value[part.name]) : absent(part),
       );
       const others = Object.entries(value).filter(([key]) => !field.fields.some((part) => part.name === key));
-      return { drafts, extra: others.length ? write(Object.fromEntries(others)) : "" };
+      return { drafts, extra: others.length ? writeVisibly(Object.fromEntries(others)) : "" };
     }
     case "variants": {
       const drafts = field.options.map((each) => fit(each.field, value));

@@ -4,7 +4,7 @@
 import { html, useState } from "./preact.js";
 import { draftOf, emptyDraft, itemOf } from "./fields.js";
 import { write } from "./exact.js";
-import { Shown, visible } from "./text.js";
+import { Shown, pieces, visible } from "./text.js";
 
 const ABSENT = { mode: "absent" };
 
@@ -125,6 +125,8 @@ function Typed({ field, draft, onDraft, attributes }) {
       : isLine
         ? html`<input type="text" inputmode=${isText ? undefined : "decimal"} ...${control} />`
         : html`<textarea class="text" rows=${rows} ...${control}></textarea>`}
+    ${pieces(value).some((piece) => piece.escape) && html`<p class="hint">There is something in it that is not seen:
+      ${" "}<${Shown} text=${value} limit=${300} /></p>`}
     ${mayBeEmpty && html`<${Box} id="${id}-empty" about="${id}-hint" checked=${draft.mode === "given"}
       onCheck=${(on) => onDraft(on ? { mode: "given", value: "" } : ABSENT)}>Send an empty text<//>`}
     ${field.nullable && html`<${Box} id="${id}-null" about="${id}-hint" checked=${draft.mode === "null"}

@@ -5,7 +5,7 @@ import { html, useState } from "./preact.js";
 import { call } from "./api.js";
 import { write } from "./exact.js";
 import { Failure, announce } from "./page.js";
-import { Instant, Name, Shown } from "./text.js";
+import { Instant, Name, Shown, visible } from "./text.js";
 
 /** Definitions that this tab has seen, by hash. The API tells only the present one; for what changes while somebody looks,
  *  the one before is still here. */
@@ -112,8 +112,8 @@ function Comparison({ before, after, what, level }) {
   return keys.map((key) => html`<div class="compared" key=${key}>
     <${`h${level}`}><${Shown} text=${key} limit=${100} /><//>
     <div class="sides">
-      ${before !== undefined && html`<div><p class="quiet">Old</p><${Value} value=${own(before, key)} label="old ${key}" /></div>`}
-      <div>${before !== undefined && html`<p class="quiet">New</p>`}<${Value} value=${own(after, key)} label="new ${key}" /></div>
+      ${before !== undefined && html`<div><p class="quiet">Old</p><${Value} value=${own(before, key)} label="old ${visible(key, 100)}" /></div>`}
+      <div>${before !== undefined && html`<p class="quiet">New</p>`}<${Value} value=${own(after, key)} label="new ${visible(key, 100)}" /></div>
     </div></div>`);
 }
 

@@ -2,7 +2,7 @@
 
 import { html, useEffect, useMemo, useRef, useState } from "./preact.js";
 import { call } from "./api.js";
-import { read, write } from "./exact.js";
+import { read, write, writeVisibly } from "./exact.js";
 import { argumentsOf, draftOf, fit, formOf, valueOf } from "./fields.js";
 import { Form, idOf } from "./form.js";
 import { Changes, Definition, Flags, Health, Held, remember } from "./held.js";
@@ -94,7 +94,7 @@ function Run({ tool, path }) {
     setProblems([]);
     setDoubted(false);
     if (text === null) {
-      setText(write(value));
+      setText(writeVisibly(value));
       announce("The arguments are JSON now.");
     } else {
       setDraft(fit(field, value));

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { Exact, indent, numberOf, read, write } from "../../console/exact.js";
+import { Exact, indent, numberOf, read, write, writeVisibly } from "../../console/exact.js";
 
 test("numbers keep their digits", () => {
   for (const text of [
@@ -43,4 +43,11 @@ test("indented JSON is the same JSON", () => {
   assert.equal(indent("[".repeat(5000) + "]".repeat(5000)), null);
   const long = JSON.stringify({ text: 'x"\\'.repeat(1_000_000) });
   assert.equal(JSON.parse(indent(long)).text.length, 3_000_000);
+});
+
+test("what is not seen is escaped, and means the same", () => {
+  const value = { "a\u202e": ["\u200b\ufeff\u{e0041}", "\n plain é 漢 \u0000", 12345678901234567890n.toString()] };
+  const text = writeVisibly(value);
+  assert.match(text, /^[\x20-\x7eé漢\n]*$/);
+  assert.deepEqual(JSON.parse(text), value);
 });
