@@ -72,7 +72,7 @@ export function Servers() {
       </div>
       ${matches.length === 0 && html`<div class="empty"><p>No server is like that.</p>
         <button type="button" onClick=${() => { setFilter(""); setState(""); }}>Show all servers</button></div>`}
-      <ul class="cards">${matches.slice(0, most).map((server) => html`
+      <ul class="cards" role="list">${matches.slice(0, most).map((server) => html`
         <${Card} key=${server.id} server=${server} onDelete=${() => setLeaving(server)} reload=${reload} />`)}</ul>
       ${matches.length > most && html`<button type="button" onClick=${() => setMost(most + SHOWN_AT_ONCE)}>Show more</button>`}`}
     ${leaving && html`<${Confirm} title="Delete this server?" yes="Delete" onYes=${remove} onClose=${() => setLeaving(null)}>
