@@ -72,7 +72,9 @@ test.describe("with a token that reads", () => {
     await page.getByRole("link", { name: "echo", exact: true }).click();
     await page.getByLabel(/^message/).fill("hello");
     await page.getByRole("button", { name: "Run", exact: true }).click();
-    await expect(page.getByRole("alert")).toContainText(/token/);
+    const result = page.getByRole("region", { name: "Result" });
+    await expect(result).toContainText("The run failed");
+    await expect(result).toContainText(/token/);
     await guard.look("read-run");
 
     for (const name of ["Runs", "Changes"]) {

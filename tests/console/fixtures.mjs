@@ -194,6 +194,11 @@ export class Guard {
     for (const status of statuses) this.expected.set(status, false);
   }
 
+  /** A failure with this status may happen. */
+  allow(...statuses) {
+    for (const status of statuses) this.expected.set(status, true);
+  }
+
   /** What there is on a page that must never be there, whatever the page shows. */
   async harm(page = this.page) {
     return page.evaluate((unseen) => {
