@@ -36,6 +36,7 @@ mod session;
 mod sse;
 mod stdio;
 mod template;
+mod traced;
 mod users;
 mod variables;
 mod variants;
@@ -59,6 +60,8 @@ use crate::config::Upstream;
 use crate::model::{By, Connector, Era, Flagged, Offered, Server, Skipped, State, Tool, ToolChanges};
 use crate::secrets::scrub;
 use crate::store::{Listing, Store};
+use crate::telemetry::Span;
+use crate::telemetry::metrics::{CallResult, Metrics, Readings};
 
 pub use address::{Forbidden, Scope, UrlError, scope, server_url};
 pub use budget::Held;
@@ -134,6 +137,7 @@ pub struct Mcp {
     settings: Upstream,
     children: Children,
     variables: VariablesFile,
+    metrics: Metrics,
     tracker: TaskTracker,
     stop: CancellationToken,
     /// One sync of a server at a time, so that an older list never lands on a newer one.
@@ -158,10 +162,12 @@ impl Mcp {
         egress: Egress,
         children: Children,
         variables: VariablesFile,
+        metrics: Metrics,
         tracker: TaskTracker,
     ) -> Self {
         let stop = CancellationToken::new();
-        let sign_ins = SignIns::new(store.clone(), egress.clone(), tracker.clone(), settings.sign_in.clone());
+        let sign_ins =
+            SignIns::new(store.clone(), egress.clone(), metrics.clone(), tracker.clone(), settings.sign_in.clone());
         let context = Context {
             sign_ins: sign_ins.clone(),
             settings: settings.clone(),
@@ -169,12 +175,14 @@ impl Mcp {
             tracker: tracker.clone(),
             children: children.clone(),
             budget: Budget::new(settings.max_bytes_in_flight),
+            metrics: metrics.clone(),
             stop: stop.clone(),
         };
         let news = Arc::new(News::default());
         let pool = Arc::new(Pool::new(context, store.clone(), news.clone(), variables.clone()));
         let syncing = Arc::default();
-        let mcp = Self { store, pool, egress, sign_ins, settings, children, variables, tracker, stop, syncing };
+        let mcp =
+            Self { store, pool, egress, sign_ins, settings, children, variables, metrics, tracker, stop, syncing };
         mcp.tracker.spawn(watch(mcp.clone(), news));
         mcp.tidy();
         mcp.catch_up();
@@ -281,9 +289,7 @@ impl Mcp {
         let turn = self.turn(server_id);
         let _turn = turn.lock().await;
         let synced = match self.store.server(server_id).await {
-            Ok(Some(server)) => {
-                self.sync(&server, None, &Variables::default(), false, &By::ITSELF).await.map(|_| ())
-            }
+            Ok(Some(server)) => self.sync(&server, None, &Variables::default(), false, &By::ITSELF).await.map(|_| ()),
             Ok(None) => Ok(()),
             Err(error) => Err(error.into()),
         };
@@ -401,7 +407,8 @@ impl Mcp {
 
     /// Runs a tool of a server with `arguments`, on the live session, within the run timeout. `request_heartbeat`, which
     /// Letta adds to every schema, is taken out unless the tool itself declares it (CONTRACT row 13). `sent` is set before
-    /// the call may reach the server: whoever drops this future knows by it whether the tool may have run.
+    /// the call may reach the server: whoever drops this future knows by it whether the tool may have run. What is done for
+    /// it becomes a part of `span`.
     ///
     /// # Errors
     /// When no session can be had, or the server did not take the call, and so nothing was run. All that can happen
@@ -413,6 +420,7 @@ impl Mcp {
         mut arguments: Map<String, Value>,
         given: &Variables,
         sent: &AtomicBool,
+        span: &mut Span,
     ) -> Result<Outcome, Error> {
         let started = Instant::now();
         let deadline = started + self.settings.run_timeout;
@@ -421,19 +429,38 @@ impl Mcp {
         }
         let _place = self.pool.enter(&server.id, deadline).await?;
         let mut server = Cow::Borrowed(server);
-        let mut called = self.call(&server, tool, &arguments, given, deadline, sent).await;
+        let call = Call { tool, arguments: &arguments, given, deadline, sent, span };
+        let mut called = self.call(&server, &call).await;
         // A kept session was found dead, or of an old configuration, before anything was sent: a new one is as good.
         if let Err(Failed { again: true, .. }) = called {
             if let Ok(Ok(current)) = timeout_at(deadline, self.store.server(&server.id)).await {
                 server = Cow::Owned(current.ok_or(Error::Deleted)?);
             }
-            called = self.call(&server, tool, &arguments, given, deadline, sent).await;
+            called = self.call(&server, &call).await;
         }
-        let (is_error, text, answer) = match called.map_err(|failed| failed.error) {
-            Ok(answer) => match ToolResult::read(&answer.result) {
-                Ok(result) => (result.is_error, result.text, Some(answer)),
-                Err(unreadable) => (true, unreadable.to_string(), None),
-            },
+        let called = called.map_err(|failed| failed.error);
+        if let Err(error) = &called
+            && !matches!(error, CallError::NotSent(_))
+        {
+            span.fail(&traced::failure(error));
+        }
+        let (is_error, text, answer) = match called {
+            Ok((answer, mut calling)) => {
+                let read = ToolResult::read(&answer.result);
+                let failure = match &read {
+                    Ok(result) => result.is_error.then_some("tool_error"),
+                    Err(_) => Some("unreadable_result"),
+                };
+                if let Some(failure) = failure {
+                    calling.fail(failure);
+                    span.fail(failure);
+                }
+                calling.end();
+                match read {
+                    Ok(result) => (result.is_error, result.text, Some(answer)),
+                    Err(unreadable) => (true, unreadable.to_string(), None),
+                }
+            }
             Err(CallError::NotSent(error)) => return Err(error),
             Err(CallError::Rpc(RpcError { message, .. })) => (true, message, None),
             Err(CallError::Refused(error)) => (true, format!("The server did not take the call. {error}"), None),
@@ -452,26 +479,25 @@ impl Mcp {
         Ok(Outcome { is_error, text, result, duration: started.elapsed(), held })
     }
 
-    /// One attempt at a call. A session that could not take it is let go.
-    async fn call(
-        &self,
-        server: &Server,
-        tool: &Tool,
-        arguments: &Map<String, Value>,
-        given: &Variables,
-        deadline: Instant,
-        sent: &AtomicBool,
-    ) -> Result<Answer, Failed> {
+    /// One attempt at a call, and its span, which is to say what became of it. A session that could not take it is let go.
+    async fn call(&self, server: &Server, call: &Call<'_>) -> Result<(Answer, Span), Failed> {
+        let Call { tool, arguments, given, deadline, sent, span } = *call;
+        let opening = traced::opening(span, server);
         let session = timeout_at(deadline, self.session(server, given, false)).await.unwrap_or(Err(Error::NotReady));
+        traced::opened(opening, &session);
         let (session, new) = session.map_err(|error| {
             let again = matches!(error, Error::Reconfigured);
             Failed { error: CallError::NotSent(error), again }
         })?;
         sent.store(true, Ordering::Relaxed);
-        let called = session.call_tool(tool, arguments, deadline).await;
+        let calling = traced::call(span, server, tool, &session, new);
+        let counted = self.metrics.begin_call(session.transport());
+        let called = session.call_tool(tool, arguments, calling.context(), deadline).await;
+        counted.end(called.as_ref().map_or_else(CallError::result, |_| CallResult::Answered));
         match called {
-            Ok(answer) => Ok(answer),
+            Ok(answer) => Ok((answer, calling)),
             Err(error) => {
+                traced::failed(calling, &error);
                 let again = !new && matches!(error, CallError::NotSent(_));
                 match &error {
                     // A new session says more of the server than this one.
@@ -562,6 +588,11 @@ impl Mcp {
         self.pool.reconfigured(server_id, revision);
     }
 
+    /// How sessions, children and calls stand, for the metrics.
+    pub fn read(&self, readings: &mut Readings) {
+        self.pool.read(readings);
+    }
+
     /// Ends all sessions and their children, also those that are being opened or listed; done when nothing is left
     /// (`true`), or after 10 s.
     pub async fn close(&self) -> bool {
@@ -570,6 +601,17 @@ impl Mcp {
         self.tracker.close();
         timeout(CLOSE_TIMEOUT, self.tracker.wait()).await.is_ok()
     }
+}
+
+/// A call that is to be made.
+struct Call<'a> {
+    tool: &'a Tool,
+    arguments: &'a Map<String, Value>,
+    given: &'a Variables,
+    deadline: Instant,
+    sent: &'a AtomicBool,
+    /// Of the run.
+    span: &'a Span,
 }
 
 /// A call without a result, and whether another attempt may be made: nothing was sent, and the reason may be gone.
