@@ -88,7 +88,7 @@ export function Loading({ what = "Loading" }) {
 /** What went wrong, in the API's own sentence, and a way to try again. */
 export function Failure({ error, retry }) {
   if (!error) return null;
-  return html`<div class="failure" role="alert">
+  return html`<div class="failure" role="alert" tabindex="-1">
     <p><${Shown} text=${error.message} /></p>
     ${advice(error) && html`<p>${advice(error)}</p>`}
     ${retry && html`<button type="button" onClick=${retry}>Try again</button>`}
@@ -122,6 +122,7 @@ export function Confirm({ title, yes, onYes, onClose, children }) {
   const [busy, setBusy] = useState(false);
   const [error, setError] = useState(null);
   const go = async () => {
+    if (busy) return;
     setBusy(true);
     setError(null);
     try {
@@ -136,7 +137,7 @@ export function Confirm({ title, yes, onYes, onClose, children }) {
     <${Failure} error=${error} />
     <div class="actions">
       <button type="button" onClick=${onClose} data-first>Cancel</button>
-      <button type="button" class="danger" onClick=${go} disabled=${busy}>${yes}</button>
+      <button type="button" class="danger" onClick=${go} aria-disabled=${busy}>${yes}</button>
     </div>
   <//>`;
 }

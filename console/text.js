@@ -7,20 +7,23 @@ import { html, useState } from "./preact.js";
  *  Cf, Zl, Zp, Cs and Co, the fillers that look like spaces, and variation selectors. */
 const UNSEEN = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}\p{Co}\u034F\u115F\u1160\u17B4\u17B5\u2800\u3164\uFFA0\u{FE00}-\u{FE0F}\u{E0100}-\u{E01EF}]/gu;
 
-/** How many marks may stand on one letter; more of them would run over the lines around. */
-const STACKED = /(\p{M}{4})\p{M}+/gu;
+/** What is beyond four marks on one letter would run over the lines around. */
+const STACKED = /(?<=\p{M}{4})\p{M}+/gu;
+
+const HIDDEN = new RegExp(`${UNSEEN.source}|${STACKED.source}`, "gu");
 
 /** A text as pieces: strings, and `{ escape }` in place of each character that nobody would see. */
 export function pieces(text) {
   const found = [];
   let from = 0;
-  const flat = text.replace(/\r\n/g, "\n").replace(STACKED, "$1");
-  for (const match of flat.matchAll(UNSEEN)) {
-    const character = match[0];
-    if (character === "\n" || character === "\t" || isJoiner(flat, match.index)) continue;
+  const flat = text.replace(/\r\n/g, "\n");
+  for (const match of flat.matchAll(HIDDEN)) {
+    const hidden = match[0];
+    if (hidden === "\n" || hidden === "\t" || isJoiner(flat, match.index)) continue;
     if (match.index > from) found.push(flat.slice(from, match.index));
-    found.push({ escape: `\\u{${character.codePointAt(0).toString(16)}}` });
-    from = match.index + character.length;
+    const points = [...hidden.slice(0, 8)].map((point) => `\\u{${point.codePointAt(0).toString(16)}}`);
+    found.push({ escape: points.slice(0, 2).join("") + (points.length > 2 ? "…" : "") });
+    from = match.index + hidden.length;
   }
   if (from < flat.length) found.push(flat.slice(from));
   return found;
