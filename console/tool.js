@@ -2,7 +2,7 @@
 
 import { html, useEffect, useMemo, useRef, useState } from "./preact.js";
 import { call } from "./api.js";
-import { read, write } from "./exact.js";
+import { read, write, writeVisibly } from "./exact.js";
 import { argumentsOf, draftOf, fit, formOf, valueOf } from "./fields.js";
 import { Form, idOf } from "./form.js";
 import { Changes, Definition, Flags, Health, Held, remember } from "./held.js";
@@ -31,7 +31,7 @@ export function Tool({ id, tool: toolId }) {
     <${Heading} title=${shown.name}><${Shown} text=${shown.name} limit=${200} /><//>
     ${definition?.title && typeof definition.title === "string" && html`<p><strong><${Shown} text=${definition.title} limit=${200} /></strong></p>`}
     <${Failure} error=${error} retry=${reload} />
-    ${held && html`<${Held} key=${shown.metadata_.mcp.definition_hash} tool=${shown} server=${id} onDone=${done} />`}
+    ${held && html`<${Held} key=${shown.id} tool=${shown} server=${id} onDone=${done} />`}
     <${Flags} flags=${flags} />
     ${shown.description
       ? html`<p><${Shown} text=${shown.description} limit=${1500} block=${true} /></p>`
@@ -94,7 +94,7 @@ function Run({ tool, path }) {
     setProblems([]);
     setDoubted(false);
     if (text === null) {
-      setText(write(value));
+      setText(writeVisibly(value));
       announce("The arguments are JSON now.");
     } else {
       setDraft(fit(field, value));
@@ -126,7 +126,9 @@ function Run({ tool, path }) {
     announce("The tool is running.");
     let result;
     try {
-      const answer = await call("POST", `${path}/run`, `{"args":${write(value, 0)}}`, { signal: controller.signal, timeout: PATIENCE, parse: read });
+      const answer = await call("POST", `${path}/run`, `{"args":${write(value, 0)}}`, {
+        signal: controller.signal, timeout: PATIENCE, parse: read,
+      });
       result = outcomeOf(answer);
     } catch (error) {
       if (!("code" in error)) throw error;
@@ -141,7 +143,10 @@ function Run({ tool, path }) {
 
   const submit = (event) => { event.preventDefault(); run(doubted); };
   const press = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
+    if (event.key !== "Enter") return;
+    if (event.ctrlKey || event.metaKey) submit(event);
+    // What a run did cannot be undone: the Enter that ends a line or leaves a field starts none.
+    else if (event.target.tagName === "INPUT") event.preventDefault();
   };
   const whole = problems.filter(() => text !== null);
 
