@@ -51,7 +51,7 @@ export function Rows({ log, what, filtered, empty, children }) {
     ${!rows && loading && html`<${Loading} />`}
     ${rows?.length === 0 && html`<div class="empty">${filtered ? html`<p>Nothing is like this. Change the filter, or clear it.</p>` : empty}</div>`}
     ${rows?.length > 0 && children}
-    ${rows && hasMore && html`<p><button type="button" onClick=${more} disabled=${loading}>${loading ? "Loading…" : "Show older"}</button></p>`}`;
+    ${rows && hasMore && html`<p><button type="button" onClick=${() => !loading && more()} aria-disabled=${loading}>${loading ? "Loading…" : "Show older"}</button></p>`}`;
 }
 
 /** `datetime-local` has no zone: it is the user's. */
@@ -65,6 +65,14 @@ const localOf = (instant) => {
 export function Filters({ page, query, outcomes, onReload }) {
   const servers = useLoaded("/v1/mcp-servers/");
   const place = useRef(null);
+  // The form begins anew with each filter, and with it the button that was pressed.
+  const search = query.toString();
+  const shown = useRef(search);
+  useEffect(() => {
+    if (shown.current === search) return;
+    shown.current = search;
+    place.current.querySelector("button").focus();
+  }, [search]);
   const asked = (name) => query.get(name) ?? "";
   const show = (event) => {
     event.preventDefault();
@@ -81,7 +89,7 @@ export function Filters({ page, query, outcomes, onReload }) {
   };
   const known = servers.data ?? [];
   const server = asked("mcp_server_id");
-  return html`<form ref=${place} class="filters" onSubmit=${show} key=${query.toString()} aria-label="Filter" autocomplete="off">
+  return html`<form ref=${place} class="filters" onSubmit=${show} key=${search} aria-label="Filter" autocomplete="off">
     <div><label for="log-server">Server</label>
       <select id="log-server" name="mcp_server_id" value=${server}>
         <option value="" selected=${!server}>All</option>
