@@ -19,6 +19,7 @@ pub use crate::mcp::{BECOME, Commands, KEEP, become_child, keep_child};
 use crate::mcp::{Egress, Mcp, TlsError, VariablesFile, VariablesFileError};
 use crate::run_log::RunLog;
 use crate::store::{KeySource, OpenError, SealError, Store};
+use crate::telemetry::{CollectorError, Traces};
 use crate::{api, serve, store};
 
 /// How long the database may take to end its connections at a stop; a lock that somebody else holds can hold it up.
@@ -45,6 +46,8 @@ pub struct App {
     pub bodies: Bodies,
     /// Which web pages may come in.
     pub origins: Origins,
+    /// Where the traces of runs go.
+    pub traces: Traces,
     tracker: TaskTracker,
 }
 
@@ -69,6 +72,8 @@ pub enum StartError {
     Children(#[from] ChildrenError),
     #[error(transparent)]
     Variables(#[from] VariablesFileError),
+    #[error(transparent)]
+    Collector(#[from] CollectorError),
     #[error("Cannot use the system's certificates for TLS: {0}.")]
     Client(#[from] TlsError),
 }
@@ -105,6 +110,7 @@ impl App {
         let store = open_store(&settings).await?;
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
+        let traces = Traces::open(&settings.traces, &egress).await?;
         let children =
             Children::new(settings.children.clone(), folder.join("children"), own_files(&settings), tracker.clone())?;
         let variables = VariablesFile::open(settings.variables.variables_file.clone())?;
@@ -112,7 +118,7 @@ impl App {
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let run_log = RunLog::new(settings.run_log.clone(), store.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
-        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, run_log, bodies, origins, tracker })
+        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, run_log, bodies, origins, traces, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
@@ -139,6 +145,7 @@ impl App {
         let clean = self.mcp.close().await;
         // Nothing runs any more.
         let logged = self.run_log.close().await;
+        self.traces.close().await;
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
         clean && logged && closed.is_ok()
     }
@@ -199,6 +206,7 @@ fn own_files(settings: &Settings) -> Vec<PathBuf> {
     let mut own = vec![settings.storage.data_dir.clone()];
     own.extend(settings.secrets.key_file.clone());
     own.extend(settings.variables.variables_file.clone());
+    own.extend(settings.traces.otlp_headers_file.clone());
     own.extend([&settings.tokens.tokens_file, &settings.tokens.token_file].into_iter().flatten().cloned());
     let url = settings.storage.database_url.as_ref().map(|url| url.expose());
     if let Some(file) = url.and_then(store::sqlite_file) {

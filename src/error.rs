@@ -157,7 +157,8 @@ impl Error {
         Self::Invalid(vec![Issue { loc, msg: msg.into() }])
     }
 
-    fn status(&self) -> (StatusCode, &'static str) {
+    /// The status and the code of its answer.
+    pub fn status(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NoRoute | Self::NoServer | Self::NoTool | Self::NoServerNamed | Self::NoToolNamed => {
                 (StatusCode::NOT_FOUND, "not_found")

@@ -274,8 +274,13 @@ impl RunLog {
                 }
                 Ok(Err(store::Error::Unavailable(_))) | Err(_) => {}
             }
-            sleep(pause).await;
-            pause = (pause * 2).min(if self.0.closing.is_cancelled() { RETRY.0 } else { RETRY.1 });
+            let closing = &self.0.closing;
+            tokio::select! {
+                () = sleep(pause) => {}
+                // There is little time left.
+                () = closing.cancelled(), if !closing.is_cancelled() => {}
+            }
+            pause = (pause * 2).min(if closing.is_cancelled() { RETRY.0 } else { RETRY.1 });
         }
     }
 

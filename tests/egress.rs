@@ -14,7 +14,7 @@ use clap::Parser;
 use http::Method;
 use portolan::config::{Cli, Lookup, Settings};
 use portolan::mcp::{Egress, Forbidden, Trust};
-use portolan::model::{Connector, Remote};
+use portolan::model::{By, Connector, Remote};
 use reqwest::Url;
 use serde_json::{Value, json};
 

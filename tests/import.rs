@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use portolan::config::StdioPolicy;
-use portolan::model::{Connector, Remote};
+use portolan::model::{By, Connector, Remote};
 use portolan::store::{self, Database as Pools, NewServer, Step};
 use serde_json::{Value, json};
 use tempfile::TempDir;

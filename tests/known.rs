@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use portolan::model::{Config, Connector};
+use portolan::model::{By, Config, Connector};
 use portolan::store::ServerUpdate;
 use serde_json::{Value, json};
 

@@ -3,6 +3,7 @@
 
 use portolan::app::App;
 use portolan::config::ToolPolicy;
+use portolan::model::By;
 use serde_json::{Value, json};
 
 use crate::fake::{self, Fake};

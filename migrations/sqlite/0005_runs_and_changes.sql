@@ -1,5 +1,6 @@
 -- Runs of tools. id: run-<UUIDv7 of started_at>, so that its order is that of time; no reference to servers, because the log
--- outlives them. content: arguments and result, sealed, where they are kept; sealed_with: version and key of that envelope.
+-- outlives them. content: arguments and result, sealed, where they are kept; sealed_with: version and key of that envelope, for an index
+-- that has all that a count by keys needs.
 CREATE TABLE runs (
     id            TEXT PRIMARY KEY,
     started_at    TEXT NOT NULL,
@@ -14,7 +15,7 @@ CREATE TABLE runs (
     args_bytes    INTEGER NOT NULL,
     result_bytes  INTEGER NOT NULL,
     content       TEXT,
-    sealed_with   TEXT GENERATED ALWAYS AS (substr(content, 1, 15)) STORED
+    sealed_with   TEXT
 ) STRICT;
 CREATE INDEX runs_by_server ON runs (mcp_server_id, id);
 CREATE INDEX runs_by_tool ON runs (tool_id, id);

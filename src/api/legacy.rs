@@ -16,6 +16,7 @@ use crate::model::{By, Server};
 use super::access::{Caller, Scope};
 use super::guard::{JsonBody, RunBody, ServerName, ToolId, ToolName, UnusedBody};
 use super::oauth;
+use super::observed::Observed;
 use super::repeats::Repeat;
 use super::reveal::Shown;
 use super::servers::{self, ForAgent};
@@ -162,6 +163,7 @@ pub async fn execute(
     caller: Caller,
     repeat: Repeat,
     Given(given): Given,
+    observed: Observed,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
     let arguments = run_arguments(body)?;
@@ -174,7 +176,7 @@ pub async fn execute(
         ids = tool_named(&app, &server, &names.tool_name).await?;
     }
     let ids = ids.ok_or(Error::NoToolNamed)?;
-    tools::answer(&app, ids, caller.by(), &repeat, given, arguments, execution).await
+    tools::answer(&app, ids, observed, &repeat, given, arguments, execution).await
 }
 
 fn is_admin(caller: &Caller) -> bool {

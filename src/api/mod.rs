@@ -11,6 +11,7 @@ mod import;
 mod legacy;
 mod logs;
 mod oauth;
+mod observed;
 mod origin;
 mod page;
 mod portolan;

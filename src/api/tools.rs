@@ -15,11 +15,12 @@ use crate::app::App;
 use crate::error::Error;
 use crate::mcp::Room;
 use crate::mcp::Variables;
-use crate::model::{By, ServerTool};
+use crate::model::ServerTool;
 
 use super::access::Caller;
 use super::drip;
 use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
+use super::observed::Observed;
 use super::repeats::Repeat;
 use super::runs::Sent;
 use super::variables::Given;
@@ -51,19 +52,19 @@ pub(super) fn object(app: &App, found: &ServerTool) -> Response {
 pub async fn run(
     State(app): State<App>,
     ids: ToolId,
-    caller: Caller,
+    observed: Observed,
     repeat: Repeat,
     Given(given): Given,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
-    answer(&app, ids, caller.by(), &repeat, given, run_arguments(body)?, |json| json).await
+    answer(&app, ids, observed, &repeat, given, run_arguments(body)?, |json| json).await
 }
 
 /// The answer to a run: its JSON is what `shape` makes of that of a [`ToolExecutionResult`].
 pub(super) async fn answer(
     app: &App,
     ids: ToolId,
-    by: By,
+    observed: Observed,
     repeat: &Repeat,
     given: Variables,
     arguments: Map<String, Value>,
@@ -71,20 +72,22 @@ pub(super) async fn answer(
 ) -> Result<Response, Error> {
     let call = repeat.call(&ids, &arguments, &given);
     let running = app.clone();
-    let work = |sent: Sent| async move {
-        let found = find(&running, &ids).await?;
-        let recording = running.run_log.begin(&by, &found, &arguments, &sent);
-        let outcome = match &found.tool.approved_hash {
-            Some(approved) if running.settings.upstream.tools.holds() => {
-                Err(Error::ToolHeld { is_new: approved.is_empty() })
-            }
-            _ => running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent).await.map_err(Error::from),
-        };
-        match &outcome {
-            Ok(outcome) => recording.ended(outcome.is_error, &outcome.text),
-            Err(error) => recording.failed(error.code()),
+    let work = |sent: Sent| {
+        let mut observed = observed.begin();
+        async move {
+            let outcome = async {
+                let found = find(&running, &ids).await?;
+                observed.goes_to(&found, &arguments, &sent);
+                if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
+                    return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
+                }
+                let ServerTool { server, tool } = &*found;
+                Ok(running.mcp.run_tool(server, tool, arguments, &given, &sent, observed.span()).await?)
+            };
+            let outcome = outcome.await;
+            observed.end(&outcome);
+            Ok(ToolExecutionResult::from(outcome?).json())
         }
-        Ok(ToolExecutionResult::from(outcome?).json())
     };
     let (outcome, repeated) = match call {
         None => (app.runs.alone(work), false),

@@ -90,8 +90,7 @@ impl Store {
 
     /// Removes some of the changes from before `end`; how many, 0 when there are no more.
     pub async fn forget_changes(&self, end: DateTime<Utc>) -> Result<u64, Error> {
-        const SQL: &str =
-            "DELETE FROM changes WHERE id IN (SELECT id FROM changes WHERE at < $1 ORDER BY at LIMIT $2)";
+        const SQL: &str = "DELETE FROM changes WHERE id IN (SELECT id FROM changes WHERE at < $1 ORDER BY at LIMIT $2)";
         Ok(on_db!(self, write pool => {
             sqlx::query(SQL).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await?.rows_affected()
         }))

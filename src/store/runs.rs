@@ -7,15 +7,18 @@ use uuid::{Builder, Uuid};
 
 use crate::model::{Run, RunContent, RunOutcome};
 
+use super::seal::{KEY_ID_CHARS, VERSION};
 use super::{Error, Place, Store, on_db};
 
-/// How many rows one statement inserts, thirteen values each, of which SQLite takes 32,766. Few enough that a change which
+/// How many rows one statement inserts, fourteen values each, of which SQLite takes 32,766. Few enough that a change which
 /// waits for its turn to write to SQLite does not wait long.
 pub const ROWS_AT_ONCE: usize = 200;
 /// How many rows one statement of a sweep removes.
 const SWEPT_AT_ONCE: i64 = 500;
 
 const PREFIX: &str = "run-";
+/// How much of an envelope says its version and its key.
+const SEALED_WITH: usize = VERSION.len() + 1 + KEY_ID_CHARS;
 
 pub(super) fn content_of(id: &str) -> Place<'_> {
     Place { table: "runs", column: "content", id }
@@ -75,7 +78,7 @@ impl Store {
     /// again when nobody knows whether it was done.
     pub async fn add_runs(&self, runs: &[Run]) -> Result<(), Error> {
         const INSERT: &str = "INSERT INTO runs (id, started_at, duration_ms, caller, mcp_server_id, server_name, tool_id, \
-                              tool_name, outcome, error_code, args_bytes, result_bytes, content) ";
+                              tool_name, outcome, error_code, args_bytes, result_bytes, content, sealed_with) ";
         // Before the statement: sealing takes time, and SQLite has one writer.
         let rows: Vec<_> = runs.iter().map(|run| (run, self.sealed_content(run))).collect();
         on_db!(self, write pool => {
@@ -94,10 +97,12 @@ impl Store {
                     .push_bind(&run.error_code)
                     .push_bind(run.args_bytes)
                     .push_bind(run.result_bytes)
-                    .push_bind(content);
+                    .push_bind(content)
+                    .push_bind(content.as_ref().map(|sealed| &sealed[..SEALED_WITH]));
             });
             insert.push(" ON CONFLICT (id) DO NOTHING");
-            insert.build().execute(pool).await?;
+            // Of as many lengths as there are none is worth to be remembered in place of other statements.
+            insert.build().persistent(false).execute(pool).await?;
         });
         Ok(())
     }
@@ -141,7 +146,10 @@ impl Store {
             query.push(" ORDER BY id DESC LIMIT ").push_bind(wanted.limit);
             query.build_query_as().fetch_all(pool).await?
         });
-        Ok(rows.into_iter().map(|Row { run, content }| Run { content: self.content(&run.id, content), ..run }).collect())
+        Ok(rows
+            .into_iter()
+            .map(|Row { run, content }| Run { content: self.content(&run.id, content), ..run })
+            .collect())
     }
 
     fn content(&self, id: &str, envelope: Option<String>) -> Option<RunContent> {
@@ -183,7 +191,14 @@ mod tests {
         let id = run_id(crate::store::now());
         let cursor = id.strip_prefix(PREFIX).unwrap().replace('-', "");
         assert_eq!(run_id_of(&cursor), Some(id));
-        for bad in ["", "0", &cursor.to_uppercase(), &cursor[1..], &format!("{cursor}0"), "{00000000-0000-0000-0000-0000000000}"] {
+        for bad in [
+            "",
+            "0",
+            &cursor.to_uppercase(),
+            &cursor[1..],
+            &format!("{cursor}0"),
+            "{00000000-0000-0000-0000-0000000000}",
+        ] {
             assert_eq!(run_id_of(bad), None, "{bad}");
         }
     }

@@ -405,7 +405,7 @@ impl Store {
             ),
             (
                 "SELECT id, content FROM runs WHERE sealed_with IS NOT NULL AND id > $1 ORDER BY id LIMIT $2",
-                "UPDATE runs SET content = $2 WHERE id = $1 AND content = $3",
+                "UPDATE runs SET content = $2, sealed_with = substr($2, 1, 15) WHERE id = $1 AND content = $3",
                 content_of,
             ),
         ];

@@ -298,7 +298,8 @@ impl Store {
     /// Notes how a sign-in ended, for whoever waits for it. One that went well for a server that is not registered is kept
     /// here alone, and so a change by whoever began it.
     pub async fn finish_authorization(&self, id: &str, progress: Progress, material: &[u8]) -> Result<(), Error> {
-        const SQL: &str = "UPDATE authorizations SET status = $2, material = $3 WHERE id = $1 RETURNING server_id, caller";
+        const SQL: &str =
+            "UPDATE authorizations SET status = $2, material = $3 WHERE id = $1 RETURNING server_id, caller";
         let material = self.seal(authorization_of(id), material);
         on_db!(self, write pool => {
             let mut transaction = pool.begin().await?;

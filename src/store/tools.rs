@@ -103,8 +103,7 @@ impl Store {
     ) -> Result<Option<ToolChanges>, Error> {
         let Listing { era, notice, offered, hold, shown } = *listing;
         // The first statement also takes the server's row lock (on SQLite: the write lock) against a second sync.
-        const LOCK: &str =
-            "UPDATE servers SET revision = revision WHERE id = $1 AND revision = $2 RETURNING last_synced_at, server_name";
+        const LOCK: &str = "UPDATE servers SET revision = revision WHERE id = $1 AND revision = $2 RETURNING last_synced_at, server_name";
         const READY: &str = "UPDATE servers SET state = $3, error = $6, era = $4, last_synced_at = $5 \
                              WHERE id = $1 AND revision = $2";
         const DELETE: &str = "DELETE FROM tools WHERE id = $1";
@@ -205,8 +204,7 @@ impl Store {
         by: &By,
     ) -> Result<bool, Error> {
         const FIND: &str = concat!("SELECT ", columns!(), " FROM tools WHERE id = $1 AND server_id = $2");
-        const APPROVE: &str =
-            "UPDATE tools SET approved_hash = NULL WHERE id = $1 AND server_id = $2 AND definition = $3 \
+        const APPROVE: &str = "UPDATE tools SET approved_hash = NULL WHERE id = $1 AND server_id = $2 AND definition = $3 \
              RETURNING (SELECT server_name FROM servers WHERE servers.id = server_id)";
         let write = async {
             on_db!(self, write pool => {
