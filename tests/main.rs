@@ -11,6 +11,7 @@ mod changes;
 mod children;
 mod confinement;
 mod console;
+mod documents;
 mod egress;
 mod endurance;
 mod entry;
