@@ -62,11 +62,14 @@ export function useLoaded(path, { every = 0 } = {}) {
     let over = false;
     let first = true;
     const round = async () => {
+      const began = performance.now();
       if (first || (!document.hidden && !locked.current)) {
         first = false;
         await reload();
       }
-      if (every > 0 && !over) timer = setTimeout(round, every);
+      // What takes long to read is read less often.
+      const pause = Math.max(every, Math.min(5 * every, 10 * (performance.now() - began)));
+      if (every > 0 && !over) timer = setTimeout(round, pause);
     };
     const seen = () => { if (every > 0 && !document.hidden && !locked.current) reload(); };
     round();

@@ -134,7 +134,7 @@ export function ServerForm({ server, submit, action }) {
       ${text("command", "Command", { hint: "The program alone, such as npx or /usr/bin/python3.", code: true })}
       <${Arguments} rows=${fields.args} set=${set("args")} problems=${at.args} />
       <${Pairs} name="env" legend="Environment" one="variable" rows=${fields.env} set=${set("env")} problems=${at.env}
-        hint=${`The program sees these variables, and none of Portolan's own.${kept}`} />`}
+        hint=${`The program sees these, and of Portolan's own environment little more than PATH.${kept}`} />`}
     <div class="actions"><button type="submit" class="main" aria-disabled=${busy}>${busy ? "One moment…" : action}</button>
       <a class="button" href=${server ? `#/servers/${encodeURIComponent(server.id)}` : "#/servers"}>Cancel</a></div>
   </form>`;
@@ -179,12 +179,12 @@ function useRows(rows, set) {
   const next = useRef(null);
   useEffect(() => {
     if (next.current === null) return;
-    place.current.querySelector(next.current)?.focus();
+    [...place.current.querySelectorAll(next.current)].at(-1)?.focus();
     next.current = null;
   }, [rows.length]);
   return {
     place,
-    add: (row) => { next.current = ".row:last-of-type input"; set([...rows, row]); },
+    add: (row) => { next.current = ".row > input:first-child"; set([...rows, row]); },
     remove: (index) => { next.current = "button.add"; set(rows.filter((_, other) => other !== index)); },
     change: (index, part) => set(rows.map((row, other) => (other === index ? { ...row, ...part } : row))),
   };
