@@ -99,7 +99,7 @@ export function Held({ tool, server, onDone, level = 2 }) {
     <${Comparison} before=${before} after=${definition} what=${isNew ? null : last.what} level=${level + 1} />
     ${!isNew && before === undefined && html`<p class="quiet">Portolan keeps the old definition's hash, not its text; this page has not seen it.</p>`}
     <${Failure} error=${error} />
-    <div class="actions"><button type="button" class="main" disabled=${busy} onClick=${approve}>
+    <div class="actions"><button type="button" class="main" aria-disabled=${busy} onClick=${() => !busy && approve()}>
       <span>Approve <${Name} text=${tool.name} limit=${60} /></span></button></div>
   </section>`;
 }

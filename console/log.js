@@ -74,17 +74,31 @@ export function Filters({ page, query, outcomes, onReload }) {
     else location.hash = hash;
   };
   return html`
-    <${Fields} key=${query.toString()} page=${page} query=${query} outcomes=${outcomes} servers=${servers.data ?? []} onShow=${show} />
+    <${Fields} page=${page} query=${query} outcomes=${outcomes} servers=${servers.data ?? []} onShow=${show} />
     ${tool && html`<p class="hint">Of one tool alone. <a href="#/${page}?${new URLSearchParams({ mcp_server_id: server })}">All tools of its server</a></p>`}`;
 }
 
-/** What is chosen stays while rows and servers come in. */
-function Fields({ page, query, outcomes, servers, onShow }) {
+function chosenBy(query) {
   const asked = (name) => query.get(name) ?? "";
-  const [chosen, setChosen] = useState({
+  return {
     mcp_server_id: asked("mcp_server_id"), outcome: asked("outcome"), caller: asked("caller"),
     since: localOf(asked("since")), until: localOf(asked("until")),
-  });
+  };
+}
+
+/** What is chosen stays while rows and servers come in, until the address says something else. */
+function Fields({ page, query, outcomes, servers, onShow }) {
+  const [chosen, setChosen] = useState(() => chosenBy(query));
+  const place = useRef(null);
+  const search = query.toString();
+  const shown = useRef(search);
+  useEffect(() => {
+    if (shown.current === search) return;
+    shown.current = search;
+    setChosen(chosenBy(query));
+    // The link that cleared the filter is gone with it.
+    if (document.activeElement === document.body) place.current.querySelector("button").focus();
+  }, [search]);
   const server = chosen.mcp_server_id;
   const field = (name) => ({ name, value: chosen[name], onInput: (event) => setChosen({ ...chosen, [name]: event.target.value }) });
   const instant = (local) => (local === "" ? "" : new Date(local).toISOString());
@@ -93,7 +107,7 @@ function Fields({ page, query, outcomes, servers, onShow }) {
     onShow({ ...chosen, caller: chosen.caller.trim(), since: instant(chosen.since), until: instant(chosen.until) });
   };
   const isKnown = server === "" || servers.some(({ id }) => id === server);
-  return html`<form class="filters" onSubmit=${submit} aria-label="Filter" autocomplete="off">
+  return html`<form ref=${place} class="filters" onSubmit=${submit} aria-label="Filter" autocomplete="off">
     <div><label for="log-server">Server</label>
       <select id="log-server" ...${field("mcp_server_id")}>
         <option value="" selected=${server === ""}>All</option>

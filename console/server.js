@@ -1,6 +1,6 @@
 // The page of one server: how it is, what it offers, what changed, and what waits for an approval.
 
-import { html, useEffect, useMemo, useState } from "./preact.js";
+import { html, useEffect, useMemo, useRef, useState } from "./preact.js";
 import { call } from "./api.js";
 import { Flags, Held, remember } from "./held.js";
 import { Confirm, Failure, Heading, Loading, announce, useLoaded } from "./page.js";
@@ -101,6 +101,7 @@ const commandOf = ({ command, args }) =>
 
 /** Reads the tools again, and says what came of it. */
 function Refresh({ path, onDone, children }) {
+  const button = useRef(null);
   const [busy, setBusy] = useState(false);
   const [report, setReport] = useState(null);
   const [error, setError] = useState(null);
@@ -123,9 +124,9 @@ function Refresh({ path, onDone, children }) {
     }
   };
   return html`<div class="actions">
-      <button type="button" class="main" onClick=${refresh} disabled=${busy}>${busy ? "Refreshing…" : "Refresh tools"}</button>${children}</div>
+      <button type="button" class="main" ref=${button} onClick=${() => !busy && refresh()} aria-disabled=${busy}>${busy ? "Refreshing…" : "Refresh tools"}</button>${children}</div>
     <${Failure} error=${error} />
-    ${report && html`<${Report} report=${report} onClose=${() => setReport(null)} />`}`;
+    ${report && html`<${Report} report=${report} onClose=${() => { setReport(null); button.current.focus(); }} />`}`;
 }
 
 function summaryOf({ added, updated, deleted, held, unchanged, skipped }) {

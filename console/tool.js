@@ -82,6 +82,7 @@ function Run({ tool, path }) {
   const [running, setRunning] = useState(null);
   // The state of the page comes a moment after a click; two clicks are one run.
   const current = useRef(null);
+  const button = useRef(null);
   useEffect(() => () => current.current?.abort(), []);
 
   const collect = () => (text === null ? valueOf(field, draft) : argumentsOf(text));
@@ -163,10 +164,10 @@ function Run({ tool, path }) {
         <div id="arguments-problem">${whole.map((problem) => html`<p class="problem">${problem.text}</p>`)}</div>`}
     ${doubted && html`<div class="notice warn"><p>The tool will probably refuse these arguments. Change them, or run it anyway.</p></div>`}
     <div class="actions">
-      <button type="submit" class="main" disabled=${running !== null}>${doubted ? "Run anyway" : "Run"}</button>
+      <button type="submit" class="main" ref=${button} aria-disabled=${running !== null}>${doubted ? "Run anyway" : "Run"}</button>
       ${running === null
         ? html`<span class="hint">Ctrl+Enter runs it, too.</span>`
-        : html`<button type="button" onClick=${() => current.current?.abort()}>Cancel</button><${Clock} since=${running} />`}
+        : html`<button type="button" onClick=${() => { current.current?.abort(); button.current.focus(); }}>Cancel</button><${Clock} since=${running} />`}
     </div>
   </form>
   <section aria-label="Result" class="outcome">${outcome && html`<h2>Result</h2><${Result} outcome=${outcome} />`}</section>`;

@@ -73,7 +73,7 @@ test.describe("with a token that reads", () => {
     await page.getByLabel(/^message/).fill("hello");
     await page.getByRole("button", { name: "Run", exact: true }).click();
     const result = page.getByRole("region", { name: "Result" });
-    await expect(result).toContainText("The run failed");
+    await expect(result).toContainText("Failed");
     await expect(result).toContainText(/token/);
     await guard.look("read-run");
 

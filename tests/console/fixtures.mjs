@@ -346,7 +346,7 @@ export const test = base.extend({
       tokens[name] = execFileSync(process.env.PORTOLAN_BIN, made, { encoding: "utf8", stdio: ["ignore", "pipe", "ignore"] }).trim();
       env.PORTOLAN_TOKENS_FILE = path.join(folder, "tokens");
     }
-    const portolan = await Portolan.start({ PORTOLAN_PUBLIC_URL: gate.url, ...env });
+    const portolan = await Portolan.start({ PORTOLAN_PUBLIC_URL: gate.url, PORTOLAN_CREATE_SYNC_TIMEOUT: "60s", ...env });
     portolan.tokens = tokens;
     gate.target = portolan.url;
     await use(portolan);
