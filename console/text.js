@@ -1,7 +1,7 @@
 // Text of others: names, descriptions, errors and results come from servers that anybody wrote. It is only ever put into
 // text nodes, and what people would not see in it is written out.
 
-import { html, useState } from "./preact.js";
+import { html, useRef, useState } from "./preact.js";
 
 /** Control characters but line feed and tab, and what is invisible or turns the direction of text: general categories Cc,
  *  Cf, Zl, Zp, Cs and Co, the fillers that look like spaces, and variation selectors. */
@@ -53,14 +53,17 @@ export const Name = ({ text, limit = 200 }) => html`<bdi>${visible(text, limit)}
  *  own, with their line breaks. */
 export function Shown({ text, limit = 2000, block = false }) {
   const [all, setAll] = useState(false);
+  const place = useRef(null);
+  // The button is gone when it was pressed; whoever pressed it is at the text.
+  const showAll = () => { setAll(true); place.current.focus(); };
   const whole = text === null || text === undefined ? "" : String(text);
   const cut = !all && whole.length > limit;
   const parts = pieces(cut ? start(whole, limit) : whole);
   const body = parts.map((piece) => (
     piece.escape ? html`<span class="escape" title="A character that is not seen">${piece.escape}</span>` : piece
   ));
-  return html`<span class=${block ? "shown block" : "shown"} dir="auto">${body}${cut && html`… <button type="button" class="link"
-    onClick=${() => setAll(true)}>Show all ${whole.length.toLocaleString()} characters</button>`}</span>`;
+  return html`<span class=${block ? "shown block" : "shown"} dir="auto" ref=${place} tabindex=${whole.length > limit ? "-1" : undefined}>${body}${cut && html`… <button type="button" class="link"
+    onClick=${showAll}>Show all ${whole.length.toLocaleString()} characters</button>`}</span>`;
 }
 
 /** An instant of the API, in words of the user's place. */
