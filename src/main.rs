@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::future::pending;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -83,6 +84,7 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     let listener = TcpListener::bind(&listen).await.map_err(unusable)?;
     let address = listener.local_addr().map_err(unusable)?;
     ensure_guarded(&settings, address).map_err(|error| error.to_string())?;
+    let metrics = listen_for_metrics(settings.metrics.metrics_listen.as_deref()).await?;
     let app = App::open(settings).await.map_err(|error| error.to_string())?;
     let mut lines = format!(
         "Portolan {} listens on http://{address}\nDatabase: {}\nConsole: http://{address}/ · API reference: http://{address}/docs\n",
@@ -92,6 +94,9 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     if let Some(notice) = key_notice(&app.store) {
         lines += &format!("{notice}\n");
     }
+    if let Some((_, address)) = &metrics {
+        lines += &format!("Metrics: http://{address}/metrics\n");
+    }
     if app.tokens.current().is_none() {
         tracing::info!("no token is set: every program on this machine may come in");
     }
@@ -100,7 +105,7 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let shutdown = CancellationToken::new();
-    let serving = app.serve(listener, shutdown.clone());
+    let serving = serve_both(app, listener, metrics.map(|(listener, _)| listener), shutdown.clone());
     let stopping = async {
         signals.next().await;
         shutdown.cancel();
@@ -111,6 +116,32 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
         never = reloading => match never {},
         () = stopping => Err("Stopped at once by a second signal.".to_owned()),
     }
+}
+
+async fn listen_for_metrics(address: Option<&str>) -> Result<Option<(TcpListener, SocketAddr)>, String> {
+    let Some(wanted) = address else { return Ok(None) };
+    let unusable = |error| format!("Cannot listen on {wanted} for --metrics-listen: {error}.");
+    let listener = TcpListener::bind(wanted).await.map_err(unusable)?;
+    let address = listener.local_addr().map_err(unusable)?;
+    Ok(Some((listener, address)))
+}
+
+/// The metrics can be read until all else has ended.
+async fn serve_both(
+    app: App,
+    listener: TcpListener,
+    metrics: Option<TcpListener>,
+    shutdown: CancellationToken,
+) -> bool {
+    let Some(metrics) = metrics else { return app.serve(listener, shutdown).await };
+    let ended = CancellationToken::new();
+    let telling = app.clone().serve_metrics(metrics, ended.clone());
+    let serving = async {
+        let clean = app.serve(listener, shutdown).await;
+        ended.cancel();
+        clean
+    };
+    tokio::join!(serving, telling).0
 }
 
 /// Keeps processes of the same user out of this one's memory and environment, where the keys are.

@@ -22,6 +22,7 @@ use uuid::Uuid;
 use crate::config;
 use crate::model::{Connector, Remote, Server};
 use crate::store::Store;
+use crate::telemetry::metrics::Metrics;
 
 use super::egress::Egress;
 use super::remote::has_authorization;
@@ -85,6 +86,7 @@ pub struct SignIns(Arc<Shared>);
 struct Shared {
     store: Store,
     egress: Egress,
+    metrics: Metrics,
     tracker: TaskTracker,
     settings: config::SignIn,
     /// Who holds a lease.
@@ -98,10 +100,11 @@ struct Shared {
 }
 
 impl SignIns {
-    pub fn new(store: Store, egress: Egress, tracker: TaskTracker, settings: config::SignIn) -> Self {
+    pub fn new(store: Store, egress: Egress, metrics: Metrics, tracker: TaskTracker, settings: config::SignIn) -> Self {
         Self(Arc::new(Shared {
             store,
             egress,
+            metrics,
             tracker,
             settings,
             me: Uuid::new_v4().to_string(),
@@ -117,6 +120,10 @@ impl SignIns {
 
     fn egress(&self) -> &Egress {
         &self.0.egress
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.0.metrics
     }
 
     fn tracker(&self) -> &TaskTracker {
