@@ -17,6 +17,7 @@
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs |
+//! | [`progress`] | how far long work is, on a terminal and elsewhere |
 //! | [`api`] | speaks HTTP: the route table, one file per group of routes, and what they share: |
 //! | `access`, `tokens`, `attempts` | who may come in, by which tokens; who guesses |
 //! | `guard`, `variables` | what may come in: ids, names and bodies; values that a request brings for templates |
@@ -53,7 +54,7 @@
 //!
 //! | module | may name |
 //! |---|---|
-//! | `main` | `api`, `app`, `command`, `config`, `store`, `telemetry` |
+//! | `main` | `api`, `app`, `command`, `config`, `progress`, `store`, `telemetry` |
 //! | `lib` | |
 //! | `app` | `api`, `config`, `error`, `mcp`, `serve`, `store` |
 //! | `serve` | `config`, `axum` |
@@ -63,11 +64,12 @@
 //! | `model` | `sqlx` |
 //! | `secrets` | `model` |
 //! | `interchange` | `mcp`, `model`, `secrets` |
-//! | `telemetry` | |
+//! | `progress` | |
+//! | `telemetry` | `progress` |
 //! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `rmcp` |
 //! | `store` | `corpus`, `model`, `sqlx` |
-//! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `store` |
+//! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `progress`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of
 //! `api`, `main` and `command` use the tokens, and `command` the rules of a create and the import; of `mcp`, `interchange` and `command` use the grammar of templates
@@ -91,6 +93,7 @@ pub mod error;
 pub mod interchange;
 pub mod mcp;
 pub mod model;
+pub mod progress;
 pub mod secrets;
 pub mod serve;
 pub mod store;

@@ -8,10 +8,11 @@ use std::process::ExitCode;
 use clap::Parser;
 use portolan::api::Import;
 use portolan::app::{App, BECOME, KEEP, become_child, ensure_guarded, keep_child, key_notice};
-use portolan::command;
+use portolan::command::{self, Failure};
 use portolan::config::{Cli, Command, Settings, Token};
 use portolan::telemetry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
@@ -33,40 +34,51 @@ fn main() -> ExitCode {
         _ => {}
     }
     close_to_others();
-    let cli = Cli::parse();
-    let settings = cli.settings;
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        // Help and the version are what was asked for.
+        if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
+            command::say(Failure::from(error.render().to_string().trim_end().to_owned()).document());
+        }
+        error.exit()
+    });
+    let (settings, as_json) = (cli.settings, cli.json);
     let result = match cli.command.unwrap_or(Command::Serve) {
-        Command::Serve => run(serve(settings)),
-        Command::Token(Token::New { name, scope, file }) => command::token::make(&name, scope, file.as_deref()),
-        Command::Key(key) => run(command::key::run(&settings, key)),
+        Command::Serve => run(serve(settings, as_json)),
+        Command::Token(Token::New { name, scope, file }) => {
+            command::token::make(&name, scope, file.as_deref(), as_json)
+        }
+        Command::Key(key) => run(command::key::run(&settings, key, as_json)),
         Command::MigrateLetta(wanted) => run(async {
             telemetry::init(&settings.logs.log)?;
-            command::migrate_letta::run(&settings, &wanted).await
+            command::migrate_letta::run(&settings, &wanted, as_json).await
         }),
         Command::RotateKeys { dry_run } => run(async {
             telemetry::init(&settings.logs.log)?;
-            command::rotate_keys::run(&settings, dry_run).await
+            command::rotate_keys::run(&settings, dry_run, as_json).await
         }),
         Command::Import { file, format, replace, dry_run } => run(async {
             telemetry::init(&settings.logs.log)?;
-            command::import::run(&settings, &file, Import { format, replace, dry_run }).await
+            command::import::run(&settings, &file, Import { format, replace, dry_run }, as_json).await
         }),
         Command::Export { format, secrets, output } => run(async {
             telemetry::init(&settings.logs.log)?;
-            command::export::run(&settings, format, secrets, output.as_deref()).await
+            command::export::run(&settings, format, secrets, output.as_deref(), as_json).await
         }),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(message) => {
+        Err(failure) => {
+            if as_json {
+                command::say(failure.document());
+            }
             // Nothing can be done about a closed standard error.
-            let _ = writeln!(std::io::stderr(), "portolan: {message}");
+            let _ = writeln!(std::io::stderr(), "portolan: {failure}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(command: impl Future<Output = Result<(), String>>) -> Result<(), String> {
+fn run(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     let runtime = tokio::runtime::Runtime::new().map_err(|error| format!("Cannot start threads: {error}."))?;
     let result = runtime.block_on(command);
     // What is left are threads that look names up, and that may take their time.
@@ -74,7 +86,7 @@ fn run(command: impl Future<Output = Result<(), String>>) -> Result<(), String> 
     result
 }
 
-async fn serve(mut settings: Settings) -> Result<(), String> {
+async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     telemetry::init(&settings.logs.log)?;
     take_orphans();
     fit_open_files(&mut settings.entry.max_connections);
@@ -84,12 +96,14 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     let address = listener.local_addr().map_err(unusable)?;
     ensure_guarded(&settings, address).map_err(|error| error.to_string())?;
     let app = App::open(settings).await.map_err(|error| error.to_string())?;
-    let mut lines = format!(
-        "Portolan {} listens on http://{address}\nDatabase: {}\nAPI reference: http://{address}/docs\n",
-        env!("CARGO_PKG_VERSION"),
-        app.store.describe(),
-    );
-    if let Some(notice) = key_notice(&app.store) {
+    let (version, database) = (env!("CARGO_PKG_VERSION"), app.store.describe());
+    let (url, notice) = (format!("http://{address}"), key_notice(&app.store));
+    let mut lines = match as_json {
+        true => json!({ "version": version, "url": url, "database": database, "notice": notice }).to_string(),
+        false => format!("Portolan {version} listens on {url}\nDatabase: {database}\nAPI reference: {url}/docs"),
+    };
+    lines.push('\n');
+    if let Some(notice) = notice.filter(|_| !as_json) {
         lines += &format!("{notice}\n");
     }
     if app.tokens.current().is_none() {
@@ -107,9 +121,9 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
         signals.next().await;
     };
     tokio::select! {
-        clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned()) },
+        clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned().into()) },
         never = reloading => match never {},
-        () = stopping => Err("Stopped at once by a second signal.".to_owned()),
+        () = stopping => Err("Stopped at once by a second signal.".to_owned().into()),
     }
 }
 

@@ -58,7 +58,8 @@ pub struct Imported {
 }
 
 impl Import {
-    /// Does what the file says to the stored servers, in one transaction. `check` says whether such a server may be had.
+    /// Does what the file says to the stored servers, in one transaction. `check` says whether such a server may be had;
+    /// `progress` hears how many steps of how many are done.
     ///
     /// # Errors
     /// [`Error::Invalid`] with all that is wrong and where in the file, [`Error::BodyTooLarge`]; what the store says. Then
@@ -68,6 +69,7 @@ impl Import {
         store: &Store,
         file: Vec<u8>,
         check: impl Fn(&Connector) -> Result<(), mcp::Error>,
+        mut progress: impl FnMut(usize, usize),
     ) -> Result<Imported, Error> {
         // A file can be large and hostile: no other request waits while it is read.
         let reading = spawn_blocking(move || self.read(&file));
@@ -77,8 +79,14 @@ impl Import {
         loop {
             let servers = store.servers().await?;
             let plan = Plan::new(&entries, &servers, &check)?.removing(self.replace, &disabled);
-            let done =
-                if self.dry_run || plan.steps.is_empty() { Ok(()) } else { store.change_servers(&plan.steps).await };
+            let all = plan.steps.len();
+            let done = match self.dry_run || all == 0 {
+                true => Ok(()),
+                false => {
+                    progress(0, all);
+                    store.change_servers(&plan.steps, |done| progress(done, all)).await
+                }
+            };
             match done {
                 Ok(()) => {
                     let Plan { mut report, added, changed, removed, .. } = plan;

@@ -37,12 +37,12 @@ pub enum Step {
 }
 
 impl Store {
-    /// Does all steps in their order, in one transaction.
+    /// Does all steps in their order, in one transaction. `progress` hears after each how many are done.
     ///
     /// # Errors
     /// [`Error::NameTaken`] when another server has one of the names or ids, [`Error::Overtaken`] when a server is not at the
     /// revision given: then nothing was done.
-    pub async fn change_servers(&self, steps: &[Step]) -> Result<(), Error> {
+    pub async fn change_servers(&self, steps: &[Step], mut progress: impl FnMut(usize)) -> Result<(), Error> {
         const ADD: &str = "INSERT INTO servers (id, server_name, type, config, revision, state, created_at, updated_at) \
                            VALUES ($1, $2, $3, $4, 1, $5, $6, $7)";
         const ADD_TOOL: &str = "INSERT INTO tools (id, server_id, name, name_digest, position, definition, definition_hash) \
@@ -55,7 +55,7 @@ impl Store {
         let write = async {
             on_db!(self, write pool => {
                 let mut transaction = pool.begin().await?;
-                for step in steps {
+                for (done, step) in (1..).zip(steps) {
                     match step {
                         Step::Add(server) => {
                             sqlx::query(ADD)
@@ -113,6 +113,7 @@ impl Store {
                             }
                         }
                     }
+                    progress(done);
                 }
                 transaction.commit().await?;
                 Ok(())

@@ -465,7 +465,7 @@ async fn another_key_keeps_sign_ins_and_what_is_under_way() {
     drop(watch);
     // Both keys for the time of the rotation, then the new one alone.
     let portolan = portolan.reopen(with_keys(format!("{NEW}\n{KEY}\n"))).await;
-    portolan.app.store.rotate(|_| {}).await.unwrap();
+    portolan.app.store.rotate(|_, _| {}).await.unwrap();
     let portolan = portolan.reopen(with_keys(NEW.to_owned())).await;
     echo(&portolan, &id).await;
     upstream.authority.expire();
