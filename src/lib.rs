@@ -28,6 +28,7 @@
 //! | [`interchange`] | the files of other programs: `read` and `write` (what they say of servers), `text` (from bytes to JSON), `placeholders` (theirs, and templates), `left_out` (secrets that a file does not show) |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
+//! | `first` | the first syncs of servers, of many that came together, too |
 //! | `session` | handshake, list, call |
 //! | `stdio`, `http`, `sse` | the transports; `remote` is what the last two have in common |
 //! | `message`, `exchange` | JSON-RPC, and who waits for which answer |

@@ -7,14 +7,16 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use portolan::api::Import;
-use portolan::app::{App, BECOME, KEEP, become_child, ensure_guarded, keep_child, key_notice};
+use portolan::app::{App, BECOME, FirstSyncs, KEEP, become_child, ensure_guarded, keep_child, key_notice};
 use portolan::command::{self, Failure};
 use portolan::config::{Cli, Command, Settings, Token};
+use portolan::progress::Progress;
 use portolan::telemetry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// How many files Portolan may have open beside its client connections: the database, sessions, three pipes a child.
@@ -37,7 +39,9 @@ fn main() -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|error| {
         // Help and the version are what was asked for.
         if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
-            command::say(Failure::from(error.render().to_string().trim_end().to_owned()).document());
+            let text = error.render().to_string();
+            let sentence = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ");
+            command::say(Failure::from(sentence.to_owned()).document());
         }
         error.exit()
     });
@@ -68,7 +72,7 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            if as_json {
+            if as_json && !failure.is_late {
                 command::say(failure.document());
             }
             // Nothing can be done about a closed standard error.
@@ -110,6 +114,7 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
         tracing::info!("no token is set: every program on this machine may come in");
     }
     let mut signals = Signals::listen()?;
+    let syncing = show_first_syncs(app.mcp.watch_first_syncs());
     let reloading = reload(app.clone(), listen_for(SignalKind::hangup())?);
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
@@ -121,10 +126,29 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
         signals.next().await;
     };
     tokio::select! {
-        clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned().into()) },
+        clean = serving => if clean { Ok(()) } else { Err(Failure::late("A session did not end in time and was left.")) },
         never = reloading => match never {},
-        () = stopping => Err("Stopped at once by a second signal.".to_owned().into()),
+        never = syncing => match never {},
+        () = stopping => Err(Failure::late("Stopped at once by a second signal.")),
     }
+}
+
+/// Shows how far the first syncs are of servers that came together.
+async fn show_first_syncs(mut first: watch::Receiver<FirstSyncs>) -> Infallible {
+    let mut progress = Progress::of_server();
+    first.mark_changed();
+    while first.changed().await.is_ok() {
+        let now @ FirstSyncs { all, done, failed } = *first.borrow_and_update();
+        let line = format!("first sync: {done} of {all} servers, {failed} failed");
+        if !now.are_over() {
+            progress.tell(done, all, line);
+        } else if all > 0 {
+            progress.clear();
+            tracing::info!("{line}");
+        }
+    }
+    // Nobody connects to anything any more.
+    pending().await
 }
 
 /// Keeps processes of the same user out of this one's memory and environment, where the keys are.

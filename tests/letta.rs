@@ -14,6 +14,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::fake::{self, Fake, Script};
 use crate::harness::{Database, KEY, Portolan, fake_mcp};
+use crate::process::without_progress;
 
 const LETTA_KEY: &str = "made-up-letta-encryption-key-1";
 const DATA: &str = include_str!("data/letta-0.16.8.sql");
@@ -199,7 +200,8 @@ async fn migrate(portolan: &Portolan, from: &str, key: Option<&str>, options: &[
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    let said = Said { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) };
+    let said =
+        Said { code: output.status.code(), out: text(output.stdout), err: without_progress(&text(output.stderr)) };
     for secret in ["made-up", LETTA_KEY, "FILES_API", "Authorization\":"] {
         assert!(!said.out.contains(secret) && !said.err.contains(secret), "{}{}", said.out, said.err);
     }

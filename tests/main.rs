@@ -8,6 +8,7 @@ mod access;
 mod bad_input;
 mod browsers;
 mod children;
+mod commands;
 mod confinement;
 mod egress;
 mod endurance;

@@ -27,9 +27,16 @@ pub struct Failure {
     issues: Vec<Issue>,
     /// What there is to report all the same.
     report: Map<String, Value>,
+    /// The document was printed before this happened.
+    pub is_late: bool,
 }
 
 impl Failure {
+    /// That of a program that had said already that all is well.
+    pub fn late(detail: &str) -> Self {
+        Self { is_late: true, ..detail.to_owned().into() }
+    }
+
     fn with(mut self, report: &impl Serialize) -> Self {
         if let Value::Object(report) = value(report) {
             self.report = report;
@@ -51,7 +58,7 @@ impl Failure {
 
 impl From<String> for Failure {
     fn from(detail: String) -> Self {
-        Self { detail, issues: vec![], report: Map::new() }
+        Self { detail, issues: vec![], report: Map::new(), is_late: false }
     }
 }
 
