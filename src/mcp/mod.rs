@@ -159,7 +159,8 @@ impl Mcp {
         tracker: TaskTracker,
     ) -> Self {
         let stop = CancellationToken::new();
-        let sign_ins = SignIns::new(store.clone(), egress.clone(), tracker.clone(), settings.sign_in.clone());
+        let sign_ins =
+            SignIns::new(store.clone(), egress.clone(), tracker.clone(), settings.sign_in.clone(), stop.clone());
         let context = Context {
             sign_ins: sign_ins.clone(),
             settings: settings.clone(),

@@ -2,7 +2,7 @@
 
 use secrecy::zeroize::Zeroizing;
 
-use crate::model::{Connector, Era, Server, State};
+use crate::model::{Connector, Era, OauthClient, Server, State};
 
 use super::sealing::ServerRow;
 use super::{Error, Store, now, on_db};
@@ -105,6 +105,7 @@ impl Store {
              era = NULL, state = $6, error = NULL WHERE id = $1 RETURNING ",
             columns!()
         );
+        const GIVE_UP: &str = "DELETE FROM authorizations WHERE server_id = $1";
         const FORGET: &str = "DELETE FROM sign_ins WHERE server_id = $1";
         let write = async {
             on_db!(self, write pool => {
@@ -112,7 +113,11 @@ impl Store {
                 let current: Option<ServerRow> =
                     sqlx::query_as(LOCK).bind(id).fetch_optional(&mut *transaction).await.map_err(Error::from)?;
                 let Some(current) = current else { return Ok(None) };
-                let update = change(&self.opened(current))?;
+                let current = self.opened(current);
+                let update = change(&current)?;
+                let client_changes = update.connector.as_ref().is_some_and(|new| {
+                    current.config.0.as_ref().ok().and_then(client) != client(new)
+                });
                 let changed: Result<ServerRow, _> = match &update.connector {
                     None => sqlx::query_as(RENAME)
                         .bind(id)
@@ -131,6 +136,11 @@ impl Store {
                         .await,
                 };
                 let changed = changed.map_err(taken)?;
+                // Those that are under way are for the client of before. First, because the holder of one may just write
+                // what it brought.
+                if update.forgets_sign_in || client_changes {
+                    sqlx::query(GIVE_UP).bind(id).execute(&mut *transaction).await.map_err(Error::from)?;
+                }
                 if update.forgets_sign_in {
                     sqlx::query(FORGET).bind(id).execute(&mut *transaction).await.map_err(Error::from)?;
                 }
@@ -165,6 +175,14 @@ impl Store {
                 .map(|_| ()))
         };
         Ok(self.known.during(id, write).await?)
+    }
+}
+
+/// As which client a server is signed in at, if one is configured.
+fn client(connector: &Connector) -> Option<&OauthClient> {
+    match connector {
+        Connector::Stdio(_) => None,
+        Connector::Sse(remote) | Connector::StreamableHttp(remote) => remote.oauth.as_ref(),
     }
 }
 
