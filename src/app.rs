@@ -17,7 +17,9 @@ use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
 pub use crate::mcp::{BECOME, Commands, FirstSyncs, KEEP, become_child, keep_child};
 use crate::mcp::{Egress, Mcp, TlsError, VariablesFile, VariablesFileError};
+use crate::run_log::RunLog;
 use crate::store::{KeySource, OpenError, SealError, Store};
+use crate::telemetry::{CollectorError, Traces};
 use crate::{api, serve, store};
 
 /// How long the database may take to end its connections at a stop; a lock that somebody else holds can hold it up.
@@ -38,10 +40,14 @@ pub struct App {
     pub mcp: Mcp,
     /// Runs under way, and those that may be asked for again.
     pub runs: Runs,
+    /// What is written down of runs.
+    pub run_log: RunLog,
     /// Bodies of requests that are being read.
     pub bodies: Bodies,
     /// Which web pages may come in.
     pub origins: Origins,
+    /// Where the traces of runs go.
+    pub traces: Traces,
     tracker: TaskTracker,
 }
 
@@ -66,6 +72,8 @@ pub enum StartError {
     Children(#[from] ChildrenError),
     #[error(transparent)]
     Variables(#[from] VariablesFileError),
+    #[error(transparent)]
+    Collector(#[from] CollectorError),
     #[error("Cannot use the system's certificates for TLS: {0}.")]
     Client(#[from] TlsError),
 }
@@ -102,17 +110,20 @@ impl App {
         let store = open_store(&settings).await?;
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
+        let traces = Traces::open(&settings.traces, &egress).await?;
         let children =
             Children::new(settings.children.clone(), folder.join("children"), own_files(&settings), tracker.clone())?;
         let variables = VariablesFile::open(settings.variables.variables_file.clone())?;
         let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, variables, tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
+        let run_log = RunLog::new(settings.run_log.clone(), store.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
-        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, bodies, origins, tracker })
+        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, run_log, bodies, origins, traces, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
-    /// time, ends every session and child, and closes the database. `false` when a session did not end in time.
+    /// time, ends every session and child, writes what is left of the run log, and closes the database. `false` when
+    /// something of that did not end in time.
     pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> bool {
         let drain = self.settings.entry.drain_timeout;
         if let Ok(address) = listener.local_addr() {
@@ -132,8 +143,11 @@ impl App {
         }
         self.runs.end();
         let clean = self.mcp.close().await;
+        // Nothing runs any more.
+        let logged = self.run_log.close().await;
+        self.traces.close().await;
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
-        clean && closed.is_ok()
+        clean && logged && closed.is_ok()
     }
 
     /// Does `work` to its end even when the caller leaves: a change that is stored must also end its old session.
@@ -192,6 +206,7 @@ fn own_files(settings: &Settings) -> Vec<PathBuf> {
     let mut own = vec![settings.storage.data_dir.clone()];
     own.extend(settings.secrets.key_file.clone());
     own.extend(settings.variables.variables_file.clone());
+    own.extend(settings.traces.otlp_headers_file.clone());
     own.extend([&settings.tokens.tokens_file, &settings.tokens.token_file].into_iter().flatten().cloned());
     let url = settings.storage.database_url.as_ref().map(|url| url.expose());
     if let Some(file) = url.and_then(store::sqlite_file) {

@@ -146,6 +146,10 @@ pub struct Settings {
     #[command(flatten)]
     pub logs: Logs,
     #[command(flatten)]
+    pub run_log: RunLog,
+    #[command(flatten)]
+    pub traces: Traces,
+    #[command(flatten)]
     pub upstream: Upstream,
     #[command(flatten)]
     pub variables: Variables,
@@ -287,6 +291,72 @@ pub struct Logs {
     /// `info,portolan::mcp=debug`
     #[arg(long, env = "PORTOLAN_LOG", default_value = "info", global = true, value_name = "FILTER")]
     pub log: String,
+}
+
+/// What is remembered of runs and changes.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Run log")]
+pub struct RunLog {
+    /// Keep the arguments and the result of each run, too, sealed, the first 16 KiB of each; admins can read them
+    #[arg(long, env = "PORTOLAN_LOG_ARGUMENTS", default_value = "false", default_missing_value = "true", num_args = 0..=1, require_equals = true, value_parser = switch, action = clap::ArgAction::Set, global = true, value_name = "true|false")]
+    pub log_arguments: bool,
+    /// How long runs are remembered
+    #[arg(long, env = "PORTOLAN_KEEP_RUNS", default_value = "30days", value_parser = long_time, global = true, value_name = "TIME")]
+    pub keep_runs: Duration,
+    /// How long changes to servers, tools and sign-ins are remembered
+    #[arg(long, env = "PORTOLAN_KEEP_CHANGES", default_value = "365days", value_parser = long_time, global = true, value_name = "TIME")]
+    pub keep_changes: Duration,
+}
+
+/// Traces of runs, for a collector that speaks OpenTelemetry.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Traces")]
+pub struct Traces {
+    /// Collector that is sent a trace of each run (OTLP over HTTP, protobuf), as `http://localhost:4318`; /v1/traces is added.
+    /// Without one, there are none
+    #[arg(long, env = "PORTOLAN_OTLP_ENDPOINT", value_parser = collector, global = true, value_name = "URL")]
+    pub otlp_endpoint: Option<CollectorUrl>,
+    /// The same under the name that OpenTelemetry gave it
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_parser = collector, global = true, value_name = "URL")]
+    pub otel_exporter_otlp_endpoint: Option<CollectorUrl>,
+    /// The same, the whole URL with its path
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", value_parser = collector, global = true, value_name = "URL")]
+    pub otel_exporter_otlp_traces_endpoint: Option<CollectorUrl>,
+    /// How many of the runs are traced whose callers are in no trace, from 0 (none) to 1 (all); others are as their callers say
+    #[arg(long, env = "PORTOLAN_OTLP_SAMPLE", default_value_t = 1.0, value_parser = share, global = true, value_name = "SHARE")]
+    pub otlp_sample: f64,
+    /// File of header fields for the collector, a line name=value for each, values percent-encoded
+    #[arg(long, env = "PORTOLAN_OTLP_HEADERS_FILE", global = true, value_name = "FILE")]
+    pub otlp_headers_file: Option<PathBuf>,
+    /// The same, separated by commas; better given as the variable, because every user of this machine can read command lines
+    #[arg(long, env = "PORTOLAN_OTLP_HEADERS", hide_env_values = true, value_parser = secret, global = true, value_name = "HEADERS")]
+    pub otlp_headers: Option<Secret>,
+    /// The same under the name that OpenTelemetry gave it
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_HEADERS", hide_env_values = true, value_parser = secret, global = true, value_name = "HEADERS")]
+    pub otel_exporter_otlp_headers: Option<Secret>,
+}
+
+/// Where a collector is; `None` for an empty text, which stands for no setting (OpenTelemetry, environment variables).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CollectorUrl(pub Option<Url>);
+
+impl Traces {
+    /// The URL that traces are sent to; `None` when there is no collector.
+    pub fn endpoint(&self) -> Option<Url> {
+        let given = |setting: &Option<CollectorUrl>| setting.clone()?.0;
+        let below = |mut url: Url| {
+            url.set_path(&format!("{}/v1/traces", url.path().trim_end_matches('/')));
+            url
+        };
+        let own = given(&self.otlp_endpoint).map(below);
+        let standard = || given(&self.otel_exporter_otlp_traces_endpoint);
+        own.or_else(standard).or_else(|| given(&self.otel_exporter_otlp_endpoint).map(below))
+    }
+
+    /// The header fields for the collector, unless they are in a file.
+    pub fn headers(&self) -> Option<&Secret> {
+        self.otlp_headers.as_ref().or(self.otel_exporter_otlp_headers.as_ref())
+    }
 }
 
 /// The MCP servers that Portolan connects to.
@@ -586,6 +656,19 @@ fn duration(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// No calendar goes back further than it must.
+const LONGEST_MEMORY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
+
+fn long_time(text: &str) -> Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(time) if time.is_zero() || time > LONGEST_MEMORY => {
+            Err("it must be more than zero and at most 100 years".to_owned())
+        }
+        Ok(time) => Ok(time),
+        Err(_) => Err("write a number and a unit, for example 12h or 30days".to_owned()),
+    }
+}
+
 fn host(text: &str) -> Result<Host, String> {
     let name = text.strip_suffix('.').unwrap_or(text);
     // An IPv6 address needs its brackets only where a port may follow.
@@ -617,6 +700,24 @@ fn base_url(text: &str) -> Result<Url, String> {
         matches!(url.scheme(), "http" | "https") && url.host().is_some() && bare && url.password().is_none()
     });
     url.ok_or_else(|| "write scheme and host alone, for example https://portolan.example.com".to_owned())
+}
+
+/// A password has a place of its own, and logs may show the rest.
+fn collector(text: &str) -> Result<CollectorUrl, String> {
+    if text.trim().is_empty() {
+        return Ok(CollectorUrl(None));
+    }
+    let url = Url::parse(text).ok().filter(|url| {
+        let bare = url.query().is_none() && url.fragment().is_none() && url.username().is_empty();
+        matches!(url.scheme(), "http" | "https") && url.host().is_some() && bare && url.password().is_none()
+    });
+    let mistake = || "write scheme, host, port and path alone, for example http://localhost:4318".to_owned();
+    url.map(|url| CollectorUrl(Some(url))).ok_or_else(mistake)
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
+    share.ok_or_else(|| "write a number from 0 to 1, for example 0.1".to_owned())
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {
@@ -681,6 +782,29 @@ fn allowed(text: &str) -> Result<Allowed, String> {
 #[expect(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_more_particular_name_of_a_collector_wins() {
+        let endpoint = |arguments: &[&str]| {
+            let cli = Cli::parse_from(["portolan"].iter().chain(arguments));
+            cli.settings.traces.endpoint().map(String::from)
+        };
+        let (own, all, traces) = (
+            "--otlp-endpoint=http://a:1/x/",
+            "--otel-exporter-otlp-endpoint=http://b:2",
+            "--otel-exporter-otlp-traces-endpoint=https://c/own/path",
+        );
+        assert_eq!(endpoint(&[own, all, traces]).unwrap(), "http://a:1/x/v1/traces");
+        assert_eq!(endpoint(&[all, traces]).unwrap(), "https://c/own/path");
+        assert_eq!(endpoint(&[all]).unwrap(), "http://b:2/v1/traces");
+        assert_eq!(endpoint(&["--otlp-endpoint=", all]).unwrap(), "http://b:2/v1/traces");
+        assert_eq!(endpoint(&["--otlp-endpoint="]), None);
+        for wrong in ["a:1", "ftp://a", "http://", "http://u:p@a", "http://a?x=1", "http://a#x", "/v1/traces"] {
+            assert!(collector(wrong).is_err(), "{wrong}");
+        }
+        assert!(share("0").is_ok() && share("1").is_ok() && share("0.25").is_ok());
+        assert!(share("-0.1").is_err() && share("1.1").is_err() && share("NaN").is_err() && share("").is_err());
+    }
 
     #[test]
     fn an_allow_list_has_names_suffixes_addresses_and_networks() {

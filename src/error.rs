@@ -157,7 +157,8 @@ impl Error {
         Self::Invalid(vec![Issue { loc, msg: msg.into() }])
     }
 
-    fn status(&self) -> (StatusCode, &'static str) {
+    /// The status and the code of its answer.
+    pub fn status(&self) -> (StatusCode, &'static str) {
         match self {
             Self::NoRoute | Self::NoServer | Self::NoTool | Self::NoServerNamed | Self::NoToolNamed => {
                 (StatusCode::NOT_FOUND, "not_found")
@@ -191,6 +192,11 @@ impl Error {
             Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         }
+    }
+
+    /// What its answer says under `code`.
+    pub fn code(&self) -> &'static str {
+        self.status().1
     }
 
     fn log(&self) {

@@ -104,7 +104,9 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     let (url, notice) = (format!("http://{address}"), key_notice(&app.store));
     let mut lines = match as_json {
         true => json!({ "version": version, "url": url, "database": database, "notice": notice }).to_string(),
-        false => format!("Portolan {version} listens on {url}\nDatabase: {database}\nAPI reference: {url}/docs"),
+        false => format!(
+            "Portolan {version} listens on {url}\nDatabase: {database}\nConsole: {url}/ · API reference: {url}/docs"
+        ),
     };
     lines.push('\n');
     if let Some(notice) = notice.filter(|_| !as_json) {

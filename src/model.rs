@@ -486,3 +486,146 @@ pub struct ToolChanges {
     pub held: Vec<String>,
     pub flagged: Vec<Flagged>,
 }
+
+/// Who asked for a run or a change: the name of a token, or a command line of Portolan's own, which no token has the name of
+/// because of its space. Nobody's name where Portolan is open to all who reach it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct By(Option<Cow<'static, str>>);
+
+impl By {
+    /// What Portolan does by itself: a server said that its tools changed, a sign-in is over.
+    pub const ITSELF: Self = Self(Some(Cow::Borrowed("portolan serve")));
+    pub const IMPORT: Self = Self(Some(Cow::Borrowed("portolan import")));
+    pub const MIGRATION: Self = Self(Some(Cow::Borrowed("portolan migrate-letta")));
+
+    /// `None` and the empty text are nobody's name.
+    pub fn caller(name: Option<&str>) -> Self {
+        Self(name.filter(|name| !name.is_empty()).map(|name| Cow::Owned(name.to_owned())))
+    }
+
+    pub fn name(&self) -> Option<&str> {
+        self.0.as_deref()
+    }
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunOutcome {
+    /// The answer was a result (CONTRACT row 13).
+    Success,
+    /// The same, with the status `error`.
+    Error,
+    /// The answer was an error of Portolan's: nothing was sent to the tool (CONTRACT row 14).
+    Failed,
+}
+
+impl RunOutcome {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Error => "error",
+            Self::Failed => "failed",
+        }
+    }
+
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::Success, Self::Error, Self::Failed].into_iter().find(|known| known.as_str() == name)
+    }
+}
+
+impl TryFrom<String> for RunOutcome {
+    type Error = String;
+
+    fn try_from(name: String) -> Result<Self, String> {
+        Self::from_name(&name).ok_or(name)
+    }
+}
+
+/// What was said in a run, as far as it is kept.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunContent {
+    /// The arguments as JSON, or the start of that text.
+    pub args: String,
+    pub args_cut: bool,
+    /// The text of the result, or the start of it; none of a run that had no result.
+    pub result: Option<String>,
+    pub result_cut: bool,
+}
+
+/// A row of the run log.
+#[derive(Clone, Debug, PartialEq, FromRow)]
+pub struct Run {
+    /// `run-<UUIDv7 of started_at>`
+    pub id: String,
+    /// Whole milliseconds, as the id has it.
+    pub started_at: DateTime<Utc>,
+    /// From the request for a session to the answer.
+    pub duration_ms: i64,
+    pub caller: Option<String>,
+    pub mcp_server_id: String,
+    /// The names that server and tool had.
+    pub server_name: String,
+    pub tool_id: String,
+    pub tool_name: String,
+    #[sqlx(try_from = "String")]
+    pub outcome: RunOutcome,
+    /// Why it failed, as the answer had it; `cancelled` of a run that was cut off.
+    pub error_code: Option<String>,
+    /// The bytes of the arguments as JSON, and of the text of the result.
+    pub args_bytes: i64,
+    pub result_bytes: i64,
+    /// Sealed in the table.
+    #[sqlx(skip)]
+    pub content: Option<RunContent>,
+}
+
+/// What can happen to servers, tools and sign-ins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Action {
+    ServerCreated,
+    ServerUpdated,
+    ServerDeleted,
+    ToolsChanged,
+    ToolApproved,
+    SignInCompleted,
+    /// One from before the registration of its server went with that.
+    SignInAdopted,
+    SignInRemoved,
+}
+
+impl Action {
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::ServerCreated => "server.created",
+            Self::ServerUpdated => "server.updated",
+            Self::ServerDeleted => "server.deleted",
+            Self::ToolsChanged => "tools.changed",
+            Self::ToolApproved => "tool.approved",
+            Self::SignInCompleted => "sign_in.completed",
+            Self::SignInAdopted => "sign_in.adopted",
+            Self::SignInRemoved => "sign_in.removed",
+        }
+    }
+}
+
+/// A row of the log of changes.
+#[derive(Clone, Debug, PartialEq, FromRow, Serialize)]
+pub struct Change {
+    pub id: i64,
+    pub at: DateTime<Utc>,
+    /// See [`By`].
+    pub caller: Option<String>,
+    /// See [`Action`].
+    pub action: String,
+    /// None of a sign-in to a server that is not registered.
+    pub mcp_server_id: Option<String>,
+    pub server_name: Option<String>,
+    /// A JSON object of names and counts, never of values.
+    #[serde(serialize_with = "as_json")]
+    pub details: String,
+}
+
+fn as_json<S: Serializer>(text: &str, out: S) -> Result<S::Ok, S::Error> {
+    serde_json::from_str::<Value>(text).unwrap_or_default().serialize(out)
+}

@@ -106,6 +106,16 @@ fn bearer(token: &str) -> String {
 /// Spellings of a path that some server, proxy or framework takes for the same, and whether this one does.
 fn spellings(path: &str, authority: &str) -> Vec<(String, bool)> {
     let bare = path.trim_end_matches('/');
+    if bare.is_empty() {
+        let same = [
+            "/".to_owned(),
+            "/?a=b&c=/v1/health".to_owned(),
+            format!("http://{authority}"),
+            "http://localhost/".to_owned(),
+        ];
+        let other = ["//", "///", "/.", "/..", "/%2f", "/%00", "/;", "\\", "*"].map(str::to_owned);
+        return same.into_iter().map(|path| (path, true)).chain(other.into_iter().map(|path| (path, false))).collect();
+    }
     let (first, rest) = bare[1..].split_once('/').unwrap_or((&bare[1..], ""));
     let inner = if rest.is_empty() { String::new() } else { format!("/{rest}") };
     let encoded: String = first.bytes().map(|byte| format!("%{byte:02x}")).collect();
@@ -203,7 +213,8 @@ impl<'a> Kept<'a> {
         let name = if method == Method::DELETE { "gone" } else { "kept" };
         let path = path.replace("{mcp_server_name}", name);
         let path = path.replace("{mcp_tool_name}", "echo").replace("{tool_name}", "echo");
-        path.replace("{file}", "docs.js").replace("{session_id}", "mcp-oauth-0")
+        let file = if template.starts_with("/console") { "app.js" } else { "docs.js" };
+        path.replace("{file}", file).replace("{session_id}", "mcp-oauth-0")
     }
 
     fn flat(&self, name: &str) -> String {
@@ -310,7 +321,9 @@ async fn what_is_no_route_is_nothing_for_strangers_either() {
     let reader = portolan.remote_with(READ);
     let stranger = portolan.remote();
     for path in [
-        "/",
+        "//",
+        "/console",
+        "/console/a/b",
         "/v1",
         "/v1/",
         "/v2/mcp-servers",
@@ -351,8 +364,15 @@ async fn what_is_no_route_is_nothing_for_strangers_either() {
         }
     }
     for target in ["*", "http://localhost", "http://localhost/", "localhost:80"] {
+        let is_root = target.starts_with("http:");
         for method in ["OPTIONS", "GET", "CONNECT"] {
             for (fields, expected) in [(String::new(), 401), (bearer(READ), 404)] {
+                // The page at the root is for everybody, and answers GET alone.
+                let expected = match (is_root, method, expected) {
+                    (true, "GET", _) => 200,
+                    (true, _, 404) => 405,
+                    _ => expected,
+                };
                 let answer = exchange(&portolan, somewhere(), wire(method, target, &fields, "")).await;
                 // Some of it is no HTTP request.
                 assert!([400, expected].contains(&status(&answer)), "{method} {target}: {answer}");

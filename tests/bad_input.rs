@@ -340,7 +340,7 @@ async fn wrong_methods_and_paths_are_told_apart() {
         }
     }
     for path in [
-        "/",
+        "/console",
         "/v1",
         "/v1/",
         "/v2/mcp-servers/",
@@ -348,6 +348,8 @@ async fn wrong_methods_and_paths_are_told_apart() {
         "/v1/mcp-servers//",
         "/v1/tools",
         "/docs/nope.js",
+        "/console/nope.js",
+        "/console/%2e%2e%2fCargo.toml",
         "/docs/%ff",
         "/docs/%2e%2e%2fCargo.toml",
     ] {

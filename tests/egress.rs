@@ -14,7 +14,7 @@ use clap::Parser;
 use http::Method;
 use portolan::config::{Cli, Lookup, Settings};
 use portolan::mcp::{Egress, Forbidden, Trust};
-use portolan::model::{Connector, Remote};
+use portolan::model::{By, Connector, Remote};
 use reqwest::Url;
 use serde_json::{Value, json};
 
@@ -918,7 +918,7 @@ async fn a_stored_url_is_judged_again_when_it_is_used() {
             }
             let id = format!("mcp_server-{}", uuid::Uuid::new_v4());
             let name = format!("{number} {connector:?}");
-            portolan.app.store.create_server(&id, &name, &connector).await.unwrap();
+            portolan.app.store.create_server(&id, &name, &connector, &By::default()).await.unwrap();
             let answer = portolan.refresh(&id).await;
             match &error {
                 Some(error) => assert_eq!(answer.expect(404)["detail"]["error"], *error),

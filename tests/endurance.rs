@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
 use portolan::mcp::Variables;
+use portolan::telemetry::Span;
 use serde_json::{Map, Value, json};
 
 use crate::fake::script::with_tools;
@@ -169,7 +170,14 @@ async fn jumbled_answers(callers: usize) {
                 let message = format!("caller {caller} {}", uuid::Uuid::new_v4());
                 let arguments = Map::from_iter([("message".to_owned(), json!(message))]);
                 let outcome = mcp
-                    .run_tool(&server, &tool, arguments, &Variables::default(), &AtomicBool::default())
+                    .run_tool(
+                        &server,
+                        &tool,
+                        arguments,
+                        &Variables::default(),
+                        &AtomicBool::default(),
+                        &mut Span::default(),
+                    )
                     .await
                     .map_err(|error| error.to_string())?;
                 if outcome.text == message { Ok(()) } else { Err(format!("not {message:?} but {:?}", outcome.text)) }

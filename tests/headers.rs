@@ -446,7 +446,8 @@ async fn a_stored_header_that_is_no_clean_one_is_not_sent() {
         };
         let connector = portolan::model::Connector::StreamableHttp(remote);
         let id = format!("mcp_server-00000000-0000-4000-8000-00000000000{number}");
-        let server = portolan.app.store.create_server(&id, &number.to_string(), &connector).await.unwrap();
+        let by = portolan::model::By::default();
+        let server = portolan.app.store.create_server(&id, &number.to_string(), &connector, &by).await.unwrap();
         let refused = portolan.refresh(&server.id).await.expect(404);
         let error = refused["detail"]["error"].as_str().unwrap();
         assert_eq!(error, "A configured header is not valid HTTP; set custom_headers and auth_token again.");

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
-use portolan::model::{Config, Connector};
+use portolan::model::{By, Config, Connector};
 use portolan::store::ServerUpdate;
 use serde_json::{Value, json};
 
@@ -166,7 +166,7 @@ async fn a_change_that_another_portolan_makes_is_honoured_within_two_seconds() {
         let server_name = server.server_name.clone();
         Ok::<_, portolan::store::Error>(ServerUpdate { server_name, connector, forgets_sign_in: false })
     };
-    another.store.update_server(&id, change).await.unwrap().unwrap();
+    another.store.update_server(&id, &By::default(), change).await.unwrap().unwrap();
     let changed = Instant::now();
     loop {
         let asked = Instant::now();
@@ -177,7 +177,7 @@ async fn a_change_that_another_portolan_makes_is_honoured_within_two_seconds() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 
-    assert!(another.store.delete_server(&id).await.unwrap());
+    assert!(another.store.delete_server(&id, &By::default()).await.unwrap());
     let deleted = Instant::now();
     loop {
         let asked = Instant::now();

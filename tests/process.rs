@@ -106,7 +106,7 @@ async fn it_says_where_it_listens_what_it_keeps_and_where_the_docs_are() {
     } else {
         assert_eq!(kept, "Database: SQLite in ./portolan-data/portolan.db");
     }
-    assert_eq!(docs, format!("API reference: {}/docs", program.url));
+    assert_eq!(docs, format!("Console: {0}/ · API reference: {0}/docs", program.url));
     let data = folder.path().join("portolan-data");
     let mode = std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&data).unwrap().permissions());
     assert_eq!(mode & 0o777, 0o700);
@@ -117,6 +117,7 @@ async fn it_says_where_it_listens_what_it_keeps_and_where_the_docs_are() {
         ("/docs/swagger-ui-bundle.js", "text/javascript; charset=utf-8", "SwaggerUI"),
         ("/docs/swagger-ui.css", "text/css; charset=utf-8", ".swagger-ui"),
         ("/openapi.yaml", "application/yaml", "openapi: 3.1"),
+        ("/", "text/html; charset=utf-8", "/console/app.js"),
     ] {
         let answer = client.get(format!("{}{path}", program.url)).send().await.unwrap();
         assert_eq!(

@@ -79,6 +79,7 @@ async fn both_forms_of_every_path_are_served_directly() {
         "/v1/health".to_owned(),
         "/v1/ready".to_owned(),
         "/docs".to_owned(),
+        "/console/app.js".to_owned(),
     ] {
         portolan.get(&path).await.expect_status(200);
         portolan.get(&format!("{path}/")).await.expect_status(200);

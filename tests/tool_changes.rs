@@ -3,6 +3,7 @@
 
 use portolan::app::App;
 use portolan::config::ToolPolicy;
+use portolan::model::By;
 use serde_json::{Value, json};
 
 use crate::fake::{self, Fake};
@@ -312,7 +313,7 @@ async fn an_approval_by_another_portolan_counts() {
     scene.is_held("args").await;
     let another: App = scene.portolan.another().await;
     let tool_id = scene.portolan.tool_id(&scene.id, "args").await;
-    assert!(another.store.approve_tool(&scene.id, &tool_id, None).await.unwrap());
+    assert!(another.store.approve_tool(&scene.id, &tool_id, None, &By::default()).await.unwrap());
     let deadline = tokio::time::Instant::now() + crate::harness::PATIENCE;
     while scene.try_run("args").await.status != 200 {
         assert!(tokio::time::Instant::now() < deadline, "the approval is not seen");

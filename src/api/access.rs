@@ -17,6 +17,7 @@ use axum::response::Response;
 use tracing::Span;
 
 use crate::error::Error;
+use crate::model::By;
 pub use crate::model::Scope;
 use crate::serve::Peer;
 
@@ -56,6 +57,11 @@ impl Caller {
     /// What the token is called; at most 64 characters.
     pub fn name(&self) -> Option<&str> {
         self.token.as_deref().map(|token| token.name.as_str())
+    }
+
+    /// This caller in the logs of runs and changes.
+    pub fn by(&self) -> By {
+        By::caller(self.name())
     }
 
     /// The same for all requests with one token, and for no others.

@@ -16,7 +16,7 @@ use crate::interchange::{
     Document, Entry, Format, Passed, Variable, Written, canonical, headers, leave_out, plain_json, read, write,
 };
 use crate::mcp::{self, is_templated};
-use crate::model::{Connector, Remote, Server, Stdio};
+use crate::model::{By, Connector, Remote, Server, Stdio};
 use crate::store::{self, NewServer, Step, Store, now};
 
 use super::guard::{file_object, shown};
@@ -58,8 +58,8 @@ pub struct Imported {
 }
 
 impl Import {
-    /// Does what the file says to the stored servers, in one transaction. `check` says whether such a server may be had;
-    /// `progress` hears how many steps of how many are done.
+    /// Does what the file says to the stored servers, in one transaction; `by` asks for it. `check` says whether such a
+    /// server may be had; `progress` hears how many steps of how many are done.
     ///
     /// # Errors
     /// [`Error::Invalid`] with all that is wrong and where in the file, [`Error::BodyTooLarge`]; what the store says. Then
@@ -68,6 +68,7 @@ impl Import {
         self,
         store: &Store,
         file: Vec<u8>,
+        by: &By,
         check: impl Fn(&Connector) -> Result<(), mcp::Error>,
         mut progress: impl FnMut(usize, usize),
     ) -> Result<Imported, Error> {
@@ -84,7 +85,7 @@ impl Import {
                 true => Ok(()),
                 false => {
                     progress(0, all);
-                    store.change_servers(&plan.steps, |done| progress(done, all)).await
+                    store.change_servers(&plan.steps, by, |done| progress(done, all)).await
                 }
             };
             match done {

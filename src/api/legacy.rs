@@ -11,11 +11,12 @@ use tokio::task::spawn_blocking;
 use crate::app::App;
 use crate::error::Error;
 use crate::mcp::{Subject, SyncError, Variables};
-use crate::model::Server;
+use crate::model::{By, Server};
 
 use super::access::{Caller, Scope};
 use super::guard::{JsonBody, RunBody, ServerName, ToolId, ToolName, UnusedBody};
 use super::oauth;
+use super::observed::Observed;
 use super::repeats::Repeat;
 use super::reveal::Shown;
 use super::servers::{self, ForAgent};
@@ -52,12 +53,13 @@ pub async fn add(
 pub async fn update(
     State(app): State<App>,
     ServerName(name): ServerName,
+    caller: Caller,
     shown: Shown,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
     let request = UpdateServer::read_legacy(body)?;
     let server = named(&app, &name).await?;
-    let server = servers::change(&app, server.id, request).await?;
+    let server = servers::change(&app, server.id, request, caller.by()).await?;
     Ok(Json(ServerConfig::new(&server, shown)).into_response())
 }
 
@@ -65,13 +67,14 @@ pub async fn update(
 pub async fn delete(
     State(app): State<App>,
     ServerName(name): ServerName,
+    caller: Caller,
     shown: Shown,
     _: UnusedBody,
 ) -> Result<Response, Error> {
     // Read before: after the deletion an error would make clients delete once more, and find nothing.
     let mut servers = app.store.servers().await?;
     let place = servers.iter().position(|server| server.server_name == name).ok_or(Error::NoServerNamed)?;
-    servers::remove(&app, servers.remove(place).id).await?;
+    servers::remove(&app, servers.remove(place).id, caller.by()).await?;
     Ok(all(&servers, shown))
 }
 
@@ -126,6 +129,7 @@ async fn json_of(map: impl FnOnce() -> Vec<u8> + Send + 'static) -> Result<Respo
 pub async fn add_tool(
     State(app): State<App>,
     names: ToolName,
+    caller: Caller,
     Given(given): Given,
     _: UnusedBody,
 ) -> Result<Response, Error> {
@@ -133,7 +137,7 @@ pub async fn add_tool(
     let ids = match tool_named(&app, &server, &names.tool_name).await? {
         Some(ids) => ids,
         None => {
-            sync(&app, &server, &given).await?;
+            sync(&app, &server, &given, &caller.by()).await?;
             tool_named(&app, &server, &names.tool_name).await?.ok_or(Error::NoToolNamed)?
         }
     };
@@ -143,12 +147,13 @@ pub async fn add_tool(
 pub async fn resync(
     State(app): State<App>,
     ServerName(name): ServerName,
+    caller: Caller,
     agent: ForAgent,
     Given(given): Given,
     _: UnusedBody,
 ) -> Result<Response, Error> {
     let server = named(&app, &name).await?;
-    servers::resync(&app, server, agent, &given).await
+    servers::resync(&app, server, agent, &given, &caller.by()).await
 }
 
 /// A run: the one that `…/run` makes, in another shape.
@@ -158,6 +163,7 @@ pub async fn execute(
     caller: Caller,
     repeat: Repeat,
     Given(given): Given,
+    observed: Observed,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
     let arguments = run_arguments(body)?;
@@ -166,10 +172,11 @@ pub async fn execute(
     // It was away when it was registered, and nobody has seen its tools yet. What is trusted from then on is an admin's to
     // ask for: a run brings variables of its own.
     if ids.is_none() && server.last_synced_at.is_none() && is_admin(&caller) {
-        sync(&app, &server, &given).await?;
+        sync(&app, &server, &given, &caller.by()).await?;
         ids = tool_named(&app, &server, &names.tool_name).await?;
     }
-    tools::answer(&app, ids.ok_or(Error::NoToolNamed)?, &repeat, given, arguments, execution).await
+    let ids = ids.ok_or(Error::NoToolNamed)?;
+    tools::answer(&app, ids, observed, &repeat, given, arguments, execution).await
 }
 
 fn is_admin(caller: &Caller) -> bool {
@@ -185,8 +192,8 @@ async fn tool_named(app: &App, server: &Server, name: &str) -> Result<Option<Too
     Ok(found.map(|tool_id| ToolId { server_id: server.id.clone(), tool_id }))
 }
 
-async fn sync(app: &App, server: &Server, given: &Variables) -> Result<(), Error> {
-    match app.mcp.sync_tools(server, None, given).await {
+async fn sync(app: &App, server: &Server, given: &Variables, by: &By) -> Result<(), Error> {
+    match app.mcp.sync_tools(server, None, given, by).await {
         Ok(_) => Ok(()),
         Err(SyncError::Gone) => Err(Error::NoServerNamed),
         Err(SyncError::Server(error)) => Err(error.into()),

@@ -1,6 +1,7 @@
 //! Speaks HTTP: the route table, in the order of `openapi.yaml`, and the layers around it.
 
 mod access;
+mod assets;
 mod attempts;
 mod drip;
 #[cfg(any(test, fuzzing))]
@@ -8,7 +9,9 @@ pub mod fuzz;
 mod guard;
 mod import;
 mod legacy;
+mod logs;
 mod oauth;
+mod observed;
 mod origin;
 mod page;
 mod portolan;
@@ -113,11 +116,15 @@ pub fn routes() -> Vec<Route> {
         route(Method::POST, NAMED_EXECUTE, RUN, legacy::execute),
         route(Method::POST, "/v1/portolan/import", ADMIN, portolan::import),
         route(Method::GET, "/v1/portolan/export", ADMIN, portolan::export),
+        route(Method::GET, "/v1/portolan/runs", ADMIN, logs::runs),
+        route(Method::GET, "/v1/portolan/changes", ADMIN, logs::changes),
         route(Method::GET, "/v1/health/", Open, status::health),
         route(Method::GET, "/v1/ready", Open, status::ready),
-        route(Method::GET, "/openapi.yaml", Open, status::openapi),
-        route(Method::GET, "/docs", Open, status::docs),
-        route(Method::GET, "/docs/{file}", Open, status::docs_file),
+        route(Method::GET, "/openapi.yaml", Open, assets::openapi),
+        route(Method::GET, "/docs", Open, assets::docs),
+        route(Method::GET, "/docs/{file}", Open, assets::docs_file),
+        route(Method::GET, "/", Open, assets::console),
+        route(Method::GET, "/console/{file}", Open, assets::console_file),
     ]
 }
 
@@ -129,7 +136,11 @@ pub fn router(app: App) -> Router {
     let mut router = Router::new();
     for Route { path, handler, .. } in routes {
         let bare = path.trim_end_matches('/');
-        router = router.route(bare, handler.clone()).route(&format!("{bare}/"), handler);
+        router = router.route(&format!("{bare}/"), handler.clone());
+        // The root is its slash.
+        if !bare.is_empty() {
+            router = router.route(bare, handler);
+        }
     }
     let cors = app.origins.cors();
     let router = router

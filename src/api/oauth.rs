@@ -55,7 +55,7 @@ pub async fn connect(
 /// which ends all event streams.
 pub(super) fn stream(app: &App, subject: Subject, caller: &Caller, given: Variables) -> Response {
     let redirect_uri = app.settings.upstream.sign_in.redirect_uri();
-    let events = app.mcp.connect(subject, redirect_uri, caller.name().unwrap_or_default(), given);
+    let events = app.mcp.connect(subject, redirect_uri, &caller.by(), given);
     streaming(Body::from_stream(frames(events, PING_EVERY)))
 }
 

@@ -12,21 +12,27 @@ use crate::app::App;
 use crate::error::Error;
 use crate::interchange::Format;
 
+use super::access::Caller;
 use super::guard::FileBody;
 use super::import::{self, Import, Imported};
 use super::reveal::Shown;
 
-pub async fn import(State(app): State<App>, uri: Uri, FileBody(file): FileBody) -> Result<Response, Error> {
+pub async fn import(
+    State(app): State<App>,
+    uri: Uri,
+    caller: Caller,
+    FileBody(file): FileBody,
+) -> Result<Response, Error> {
     let asked = Import {
         format: parameter(&uri, "format", format_of)?,
         replace: parameter(&uri, "mode", |mode| choice(mode, "merge", "replace"))?.unwrap_or(false),
         dry_run: parameter(&uri, "dry_run", |dry_run| choice(dry_run, "false", "true"))?.unwrap_or(false),
     };
-    let importing = app.clone();
+    let (importing, by) = (app.clone(), caller.by());
     let report = app.to_the_end(async move {
         let App { store, mcp, .. } = &importing;
         let Imported { report, added, changed, removed } =
-            asked.run(store, file, |connector| mcp.check(connector), |_, _| {}).await?;
+            asked.run(store, file, &by, |connector| mcp.check(connector), |_, _| {}).await?;
         if report.dry_run {
             return Ok(report);
         }
@@ -36,7 +42,7 @@ pub async fn import(State(app): State<App>, uri: Uri, FileBody(file): FileBody) 
         removed.iter().for_each(|id| mcp.deleted(id));
         let (more, other, fewer) = (report.added.len(), report.changed.len(), report.removed.len());
         tracing::info!(servers.added = more, servers.changed = other, servers.removed = fewer, "servers imported");
-        mcp.first_syncs(added);
+        mcp.first_syncs(added, &by);
         Ok(report)
     });
     Ok(Json(report.await?).into_response())
@@ -50,7 +56,11 @@ pub async fn export(State(app): State<App>, uri: Uri, shown: Shown) -> Result<Re
 }
 
 /// A parameter of the query, once; empty means absent.
-fn parameter<T>(uri: &Uri, name: &str, read: impl Fn(&str) -> Result<T, String>) -> Result<Option<T>, Error> {
+pub(super) fn parameter<T>(
+    uri: &Uri,
+    name: &str,
+    read: impl Fn(&str) -> Result<T, String>,
+) -> Result<Option<T>, Error> {
     let mut given = form_urlencoded::parse(uri.query().unwrap_or_default().as_bytes()).filter(|(key, _)| key == name);
     let value = given.next().map(|(_, value)| value).filter(|value| !value.is_empty());
     let wrong = |msg: String| Error::invalid(vec![json!("query"), json!(name)], msg);

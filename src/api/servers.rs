@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::app::App;
 use crate::error::Error;
 use crate::mcp::{AgentId, SyncError, Variables};
-use crate::model::{Connector, Server, ServerType, State as ServerState};
+use crate::model::{By, Connector, Server, ServerType, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
 use super::access::Caller;
@@ -47,8 +47,8 @@ pub(super) async fn add(
     given: Variables,
 ) -> Result<Server, Error> {
     app.mcp.check(&request.connector).map_err(Error::Disabled)?;
-    let (creating, caller) = (app.clone(), caller.name().unwrap_or_default().to_owned());
-    app.to_the_end(async move { register(&creating, &headers, &caller, &request, &given).await }).await
+    let (creating, by) = (app.clone(), caller.by());
+    app.to_the_end(async move { register(&creating, &headers, &by, &request, &given).await }).await
 }
 
 /// Name and connector as a create of them would store them; for what comes another way and is held to the same rules.
@@ -73,16 +73,16 @@ fn show<'a>(app: &App, server: &'a Server, shown: Shown) -> ServerObject<'a> {
 async fn register(
     app: &App,
     headers: &HeaderMap,
-    caller: &str,
+    by: &By,
     request: &CreateServer,
     given: &Variables,
 ) -> Result<Server, Error> {
     let id = format!("mcp_server-{}", Uuid::new_v4());
-    let server = match app.store.create_server(&id, &request.server_name, &request.connector).await {
+    let server = match app.store.create_server(&id, &request.server_name, &request.connector, by).await {
         Ok(server) => {
             tracing::info!(server.id, server.r#type = server.server_type.as_str(), "server registered");
             // Without it the server is registered all the same, and says that it wants a sign-in.
-            if let Err(error) = app.mcp.adopt_sign_in(&server, caller).await {
+            if let Err(error) = app.mcp.adopt_sign_in(&server, by).await {
                 tracing::error!(server.id, %error, "cannot look for a sign-in of before");
             }
             server
@@ -92,7 +92,8 @@ async fn register(
     };
     let mut done = true;
     if server.last_synced_at.is_none() {
-        done = app.mcp.first_sync(server.clone(), given, app.settings.upstream.create_sync_timeout).await;
+        let patience = app.settings.upstream.create_sync_timeout;
+        done = app.mcp.first_sync(server.clone(), given, patience, by).await;
     }
     let mut server = match app.store.server(&server.id).await {
         Ok(current) => current.ok_or(Error::NoServer)?,
@@ -135,14 +136,15 @@ pub async fn retrieve(State(app): State<App>, ServerId(id): ServerId, shown: Sho
 pub async fn update(
     State(app): State<App>,
     ServerId(id): ServerId,
+    caller: Caller,
     shown: Shown,
     JsonBody(body): JsonBody,
 ) -> Result<Response, Error> {
-    let server = change(&app, id, UpdateServer::read(body)?).await?;
+    let server = change(&app, id, UpdateServer::read(body)?, caller.by()).await?;
     Ok(Json(show(&app, &server, shown)).into_response())
 }
 
-pub(super) async fn change(app: &App, id: String, request: UpdateServer) -> Result<Server, Error> {
+pub(super) async fn change(app: &App, id: String, request: UpdateServer, by: By) -> Result<Server, Error> {
     let changing = app.clone();
     app.to_the_end(async move {
         let mut reconfigured = false;
@@ -156,7 +158,7 @@ pub(super) async fn change(app: &App, id: String, request: UpdateServer) -> Resu
             reconfigured = connector.is_some();
             Ok(ServerUpdate { server_name, connector, forgets_sign_in })
         };
-        let server = changing.store.update_server(&id, change).await?.ok_or(Error::NoServer)?;
+        let server = changing.store.update_server(&id, &by, change).await?.ok_or(Error::NoServer)?;
         if reconfigured {
             changing.mcp.reconfigured(&id, server.revision);
         }
@@ -165,15 +167,20 @@ pub(super) async fn change(app: &App, id: String, request: UpdateServer) -> Resu
     .await
 }
 
-pub async fn delete(State(app): State<App>, ServerId(id): ServerId, _: UnusedBody) -> Result<StatusCode, Error> {
-    remove(&app, id).await?;
+pub async fn delete(
+    State(app): State<App>,
+    ServerId(id): ServerId,
+    caller: Caller,
+    _: UnusedBody,
+) -> Result<StatusCode, Error> {
+    remove(&app, id, caller.by()).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub(super) async fn remove(app: &App, id: String) -> Result<(), Error> {
+pub(super) async fn remove(app: &App, id: String, by: By) -> Result<(), Error> {
     let deleting = app.clone();
     app.to_the_end(async move {
-        if !deleting.store.delete_server(&id).await? {
+        if !deleting.store.delete_server(&id, &by).await? {
             return Err(Error::NoServer);
         }
         deleting.mcp.deleted(&id);
@@ -205,12 +212,13 @@ impl FromRequestParts<App> for ForAgent {
 pub async fn refresh(
     State(app): State<App>,
     ServerId(id): ServerId,
+    caller: Caller,
     agent: ForAgent,
     Given(given): Given,
     _: UnusedBody,
 ) -> Result<Response, Error> {
     let server = app.store.server(&id).await?.ok_or(Error::NoServer)?;
-    resync(&app, server, agent, &given).await
+    resync(&app, server, agent, &given, &caller.by()).await
 }
 
 pub(super) async fn resync(
@@ -218,8 +226,9 @@ pub(super) async fn resync(
     server: Server,
     ForAgent(agent): ForAgent,
     given: &Variables,
+    by: &By,
 ) -> Result<Response, Error> {
-    match app.mcp.sync_tools(&server, agent.as_ref(), given).await {
+    match app.mcp.sync_tools(&server, agent.as_ref(), given, by).await {
         Ok(changes) => Ok(Json(changes).into_response()),
         Err(SyncError::Gone) => Err(Error::NoServer),
         Err(SyncError::Server(source)) => Err(Error::Refresh { server_name: server.server_name, source }),

@@ -1,23 +1,11 @@
-//! How Portolan is, and what its API is: health, readiness, the OpenAPI document and its page.
+//! How Portolan is: health and readiness.
 
 use axum::Json;
-use axum::extract::rejection::PathRejection;
-use axum::extract::{Path, State};
-use axum::http::header::{CONTENT_SECURITY_POLICY, CONTENT_TYPE};
-use axum::response::{Html, IntoResponse, Response};
+use axum::extract::State;
 use serde_json::{Value, json};
 
 use crate::app::App;
 use crate::error::Error;
-
-const OPENAPI: &str = include_str!("../../openapi.yaml");
-const DOCS: &str = include_str!("docs.html");
-const DOCS_SCRIPT: &str = include_str!("docs.js");
-
-/// Scripts and styles from here alone; Swagger UI sets styles on elements and carries its icons as data.
-const DOCS_POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; \
-                           img-src 'self' data:; font-src 'self' data:; connect-src 'self'; base-uri 'none'; \
-                           form-action 'none'; frame-ancestors 'none'";
 
 pub async fn health() -> Json<Value> {
     Json(json!({ "version": env!("CARGO_PKG_VERSION"), "status": "ok" }))
@@ -26,33 +14,4 @@ pub async fn health() -> Json<Value> {
 pub async fn ready(State(app): State<App>) -> Result<Json<Value>, Error> {
     app.store.ping().await?;
     Ok(Json(json!({ "status": "ok" })))
-}
-
-pub async fn openapi() -> Response {
-    ([(CONTENT_TYPE, "application/yaml")], OPENAPI).into_response()
-}
-
-pub async fn docs() -> Response {
-    ([(CONTENT_SECURITY_POLICY, DOCS_POLICY)], Html(DOCS)).into_response()
-}
-
-pub async fn docs_file(file: Result<Path<String>, PathRejection>) -> Result<Response, Error> {
-    let Path(file) = file.map_err(|_| Error::NoRoute)?;
-    let (kind, bytes): (&str, &'static [u8]) = match file.as_str() {
-        "docs.js" => ("text/javascript; charset=utf-8", DOCS_SCRIPT.as_bytes()),
-        name => swagger_ui_redist::SwaggerUi::static_files()
-            .iter()
-            .find(|(known, _)| known.file_name() == name)
-            .map(|(known, bytes)| (content_type(known.file_name()), *bytes))
-            .ok_or(Error::NoRoute)?,
-    };
-    Ok(([(CONTENT_TYPE, kind)], bytes).into_response())
-}
-
-fn content_type(name: &str) -> &'static str {
-    match name.rsplit('.').next() {
-        Some("js") => "text/javascript; charset=utf-8",
-        Some("css") => "text/css; charset=utf-8",
-        _ => "image/png",
-    }
 }

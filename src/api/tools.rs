@@ -17,8 +17,10 @@ use crate::mcp::Room;
 use crate::mcp::Variables;
 use crate::model::ServerTool;
 
+use super::access::Caller;
 use super::drip;
 use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
+use super::observed::Observed;
 use super::repeats::Repeat;
 use super::runs::Sent;
 use super::variables::Given;
@@ -50,17 +52,19 @@ pub(super) fn object(app: &App, found: &ServerTool) -> Response {
 pub async fn run(
     State(app): State<App>,
     ids: ToolId,
+    observed: Observed,
     repeat: Repeat,
     Given(given): Given,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
-    answer(&app, ids, &repeat, given, run_arguments(body)?, |json| json).await
+    answer(&app, ids, observed, &repeat, given, run_arguments(body)?, |json| json).await
 }
 
 /// The answer to a run: its JSON is what `shape` makes of that of a [`ToolExecutionResult`].
 pub(super) async fn answer(
     app: &App,
     ids: ToolId,
+    observed: Observed,
     repeat: &Repeat,
     given: Variables,
     arguments: Map<String, Value>,
@@ -68,13 +72,22 @@ pub(super) async fn answer(
 ) -> Result<Response, Error> {
     let call = repeat.call(&ids, &arguments, &given);
     let running = app.clone();
-    let work = |sent: Sent| async move {
-        let found = find(&running, &ids).await?;
-        if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
-            return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
+    let work = |sent: Sent| {
+        let mut observed = observed.begin();
+        async move {
+            let outcome = async {
+                let found = find(&running, &ids).await?;
+                observed.goes_to(&found, &arguments, &sent);
+                if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
+                    return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
+                }
+                let ServerTool { server, tool } = &*found;
+                Ok(running.mcp.run_tool(server, tool, arguments, &given, &sent, observed.span()).await?)
+            };
+            let outcome = outcome.await;
+            observed.end(&outcome);
+            Ok(ToolExecutionResult::from(outcome?).json())
         }
-        let outcome = running.mcp.run_tool(&found.server, &found.tool, arguments, &given, &sent).await?;
-        Ok(ToolExecutionResult::from(outcome).json())
     };
     let (outcome, repeated) = match call {
         None => (app.runs.alone(work), false),
@@ -91,13 +104,18 @@ pub(super) async fn answer(
 }
 
 /// What an admin has seen may be run (`--tool-changes hold`).
-pub async fn approve(State(app): State<App>, ids: ToolId, OptionalBody(body): OptionalBody) -> Result<Response, Error> {
+pub async fn approve(
+    State(app): State<App>,
+    ids: ToolId,
+    caller: Caller,
+    OptionalBody(body): OptionalBody,
+) -> Result<Response, Error> {
     let hash = approved_hash(body)?;
     find(&app, &ids).await?;
     let approving = app.clone();
     app.to_the_end(async move {
         let ToolId { server_id, tool_id } = &ids;
-        let approved = approving.store.approve_tool(server_id, tool_id, hash.as_deref()).await?;
+        let approved = approving.store.approve_tool(server_id, tool_id, hash.as_deref(), &caller.by()).await?;
         let found = find(&approving, &ids).await?;
         if !approved {
             return Err(Error::ToolChanged);

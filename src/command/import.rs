@@ -8,6 +8,7 @@ use crate::api::{Import, Report};
 use crate::app::{Commands, make_data_folder};
 use crate::config::Settings;
 use crate::error::Error;
+use crate::model::By;
 use crate::progress::Progress;
 
 use super::{Failure, open_store, say, shown, value};
@@ -24,7 +25,7 @@ pub async fn run(settings: &Settings, file: &Path, asked: Import, as_json: bool)
     let store = open_store(settings).await?;
     let mut progress = Progress::of_command();
     let show = |done, all| progress.tell(done, all, format_args!("storing servers: {done} of {all}"));
-    let done = asked.run(&store, text, |connector| commands.check(connector), show).await;
+    let done = asked.run(&store, text, &By::IMPORT, |connector| commands.check(connector), show).await;
     store.close().await;
     drop(progress);
     let report = done.map_err(failed)?.report;

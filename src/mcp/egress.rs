@@ -3,14 +3,16 @@
 //! A [`Destination`] is the only way to send something, and [`Egress`] the only one to get one. Whoever registers a
 //! server may name private addresses, because that is where self-hosted ones are; what another server names
 //! ([`Trust::Supplied`]) is on the origin that was configured, or public and https. `--egress strict` judges both like the
-//! latter. Nobody gets to what `address` refuses, to Portolan itself, to its database, or to `--egress-deny`.
+//! latter. What the operator's own settings name ([`Trust::Operator`]) may be anywhere. Nobody gets to what `address`
+//! refuses, to Portolan itself, to its database, or to `--egress-deny`.
 //!
 //! An address in a URL is checked here; a name is looked up by the HTTP client when it makes a connection, and gets from
 //! us only those of its addresses that may be connected to. The client dials what was checked, and nothing looks the name
 //! up a second time: a name that changes its mind (DNS rebinding) reaches nothing. A connection that was made is kept
 //! and used again.
 //!
-//! Redirects are followed on one origin alone, and no proxy of the environment is used.
+//! Redirects are followed on one origin alone, those of what the operator names not at all, and no proxy of the environment
+//! is used.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr, UdpSocket};
@@ -19,6 +21,7 @@ use std::time::Duration;
 
 use http::Method;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use reqwest::redirect::Policy;
 use rustls_platform_verifier::BuilderVerifierExt;
 use url::{Host, Url};
 
@@ -41,6 +44,8 @@ pub struct TlsError(String);
 /// Who names an address.
 #[derive(Clone, Copy, Debug)]
 pub enum Trust<'a> {
+    /// Whoever starts Portolan.
+    Operator,
     /// Whoever registers servers.
     Configured,
     /// The server at this URL.
@@ -50,6 +55,8 @@ pub enum Trust<'a> {
 /// Which addresses a name may resolve to, beside the rules for all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Reach {
+    /// As the operator says: anywhere, and nowhere else.
+    Named,
     Anywhere,
     /// Public ones, and networks of the allow-list.
     Public,
@@ -66,7 +73,7 @@ struct Shared {
     connect_timeout: Duration,
     /// Reading the system's certificates takes 45 ms and memory: once for all clients.
     tls: rustls::ClientConfig,
-    /// By what names may resolve to, and the port if it is one of ours: a resolver is told the name alone. Nine at most.
+    /// By what names may resolve to, and the port if it is one of ours: a resolver is told the name alone. Twelve at most.
     clients: Mutex<HashMap<(Reach, Option<u16>), reqwest::Client>>,
 }
 
@@ -144,7 +151,7 @@ impl Egress {
             .http1_only()
             .tls_backend_preconfigured(self.0.tls.clone())
             .dns_resolver(names)
-            .redirect(same_origin_redirects())
+            .redirect(if reach == Reach::Named { Policy::none() } else { same_origin_redirects() })
             .referer(false)
             .no_proxy()
             .tcp_nodelay(true)
@@ -202,6 +209,7 @@ struct Rules {
 impl Rules {
     fn reach(&self, url: &Url, trust: Trust<'_>) -> Reach {
         let is_trusted = match trust {
+            Trust::Operator => return Reach::Named,
             Trust::Configured => true,
             Trust::Supplied { by } => by.origin() == url.origin(),
         };
@@ -280,7 +288,7 @@ impl Rules {
             networks.any(|entry| matches!(entry, Allowed::Network(network) if network.contains(&meant)))
         };
         match reach {
-            Reach::Anywhere => Ok(()),
+            Reach::Named | Reach::Anywhere => Ok(()),
             Reach::Public if scope == Scope::Public || listed() => Ok(()),
             Reach::Public => Err(Forbidden::NotPublic),
             Reach::Listed if listed() => Ok(()),
@@ -343,8 +351,8 @@ impl Resolve for Names {
 
 /// Follows 307 and 308, which keep method and body, on the origin that an administrator wrote; frameworks send these for
 /// a missing slash. What leads elsewhere is answered to the caller as it is: the server's token must not go there.
-fn same_origin_redirects() -> reqwest::redirect::Policy {
-    reqwest::redirect::Policy::custom(|attempt| {
+fn same_origin_redirects() -> Policy {
+    Policy::custom(|attempt| {
         let first = attempt.previous().first();
         let stays = first.is_some_and(|first| first.origin() == attempt.url().origin());
         let keeps = matches!(attempt.status().as_u16(), 307 | 308);

@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::model::{Server, State};
+use crate::model::{By, Server, State};
 
 use super::{Mcp, SyncError, Variables};
 
@@ -48,9 +48,9 @@ impl FirstSyncs {
 impl Mcp {
     /// Lists the tools of a new server for the first time, in the background: the sync goes on when the caller leaves.
     /// Waits at most `patience`; `false` when it is still going on. What came of it is in the server's status. `given` are
-    /// the values that the request brings.
-    pub async fn first_sync(&self, server: Server, given: &Variables, patience: Duration) -> bool {
-        timeout(patience, self.begin_first_sync(server, given, |_| {})).await.is_ok()
+    /// the values that the request brings, and `by` is who asked for it, here and below.
+    pub async fn first_sync(&self, server: Server, given: &Variables, patience: Duration, by: &By) -> bool {
+        timeout(patience, self.begin_first_sync(server, given, by, |_| {})).await.is_ok()
     }
 
     /// `ended` hears whether it worked, if it is not cut off by a stop.
@@ -58,16 +58,17 @@ impl Mcp {
         &self,
         server: Server,
         given: &Variables,
+        by: &By,
         ended: impl FnOnce(bool) + Send + 'static,
     ) -> JoinHandle<Option<()>> {
-        let (mcp, given) = (self.clone(), given.clone());
+        let (mcp, given, by) = (self.clone(), given.clone(), by.clone());
         let sync = async move {
             let turn = mcp.turn(&server.id);
             let _turn = turn.lock().await;
             // A repeated create may have waited for the turn of the first, and has nothing left to do.
             let result = match mcp.store.server(&server.id).await {
                 Ok(Some(current)) if current.state == State::NeverConnected => {
-                    mcp.sync(&current, None, &given, true).await.map(|_| ())
+                    mcp.sync(&current, None, &given, true, &by).await.map(|_| ())
                 }
                 Ok(_) => Ok(()),
                 Err(error) => Err(error.into()),
@@ -83,21 +84,21 @@ impl Mcp {
 
     /// As [`Mcp::first_sync`], of several new servers, a few at a time; nobody waits for it. Of many at once no session is
     /// kept: they would take the places of those that are used.
-    pub fn first_syncs(&self, server_ids: Vec<String>) {
+    pub fn first_syncs(&self, server_ids: Vec<String>, by: &By) {
         if server_ids.is_empty() {
             return;
         }
         self.first.send_modify(|first| first.begin(server_ids.len()));
-        let mcp = self.clone();
+        let (mcp, by) = (self.clone(), by.clone());
         let are_many = server_ids.len() > AT_A_TIME;
         let sync = move |id: String| {
-            let mcp = mcp.clone();
+            let (mcp, by) = (mcp.clone(), by.clone());
             async move {
                 let first = mcp.first.clone();
                 let ended = move |has_worked| first.send_modify(|first| first.end_one(has_worked));
                 match mcp.store.server(&id).await {
                     Ok(Some(server)) => {
-                        let sync = mcp.begin_first_sync(server, &Variables::default(), ended);
+                        let sync = mcp.begin_first_sync(server, &Variables::default(), &by, ended);
                         let _ = timeout(PATIENCE, sync).await;
                         if are_many {
                             mcp.pool.rest(&id);
@@ -123,7 +124,7 @@ impl Mcp {
         self.tracker.spawn(async move {
             // What the database has to say is said where it is asked for an answer.
             if let Ok(new) = mcp.store.new_servers().await {
-                mcp.first_syncs(new);
+                mcp.first_syncs(new, &By::ITSELF);
             }
         });
     }

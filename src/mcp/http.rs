@@ -28,7 +28,7 @@ use super::remote::{
 };
 use super::session::{Ask, CallError, Context, Greeted};
 use super::watch::Bell;
-use super::{AgentId, Error};
+use super::{AgentId, Error, traced};
 
 const BOTH: HeaderValue = HeaderValue::from_static("application/json, text/event-stream");
 const SESSION: HeaderName = HeaderName::from_static("mcp-session-id");
@@ -150,6 +150,9 @@ impl HttpWire {
         }
         if let Some(AgentId(agent)) = ask.agent {
             request = request.header(X_AGENT_ID, agent);
+        }
+        for (name, value) in traced::fields(ask.trace, &self.0.fields) {
+            request = request.header(name, value);
         }
         let in_session = self.session().is_some();
         let response = match self.send(request, |sent| pending.sent = sent).await {

@@ -37,6 +37,7 @@ mod session;
 mod sse;
 mod stdio;
 mod template;
+mod traced;
 mod users;
 mod variables;
 mod variants;
@@ -56,9 +57,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{Connector, Era, Flagged, Offered, Server, Skipped, Tool, ToolChanges};
+use crate::model::{By, Connector, Era, Flagged, Offered, Server, Skipped, Tool, ToolChanges};
 use crate::secrets::scrub;
-use crate::store::Store;
+use crate::store::{Listing, Store};
+use crate::telemetry::Span;
 
 pub use address::{Forbidden, Scope, UrlError, scope, server_url};
 pub use budget::Held;
@@ -181,7 +183,7 @@ impl Mcp {
     }
 
     /// Lists the server's tools, following all pages, and makes the stored ones equal to them in one transaction. `given` are
-    /// the values that the request brings, here and below.
+    /// the values that the request brings, and `by` is who asked for it, here and below.
     ///
     /// # Errors
     /// [`SyncError::Server`] when the list cannot be had; the stored tools are as they were, and the reason is noted in
@@ -191,6 +193,7 @@ impl Mcp {
         server: &Server,
         agent: Option<&AgentId>,
         given: &Variables,
+        by: &By,
     ) -> Result<ToolChanges, SyncError> {
         let arrived = Instant::now();
         let turn = self.turn(&server.id);
@@ -206,7 +209,7 @@ impl Mcp {
         let began = Instant::now();
         // The row may have changed while others had their turn.
         let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
-        let synced = self.sync(&server, agent, given, true).await;
+        let synced = self.sync(&server, agent, given, true, by).await;
         let result = match &synced {
             Ok(changes) => Some(Ok(changes.clone())),
             Err(SyncError::Server(error)) => Some(Err(error.clone())),
@@ -228,7 +231,7 @@ impl Mcp {
         let turn = self.turn(server_id);
         let _turn = turn.lock().await;
         let synced = match self.store.server(server_id).await {
-            Ok(Some(server)) => self.sync(&server, None, &Variables::default(), false).await.map(|_| ()),
+            Ok(Some(server)) => self.sync(&server, None, &Variables::default(), false, &By::ITSELF).await.map(|_| ()),
             Ok(None) => Ok(()),
             Err(error) => Err(error.into()),
         };
@@ -258,9 +261,10 @@ impl Mcp {
         agent: Option<&AgentId>,
         given: &Variables,
         now: bool,
+        by: &By,
     ) -> Result<ToolChanges, SyncError> {
         let (listed, era) = self.list(server, agent, given, now).await?;
-        self.keep(server, given, &listed, era).await
+        self.keep(server, given, &listed, era, by).await
     }
 
     /// Makes the stored tools of a server equal to what it listed.
@@ -270,6 +274,7 @@ impl Mcp {
         given: &Variables,
         listed: &Listed,
         era: Era,
+        by: &By,
     ) -> Result<ToolChanges, SyncError> {
         let (offered, skipped) = accept(&listed.tools);
         // A server may call a tool by what it was given.
@@ -277,8 +282,9 @@ impl Mcp {
         let secrets = filled.map(|filled| filled.secrets).unwrap_or_default();
         let notice = notice(&skipped).map(|notice| scrub(&notice, &secrets));
         let hold = self.settings.tools.holds();
-        let synced =
-            self.store.sync_tools(&server.id, server.revision, Some(era), notice.as_deref(), &offered, hold).await?;
+        let (notice, shown) = (notice.as_deref(), &|name: &str| scrub(name, &secrets));
+        let listing = Listing { era: Some(era), notice, offered: &offered, hold, shown };
+        let synced = self.store.sync_tools(&server.id, server.revision, &listing, by).await?;
         let Some(mut changes) = synced else {
             let exists = self.store.server(&server.id).await?.is_some();
             return Err(if exists { Error::Reconfigured } else { Error::Deleted }.into());
@@ -343,7 +349,8 @@ impl Mcp {
 
     /// Runs a tool of a server with `arguments`, on the live session, within the run timeout. `request_heartbeat`, which
     /// Letta adds to every schema, is taken out unless the tool itself declares it (CONTRACT row 13). `sent` is set before
-    /// the call may reach the server: whoever drops this future knows by it whether the tool may have run.
+    /// the call may reach the server: whoever drops this future knows by it whether the tool may have run. What is done for
+    /// it becomes a part of `span`.
     ///
     /// # Errors
     /// When no session can be had, or the server did not take the call, and so nothing was run. All that can happen
@@ -355,6 +362,7 @@ impl Mcp {
         mut arguments: Map<String, Value>,
         given: &Variables,
         sent: &AtomicBool,
+        span: &mut Span,
     ) -> Result<Outcome, Error> {
         let started = Instant::now();
         let deadline = started + self.settings.run_timeout;
@@ -363,19 +371,38 @@ impl Mcp {
         }
         let _place = self.pool.enter(&server.id, deadline).await?;
         let mut server = Cow::Borrowed(server);
-        let mut called = self.call(&server, tool, &arguments, given, deadline, sent).await;
+        let call = Call { tool, arguments: &arguments, given, deadline, sent, span };
+        let mut called = self.call(&server, &call).await;
         // A kept session was found dead, or of an old configuration, before anything was sent: a new one is as good.
         if let Err(Failed { again: true, .. }) = called {
             if let Ok(Ok(current)) = timeout_at(deadline, self.store.server(&server.id)).await {
                 server = Cow::Owned(current.ok_or(Error::Deleted)?);
             }
-            called = self.call(&server, tool, &arguments, given, deadline, sent).await;
+            called = self.call(&server, &call).await;
         }
-        let (is_error, text, answer) = match called.map_err(|failed| failed.error) {
-            Ok(answer) => match ToolResult::read(&answer.result) {
-                Ok(result) => (result.is_error, result.text, Some(answer)),
-                Err(unreadable) => (true, unreadable.to_string(), None),
-            },
+        let called = called.map_err(|failed| failed.error);
+        if let Err(error) = &called
+            && !matches!(error, CallError::NotSent(_))
+        {
+            span.fail(&traced::failure(error));
+        }
+        let (is_error, text, answer) = match called {
+            Ok((answer, mut calling)) => {
+                let read = ToolResult::read(&answer.result);
+                let failure = match &read {
+                    Ok(result) => result.is_error.then_some("tool_error"),
+                    Err(_) => Some("unreadable_result"),
+                };
+                if let Some(failure) = failure {
+                    calling.fail(failure);
+                    span.fail(failure);
+                }
+                calling.end();
+                match read {
+                    Ok(result) => (result.is_error, result.text, Some(answer)),
+                    Err(unreadable) => (true, unreadable.to_string(), None),
+                }
+            }
             Err(CallError::NotSent(error)) => return Err(error),
             Err(CallError::Rpc(RpcError { message, .. })) => (true, message, None),
             Err(CallError::Refused(error)) => (true, format!("The server did not take the call. {error}"), None),
@@ -394,26 +421,23 @@ impl Mcp {
         Ok(Outcome { is_error, text, result, duration: started.elapsed(), held })
     }
 
-    /// One attempt at a call. A session that could not take it is let go.
-    async fn call(
-        &self,
-        server: &Server,
-        tool: &Tool,
-        arguments: &Map<String, Value>,
-        given: &Variables,
-        deadline: Instant,
-        sent: &AtomicBool,
-    ) -> Result<Answer, Failed> {
+    /// One attempt at a call, and its span, which is to say what became of it. A session that could not take it is let go.
+    async fn call(&self, server: &Server, call: &Call<'_>) -> Result<(Answer, Span), Failed> {
+        let Call { tool, arguments, given, deadline, sent, span } = *call;
+        let opening = traced::opening(span, server);
         let session = timeout_at(deadline, self.session(server, given, false)).await.unwrap_or(Err(Error::NotReady));
+        traced::opened(opening, &session);
         let (session, new) = session.map_err(|error| {
             let again = matches!(error, Error::Reconfigured);
             Failed { error: CallError::NotSent(error), again }
         })?;
         sent.store(true, Ordering::Relaxed);
-        let called = session.call_tool(tool, arguments, deadline).await;
+        let calling = traced::call(span, server, tool, &session, new);
+        let called = session.call_tool(tool, arguments, calling.context(), deadline).await;
         match called {
-            Ok(answer) => Ok(answer),
+            Ok(answer) => Ok((answer, calling)),
             Err(error) => {
+                traced::failed(calling, &error);
                 let again = !new && matches!(error, CallError::NotSent(_));
                 match &error {
                     // A new session says more of the server than this one.
@@ -500,6 +524,17 @@ impl Mcp {
         self.tracker.close();
         timeout(CLOSE_TIMEOUT, self.tracker.wait()).await.is_ok()
     }
+}
+
+/// A call that is to be made.
+struct Call<'a> {
+    tool: &'a Tool,
+    arguments: &'a Map<String, Value>,
+    given: &'a Variables,
+    deadline: Instant,
+    sent: &'a AtomicBool,
+    /// Of the run.
+    span: &'a Span,
 }
 
 /// A call without a result, and whether another attempt may be made: nothing was sent, and the reason may be gone.

@@ -3,6 +3,7 @@
 //! A session ends when its last holder drops it, when its child or stream ends, or when Portolan stops;
 //! [`Session::is_closed`] tells. What runs for it ends with it.
 
+use std::borrow::Cow;
 use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
 use crate::model::{Connector, Era, Tool};
+use crate::telemetry::TraceContext;
 
 use super::budget::{Budget, Held, Oversize};
 use super::child::Children;
@@ -71,11 +73,13 @@ pub struct Ask<'a> {
     pub tool: Option<&'a str>,
     pub mirrored: &'a [(HeaderName, HeaderValue)],
     pub agent: Option<&'a AgentId>,
+    /// The trace that goes on at the server.
+    pub trace: Option<&'a TraceContext>,
 }
 
 impl<'a> Ask<'a> {
     pub fn new(method: &'static str, params: &'a str) -> Self {
-        Self { method, params, modern: false, tool: None, mirrored: &[], agent: None }
+        Self { method, params, modern: false, tool: None, mirrored: &[], agent: None, trace: None }
     }
 }
 
@@ -279,6 +283,11 @@ impl Session {
         if self.greeted.is_modern() { Era::Discover } else { Era::Initialize }
     }
 
+    /// The MCP revision that is spoken.
+    pub fn version(&self) -> &'static str {
+        self.greeted.version
+    }
+
     pub fn has_child(&self) -> bool {
         matches!(self.wire, Wire::Stdio(_))
     }
@@ -373,11 +382,13 @@ impl Session {
         Err(Error::Paging)
     }
 
-    /// Runs a tool; the result as the server wrote it.
+    /// Runs a tool; the result as the server wrote it. `trace` is passed on: over HTTP in header fields, and in `_meta` to
+    /// a server of the revision that says what it means there (MCP 2026-07-28, SEP-414).
     pub async fn call_tool(
         &self,
         tool: &Tool,
         arguments: &Map<String, Value>,
+        trace: Option<&TraceContext>,
         deadline: Instant,
     ) -> Result<Answer, CallError> {
         #[derive(Serialize)]
@@ -385,9 +396,13 @@ impl Session {
             name: &'a str,
             arguments: &'a Map<String, Value>,
             #[serde(rename = "_meta", skip_serializing_if = "Option::is_none")]
-            meta: Option<&'a RawValue>,
+            meta: Option<Cow<'a, RawValue>>,
         }
-        let params = text(&Params { name: &tool.name, arguments, meta: self.meta.as_deref() });
+        let meta = self.meta.as_deref().map(|meta| match trace {
+            Some(trace) => Cow::Owned(with(meta, &trace.members())),
+            None => Cow::Borrowed(meta),
+        });
+        let params = text(&Params { name: &tool.name, arguments, meta });
         // Only a modern server over HTTP wants arguments mirrored.
         let mirrors = matches!(self.wire, Wire::Http(_)) && self.greeted.is_modern();
         let mirrored = if mirrors && tool.definition.contains(mirror::ANNOTATION) {
@@ -395,7 +410,7 @@ impl Session {
         } else {
             Vec::new()
         };
-        let ask = Ask { tool: Some(&tool.name), mirrored: &mirrored, ..Ask::new("tools/call", &params) };
+        let ask = Ask { tool: Some(&tool.name), mirrored: &mirrored, trace, ..Ask::new("tools/call", &params) };
         let answer = self.wire.request(&ask, deadline).await;
         // It was in use until now.
         self.touch();
@@ -404,6 +419,12 @@ impl Session {
         }
         answer
     }
+}
+
+/// An object of ours, which is not empty, with more members.
+fn with(object: &RawValue, members: &str) -> Box<RawValue> {
+    let open = object.get().strip_suffix('}').expect("it is an object without white space around it");
+    RawValue::from_string(format!("{open},{members}}}")).expect("it is JSON")
 }
 
 fn text(params: &impl Serialize) -> String {

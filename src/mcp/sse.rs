@@ -24,7 +24,7 @@ use super::remote::{
 };
 use super::session::{Ask, CallError, Context};
 use super::watch::Bell;
-use super::{AgentId, Error};
+use super::{AgentId, Error, traced};
 
 /// One session with one server.
 #[derive(Clone)]
@@ -101,6 +101,9 @@ impl SseWire {
         let mut post = self.post(message::request(id, ask.method, ask.params).into());
         if let Some(AgentId(agent)) = ask.agent {
             post = post.header(X_AGENT_ID, agent);
+        }
+        for (name, value) in traced::fields(ask.trace, &self.0.fields) {
+            post = post.header(name, value);
         }
         let mut pending = Pending { wire: self, id, over: false };
         let mut posting = Box::pin(self.clone().send(post));

@@ -1,9 +1,11 @@
 //! Several servers at once: all that is asked for happens, or nothing does.
 
 use chrono::{DateTime, Utc};
+use serde_json::json;
 
-use crate::model::{Connector, Offered, SignIn, State, definition_hash, sha256_hex};
+use crate::model::{Action, By, Connector, Offered, SignIn, State, definition_hash, sha256_hex};
 
+use super::journal::{self, Note, note};
 use super::{Error, Store, now, on_db};
 
 /// A server that comes with what is known of it elsewhere.
@@ -42,19 +44,22 @@ impl Store {
     /// # Errors
     /// [`Error::NameTaken`] when another server has one of the names or ids, [`Error::Overtaken`] when a server is not at the
     /// revision given: then nothing was done.
-    pub async fn change_servers(&self, steps: &[Step], mut progress: impl FnMut(usize)) -> Result<(), Error> {
+    pub async fn change_servers(&self, steps: &[Step], by: &By, mut progress: impl FnMut(usize)) -> Result<(), Error> {
         const ADD: &str = "INSERT INTO servers (id, server_name, type, config, revision, state, created_at, updated_at) \
                            VALUES ($1, $2, $3, $4, 1, $5, $6, $7)";
         const ADD_TOOL: &str = "INSERT INTO tools (id, server_id, name, name_digest, position, definition, definition_hash) \
                                 VALUES ($1, $2, $3, $4, $5, $6, $7)";
         const SIGN_IN: &str = "INSERT INTO sign_ins (server_id, material, version, updated_at) VALUES ($1, $2, $4, $3)";
         const CONFIGURE: &str = "UPDATE servers SET type = $3, config = $4, revision = revision + 1, era = NULL, state = $5, \
-                                 error = NULL, updated_at = $6 WHERE id = $1 AND revision = $2";
-        const REMOVE: &str = "DELETE FROM servers WHERE id = $1 AND revision = $2";
+                                 error = NULL, updated_at = $6 WHERE id = $1 AND revision = $2 RETURNING server_name";
+        // As `update_server` does it.
+        const LOCK: &str = "UPDATE servers SET revision = revision WHERE id = $1 AND revision = $2 RETURNING config";
+        const REMOVE: &str = "DELETE FROM servers WHERE id = $1 AND revision = $2 RETURNING server_name";
         let now = now();
         let write = async {
             on_db!(self, write pool => {
                 let mut transaction = pool.begin().await?;
+                let mut told = Vec::new();
                 for (done, step) in (1..).zip(steps) {
                     match step {
                         Step::Add(server) => {
@@ -91,29 +96,45 @@ impl Store {
                                     .execute(&mut *transaction)
                                     .await?;
                             }
+                            let mut details = journal::registered(&server.connector);
+                            if !server.tools.is_empty() {
+                                details["tools"] = json!({ "count": server.tools.len() });
+                            }
+                            if server.sign_in.is_some() {
+                                details["sign_in"] = json!(true);
+                            }
+                            told.push((Action::ServerCreated, &server.id, server.server_name.clone(), details));
                         }
                         Step::Configure { id, revision, connector } => {
-                            let done = sqlx::query(CONFIGURE)
+                            let old: Option<String> = sqlx::query_scalar(LOCK)
+                                .bind(id)
+                                .bind(revision)
+                                .fetch_optional(&mut *transaction)
+                                .await?;
+                            let name: Option<String> = sqlx::query_scalar(CONFIGURE)
                                 .bind(id)
                                 .bind(revision)
                                 .bind(connector.server_type().as_str())
                                 .bind(self.sealed_config(id, connector))
                                 .bind(State::NeverConnected.as_str())
                                 .bind(now)
-                                .execute(&mut *transaction)
+                                .fetch_optional(&mut *transaction)
                                 .await?;
-                            if done.rows_affected() == 0 {
-                                return Err(Error::Overtaken);
-                            }
+                            let old = old.and_then(|old| self.opened_config(id, &old));
+                            let details = journal::reconfigured(old.as_ref(), connector);
+                            told.push((Action::ServerUpdated, id, name.ok_or(Error::Overtaken)?, details));
                         }
                         Step::Remove { id, revision } => {
-                            let remove = sqlx::query(REMOVE).bind(id).bind(revision);
-                            if remove.execute(&mut *transaction).await?.rows_affected() == 0 {
-                                return Err(Error::Overtaken);
-                            }
+                            let remove = sqlx::query_scalar(REMOVE).bind(id).bind(revision);
+                            let name: Option<String> = remove.fetch_optional(&mut *transaction).await?;
+                            told.push((Action::ServerDeleted, id, name.ok_or(Error::Overtaken)?, json!({})));
                         }
                     }
                     progress(done);
+                }
+                for (action, server_id, server_name, details) in told {
+                    let (server_id, server_name) = (Some(server_id.as_str()), Some(server_name.as_str()));
+                    note!(transaction, Note { by, action, server_id, server_name, details })?;
                 }
                 transaction.commit().await?;
                 Ok(())

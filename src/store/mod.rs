@@ -7,9 +7,11 @@ mod batch;
 mod changes;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
+mod journal;
 mod keys;
 mod known;
 mod letta;
+mod runs;
 mod seal;
 mod sealing;
 mod servers;
@@ -30,14 +32,17 @@ use sqlx::sqlite::{
 use sqlx::{ConnectOptions, Connection};
 
 pub use batch::{NewServer, Step};
+pub use journal::ChangesWanted;
 pub use keys::{KeyError, KeySource, new_key};
 pub use letta::{
     LettaDatabase, LettaError, LettaMapping, LettaOrganization, LettaRows, LettaServer, LettaSignIn, LettaTool,
 };
+pub use runs::{ROWS_AT_ONCE as RUNS_AT_ONCE, RunsWanted, run_id, run_id_of};
 pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};
 pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
+pub use tools::Listing;
 
 use known::{Known, SHARED_TRUST};
 use sealing::Seal;

@@ -14,6 +14,7 @@ use sqlx::FromRow;
 use crate::model::{Config, Connector, Server, Unreadable};
 
 use super::keys::{KeyError, KeySource};
+use super::runs::content_of;
 use super::seal::{Keyring, Place, Unopened, key_id};
 use super::sign_ins::{authorization_of, sign_in_of};
 use super::{Database, Error, OpenError, Store, now, on_db};
@@ -135,6 +136,11 @@ impl Store {
         server
     }
 
+    /// The connector that `servers.config` of this row holds; `None` when it cannot be opened.
+    pub(super) fn opened_config(&self, id: &str, envelope: &str) -> Option<Connector> {
+        Config::read(&self.seal.ring().open(config_of(id), envelope).ok()?).0.ok()
+    }
+
     /// What `servers.config` of this row is to hold.
     pub(super) fn sealed_config(&self, id: &str, connector: &Connector) -> String {
         self.seal.ring().first().seal(config_of(id), super::servers::to_text(connector).as_bytes())
@@ -193,13 +199,14 @@ impl Unlocked<'_> {
         Ok(keys == 0 && self.sealed_by().await?.is_empty())
     }
 
-    /// How many servers each key seals, or the sign-ins to them, by its id.
+    /// How many servers each key seals, or the sign-ins to them, or what was said in their runs, by its id.
     async fn sealed_by(&self) -> sqlx::Result<BTreeMap<String, i64>> {
         // What `seal::key_id` reads. UNION counts a server once.
         const SQL: &str = "SELECT substr(sealed, 4, 12) AS key_id, count(*) FROM \
                            (SELECT substr(config, 1, 15) AS sealed, id FROM servers UNION \
                            SELECT substr(material, 1, 15), server_id FROM sign_ins UNION \
-                           SELECT substr(material, 1, 15), coalesce(server_id, id) FROM authorizations) AS all_sealed \
+                           SELECT substr(material, 1, 15), coalesce(server_id, id) FROM authorizations UNION \
+                           SELECT sealed_with, mcp_server_id FROM runs WHERE sealed_with IS NOT NULL) AS all_sealed \
                            WHERE substr(sealed, 1, 3) = 'v1.' GROUP BY 1";
         let rows: Vec<(String, i64)> = on_db!(self, write pool => sqlx::query_as(SQL).fetch_all(pool).await?);
         Ok(rows.into_iter().collect())
@@ -380,14 +387,15 @@ impl Store {
             });
             seen += i64::try_from(rows.len()).expect("a step has few rows");
         }
-        self.rotate_sign_ins(ring, &mut pass).await?;
+        self.rotate_others(ring, &mut pass).await?;
         Ok(pass)
     }
 
-    /// The same for the sign-ins to servers, which are not counted apart, and for those that are under way.
-    async fn rotate_sign_ins(&self, ring: &Keyring, pass: &mut Pass) -> Result<(), Error> {
+    /// The same for the sign-ins to servers, which are not counted apart, for those that are under way, and for what was
+    /// said in runs.
+    async fn rotate_others(&self, ring: &Keyring, pass: &mut Pass) -> Result<(), Error> {
         type PlaceOf = fn(&str) -> Place<'_>;
-        const TABLES: [(&str, &str, PlaceOf); 2] = [
+        const TABLES: [(&str, &str, PlaceOf); 3] = [
             (
                 "SELECT server_id, material FROM sign_ins WHERE server_id > $1 ORDER BY server_id LIMIT $2",
                 "UPDATE sign_ins SET material = $2 WHERE server_id = $1 AND material = $3",
@@ -397,6 +405,11 @@ impl Store {
                 "SELECT id, material FROM authorizations WHERE id > $1 ORDER BY id LIMIT $2",
                 "UPDATE authorizations SET material = $2 WHERE id = $1 AND material = $3",
                 authorization_of,
+            ),
+            (
+                "SELECT id, content FROM runs WHERE sealed_with IS NOT NULL AND id > $1 ORDER BY id LIMIT $2",
+                "UPDATE runs SET content = $2, sealed_with = substr($2, 1, 15) WHERE id = $1 AND content = $3",
+                content_of,
             ),
         ];
         let first = ring.first();

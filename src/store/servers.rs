@@ -1,9 +1,11 @@
 //! The table `servers`.
 
 use secrecy::zeroize::Zeroizing;
+use serde_json::{Value, json};
 
-use crate::model::{Connector, Era, OauthClient, Server, State};
+use crate::model::{Action, By, Connector, Era, OauthClient, Server, State};
 
+use super::journal::{self, Note, note};
 use super::sealing::ServerRow;
 use super::{Error, Store, now, on_db};
 
@@ -33,7 +35,13 @@ pub struct Reached {
 
 impl Store {
     /// Adds a server with no tools, never connected; nothing can be known of a new id. [`Error::NameTaken`] when another has its name.
-    pub async fn create_server(&self, id: &str, server_name: &str, connector: &Connector) -> Result<Server, Error> {
+    pub async fn create_server(
+        &self,
+        id: &str,
+        server_name: &str,
+        connector: &Connector,
+        by: &By,
+    ) -> Result<Server, Error> {
         const SQL: &str = concat!(
             "INSERT INTO servers (id, server_name, type, config, revision, state, created_at, updated_at) \
              VALUES ($1, $2, $3, $4, 1, $5, $6, $6) RETURNING ",
@@ -54,6 +62,9 @@ impl Store {
                 .fetch_one(&mut *transaction)
                 .await
                 .map_err(taken)?;
+            let (server_id, server_name) = (Some(id), Some(server_name));
+            let details = journal::registered(connector);
+            note!(transaction, Note { by, action: Action::ServerCreated, server_id, server_name, details })?;
             transaction.commit().await?;
             Ok(self.opened(server))
         })
@@ -94,6 +105,7 @@ impl Store {
     pub async fn update_server<E: From<Error>>(
         &self,
         id: &str,
+        by: &By,
         change: impl FnOnce(&Server) -> Result<ServerUpdate, E>,
     ) -> Result<Option<Server>, E> {
         // An UPDATE that changes nothing takes the row lock on PostgreSQL and the write lock on SQLite.
@@ -141,8 +153,19 @@ impl Store {
                 if update.forgets_sign_in || client_changes {
                     sqlx::query(GIVE_UP).bind(id).execute(&mut *transaction).await.map_err(Error::from)?;
                 }
+                let mut forgotten = 0;
                 if update.forgets_sign_in {
-                    sqlx::query(FORGET).bind(id).execute(&mut *transaction).await.map_err(Error::from)?;
+                    let forget = sqlx::query(FORGET).bind(id).execute(&mut *transaction).await;
+                    forgotten = forget.map_err(Error::from)?.rows_affected();
+                }
+                let (server_id, server_name) = (Some(id), Some(update.server_name.as_str()));
+                let details = updated(&current, &update);
+                note!(transaction, Note { by, action: Action::ServerUpdated, server_id, server_name, details })
+                    .map_err(Error::from)?;
+                if forgotten > 0 {
+                    let details = json!({});
+                    note!(transaction, Note { by, action: Action::SignInRemoved, server_id, server_name, details })
+                        .map_err(Error::from)?;
                 }
                 transaction.commit().await.map_err(Error::from)?;
                 Ok(Some(self.opened(changed)))
@@ -152,12 +175,21 @@ impl Store {
     }
 
     /// Removes a server and its tools; `false` when there is none.
-    pub async fn delete_server(&self, id: &str) -> Result<bool, Error> {
-        const SQL: &str = "DELETE FROM servers WHERE id = $1";
+    pub async fn delete_server(&self, id: &str, by: &By) -> Result<bool, Error> {
+        const SQL: &str = "DELETE FROM servers WHERE id = $1 RETURNING server_name";
         let write = async {
-            on_db!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|done| done.rows_affected()))
+            on_db!(self, write pool => {
+                let mut transaction = pool.begin().await?;
+                let name: Option<String> = sqlx::query_scalar(SQL).bind(id).fetch_optional(&mut *transaction).await?;
+                let Some(name) = name else { return Ok(false) };
+                let (server_id, server_name) = (Some(id), Some(name.as_str()));
+                let details = json!({});
+                note!(transaction, Note { by, action: Action::ServerDeleted, server_id, server_name, details })?;
+                transaction.commit().await?;
+                Ok(true)
+            })
         };
-        Ok(self.known.during(id, write).await? > 0)
+        self.known.during(id, write).await
     }
 
     /// Notes what an attempt to reach the server found, unless its configuration has changed since.
@@ -184,6 +216,18 @@ fn client(connector: &Connector) -> Option<&OauthClient> {
         Connector::Stdio(_) => None,
         Connector::Sse(remote) | Connector::StreamableHttp(remote) => remote.oauth.as_ref(),
     }
+}
+
+/// What the log of changes tells of an update: the keys that differ, and the name of before.
+fn updated(current: &Server, update: &ServerUpdate) -> Value {
+    let mut details = match &update.connector {
+        Some(connector) => journal::reconfigured(current.config.0.as_ref().ok(), connector),
+        None => json!({ "changed": [] }),
+    };
+    if current.server_name != update.server_name {
+        details["renamed_from"] = json!(current.server_name);
+    }
+    details
 }
 
 /// What is sealed of a connector.

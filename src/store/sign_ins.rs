@@ -5,10 +5,12 @@
 
 use chrono::{DateTime, TimeDelta, Utc};
 use secrecy::zeroize::Zeroizing;
+use serde_json::json;
 use sqlx::FromRow;
 
-use crate::model::SignIn;
+use crate::model::{Action, By, SignIn};
 
+use super::journal::{Note, note};
 use super::seal::Unopened;
 use super::{Error, Place, Store, now, on_db};
 
@@ -116,12 +118,14 @@ impl Store {
     }
 
     /// Writes a new sign-in over whatever there is, and returns its version; that of an authorization only while that is
-    /// not given up. `None` when there is no such server, or the authorization was.
+    /// not given up. `None` when there is no such server, or the authorization was. `action` says how it came.
     pub async fn put_sign_in(
         &self,
         server_id: &str,
         sign_in: &SignIn,
         authorization: Option<&str>,
+        action: Action,
+        by: &By,
     ) -> Result<Option<i64>, Error> {
         // Who gives it up waits until this is written, and comes after it.
         const HOLD: &str = "UPDATE authorizations SET status = status WHERE id = $1";
@@ -130,7 +134,8 @@ impl Store {
                            SELECT id, $2, $4, $3 FROM servers WHERE id = $1 \
                            ON CONFLICT (server_id) DO UPDATE SET material = excluded.material, \
                            version = sign_ins.version + 1, refresher = NULL, lease_until = NULL, \
-                           updated_at = excluded.updated_at RETURNING version";
+                           updated_at = excluded.updated_at \
+                           RETURNING version, (SELECT server_name FROM servers WHERE id = $1)";
         let material = self.sealed_sign_in(server_id, sign_in);
         // A transaction for the reason that `create_server` gives.
         on_db!(self, write pool => {
@@ -140,15 +145,18 @@ impl Store {
             {
                 return Ok(None);
             }
-            let version: Option<i64> = sqlx::query_scalar(SQL)
+            let put: Option<(i64, String)> = sqlx::query_as(SQL)
                 .bind(server_id)
                 .bind(material)
                 .bind(now())
                 .bind(first_version())
                 .fetch_optional(&mut *transaction)
                 .await?;
+            let Some((version, name)) = put else { return Ok(None) };
+            let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
+            note!(transaction, Note { by, action, server_id, server_name, details: json!({}) })?;
             transaction.commit().await?;
-            Ok(version)
+            Ok(Some(version))
         })
     }
 
@@ -207,14 +215,19 @@ impl Store {
 
     /// Removes a sign-in that is of no use any more; `false` when somebody has written another since `version`.
     pub async fn remove_sign_in(&self, server_id: &str, version: i64) -> Result<bool, Error> {
-        const SQL: &str = "DELETE FROM sign_ins WHERE server_id = $1 AND version = $2";
-        let rows = on_db!(self, write pool => sqlx::query(SQL)
-            .bind(server_id)
-            .bind(version)
-            .execute(pool)
-            .await
-            .map(|done| done.rows_affected())?);
-        Ok(rows > 0)
+        const SQL: &str = "DELETE FROM sign_ins WHERE server_id = $1 AND version = $2 \
+                           RETURNING (SELECT server_name FROM servers WHERE id = server_id)";
+        on_db!(self, write pool => {
+            let mut transaction = pool.begin().await?;
+            let removed: Option<Option<String>> =
+                sqlx::query_scalar(SQL).bind(server_id).bind(version).fetch_optional(&mut *transaction).await?;
+            let Some(name) = removed else { return Ok(false) };
+            let (action, details) = (Action::SignInRemoved, json!({}));
+            let (server_id, server_name) = (Some(server_id), name.as_deref());
+            note!(transaction, Note { by: &By::ITSELF, action, server_id, server_name, details })?;
+            transaction.commit().await?;
+            Ok(true)
+        })
     }
 
     /// Notes that somebody begins to sign in; [`Error::Refused`] when the server is gone. Of those that are under way to
@@ -290,17 +303,27 @@ impl Store {
         Authorization { id, server_id, caller, progress: status, material }
     }
 
-    /// Notes how a sign-in ended, for whoever waits for it.
+    /// Notes how a sign-in ended, for whoever waits for it. One that went well for a server that is not registered is kept
+    /// here alone, and so a change by whoever began it.
     pub async fn finish_authorization(&self, id: &str, progress: Progress, material: &[u8]) -> Result<(), Error> {
-        const SQL: &str = "UPDATE authorizations SET status = $2, material = $3 WHERE id = $1";
+        const SQL: &str =
+            "UPDATE authorizations SET status = $2, material = $3 WHERE id = $1 RETURNING server_id, caller";
         let material = self.seal(authorization_of(id), material);
-        on_db!(self, write pool => sqlx::query(SQL)
-            .bind(id)
-            .bind(progress.as_str())
-            .bind(material)
-            .execute(pool)
-            .await
-            .map(|_| ())?);
+        on_db!(self, write pool => {
+            let mut transaction = pool.begin().await?;
+            let ended: Option<(Option<String>, String)> = sqlx::query_as(SQL)
+                .bind(id)
+                .bind(progress.as_str())
+                .bind(material)
+                .fetch_optional(&mut *transaction)
+                .await?;
+            if let (Some((None, caller)), Progress::Done) = (ended, progress) {
+                let by = &By::caller(Some(&caller));
+                let (action, details) = (Action::SignInCompleted, json!({}));
+                note!(transaction, Note { by, action, server_id: None, server_name: None, details })?;
+            }
+            transaction.commit().await?;
+        });
         Ok(())
     }
 

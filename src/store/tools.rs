@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
+use serde_json::json;
 use sqlx::FromRow;
 
-use crate::model::{Era, Offered, ServerTool, State, Tool, ToolChanges, sha256_hex};
+use crate::model::{Action, By, Era, Offered, ServerTool, State, Tool, ToolChanges, sha256_hex};
 
 use super::changes::{Plan, Trust};
+use super::journal::{self, Note, note};
 use super::sealing::ServerRow;
 use super::{Error, Store, now, on_db};
 
@@ -24,6 +26,19 @@ const ROWS_AT_ONCE: usize = 500;
 const MAX_GONE: i64 = 1_000;
 
 const LIST: &str = concat!("SELECT ", columns!(), " FROM tools WHERE server_id = $1 ORDER BY position");
+
+/// What a server offers, and what is to become of it.
+pub struct Listing<'a> {
+    pub era: Option<Era>,
+    /// For the status of the server.
+    pub notice: Option<&'a str>,
+    /// Names are unique, in the server's order.
+    pub offered: &'a [Offered],
+    /// Whether what is not as it was approved waits for [`Store::approve_tool`]; if not, all that is offered is approved.
+    pub hold: bool,
+    /// The name of a tool as the log of changes may show it.
+    pub shown: &'a (dyn Fn(&str) -> String + Sync),
+}
 
 /// A tool and its server, as they are stored.
 #[derive(FromRow)]
@@ -76,22 +91,19 @@ impl Store {
         Ok(found.map(|(id,)| id))
     }
 
-    /// Makes the tools of a server equal to `offered` (names unique, in the server's order) and notes that it is ready,
-    /// with a `notice` for its status, in one transaction. A tool keeps its id as long as its name is offered. With `hold`,
-    /// what is not as it was approved waits for [`Store::approve_tool`]; without it, all that is offered is approved. `None`
-    /// when the server is gone or its configuration is no longer `revision`; then nothing is changed.
+    /// Makes the tools of a server equal to what it offers and notes that it is ready, in one transaction. A tool keeps its
+    /// id as long as its name is offered. `None` when the server is gone or its configuration is no longer `revision`; then
+    /// nothing is changed.
     pub async fn sync_tools(
         &self,
         server_id: &str,
         revision: i64,
-        era: Option<Era>,
-        notice: Option<&str>,
-        offered: &[Offered],
-        hold: bool,
+        listing: &Listing<'_>,
+        by: &By,
     ) -> Result<Option<ToolChanges>, Error> {
+        let Listing { era, notice, offered, hold, shown } = *listing;
         // The first statement also takes the server's row lock (on SQLite: the write lock) against a second sync.
-        const LOCK: &str =
-            "UPDATE servers SET revision = revision WHERE id = $1 AND revision = $2 RETURNING last_synced_at";
+        const LOCK: &str = "UPDATE servers SET revision = revision WHERE id = $1 AND revision = $2 RETURNING last_synced_at, server_name";
         const READY: &str = "UPDATE servers SET state = $3, error = $6, era = $4, last_synced_at = $5 \
                              WHERE id = $1 AND revision = $2";
         const DELETE: &str = "DELETE FROM tools WHERE id = $1";
@@ -110,9 +122,9 @@ impl Store {
         let write = async {
             on_db!(self, write pool => {
                 let mut transaction = pool.begin().await?;
-                let found: Option<(Option<DateTime<Utc>>,)> =
+                let found: Option<(Option<DateTime<Utc>>, String)> =
                     sqlx::query_as(LOCK).bind(server_id).bind(revision).fetch_optional(&mut *transaction).await?;
-                let Some((last_synced_at,)) = found else { return Ok(None) };
+                let Some((last_synced_at, server_name)) = found else { return Ok(None) };
                 sqlx::query(READY)
                     .bind(server_id)
                     .bind(revision)
@@ -171,6 +183,10 @@ impl Store {
                     });
                     insert.build().execute(&mut *transaction).await?;
                 }
+                if let Some(details) = journal::synced(&plan.changes, shown) {
+                    let (server_id, server_name) = (Some(server_id), Some(server_name.as_str()));
+                    note!(transaction, Note { by, action: Action::ToolsChanged, server_id, server_name, details })?;
+                }
                 transaction.commit().await?;
                 Ok(Some(plan.changes))
             })
@@ -180,16 +196,32 @@ impl Store {
 
     /// Approves a tool as it is now, or only if its definition has this `hash`; `false` when it has another one by then, or
     /// is gone.
-    pub async fn approve_tool(&self, server_id: &str, tool_id: &str, hash: Option<&str>) -> Result<bool, Error> {
+    pub async fn approve_tool(
+        &self,
+        server_id: &str,
+        tool_id: &str,
+        hash: Option<&str>,
+        by: &By,
+    ) -> Result<bool, Error> {
         const FIND: &str = concat!("SELECT ", columns!(), " FROM tools WHERE id = $1 AND server_id = $2");
-        const APPROVE: &str =
-            "UPDATE tools SET approved_hash = NULL WHERE id = $1 AND server_id = $2 AND definition = $3";
+        const APPROVE: &str = "UPDATE tools SET approved_hash = NULL WHERE id = $1 AND server_id = $2 AND definition = $3 \
+             RETURNING (SELECT server_name FROM servers WHERE servers.id = server_id)";
         let write = async {
             on_db!(self, write pool => {
                 let tool: Option<Tool> = sqlx::query_as(FIND).bind(tool_id).bind(server_id).fetch_optional(pool).await?;
                 let Some(tool) = tool.filter(|tool| hash.is_none_or(|hash| tool.hash() == hash)) else { return Ok(false) };
-                let approve = sqlx::query(APPROVE).bind(tool_id).bind(server_id).bind(&tool.definition);
-                Ok::<_, sqlx::Error>(approve.execute(pool).await?.rows_affected() > 0)
+                let mut transaction = pool.begin().await?;
+                let approve = sqlx::query_scalar(APPROVE).bind(tool_id).bind(server_id).bind(&tool.definition);
+                let name: Option<String> = approve.fetch_optional(&mut *transaction).await?;
+                let Some(name) = name else { return Ok(false) };
+                // What was not held is as it was.
+                if tool.approved_hash.is_some() {
+                    let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
+                    let details = json!({ "tool_id": tool_id, "definition_hash": tool.hash() });
+                    note!(transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
+                }
+                transaction.commit().await?;
+                Ok::<_, sqlx::Error>(true)
             })
         };
         Ok(self.known.during(server_id, write).await?)

@@ -192,6 +192,9 @@ def after_call(_context, case, response):
         counts[operation][f"valid {response.status_code}"] += 1
     if operation == "mcp_run_tool" and response.status_code == 200:
         counts[operation][response.json()["status"]] += 1
+    # A server that was tried a moment ago is not tried again yet: a 503, and which of the two comes is a matter of time.
+    if operation == "mcp_run_tool" and response.status_code in (502, 503):
+        counts[operation]["no session"] += 1
     if operation == "mcp_delete_mcp_server" and response.status_code == 204:
         throwaways.pop(case.path_parameters["mcp_server_id"], None)
     if operation == "add_mcp_server" and response.status_code == 200 and isinstance(case.body, dict):

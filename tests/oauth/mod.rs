@@ -2,6 +2,7 @@
 //! consent to a run (CONTRACT row 24). `tokens` is about the time after it, `refused` about what must not work, `pages` about
 //! the callback, `secrets` about what nobody may see.
 
+mod log;
 mod older;
 mod pages;
 mod refused;

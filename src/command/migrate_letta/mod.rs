@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::app::make_data_folder;
 use crate::config::{MigrateLetta, Settings};
-use crate::model::Secret;
+use crate::model::{By, Secret};
 use crate::progress::Progress;
 use crate::store::{self, LettaDatabase, LettaRows, Step, Store};
 
@@ -136,7 +136,7 @@ impl Migration<'_> {
         let came = if dry_run { 0 } else { coming };
         if came > 0 {
             let show = |done| progress.tell(done, coming, format_args!("writing servers: {done} of {coming}"));
-            let written = self.store.change_servers(&steps, show).await;
+            let written = self.store.change_servers(&steps, &By::MIGRATION, show).await;
             progress.clear();
             written.map_err(|error| Failure::from(failed(error)).with(&report(0)))?;
         }

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio::time::{Instant, timeout};
 use uuid::Uuid;
 
-use crate::model::{Connector, OauthClient, Remote, Secret, Server, SignIn, clear, sha256_hex};
+use crate::model::{Action, By, Connector, OauthClient, Remote, Secret, Server, SignIn, clear, sha256_hex};
 use crate::store::{self, NewAuthorization, Progress, now};
 
 use super::super::remote::HttpError;
@@ -99,22 +99,22 @@ impl Subject {
 impl Mcp {
     /// Connects to a server and says how it goes; a registered one has its tools synced at the end. A server that asks for
     /// a sign-in has its person sent to its authorization server, which sends them back to `redirect_uri`. Ends when the
-    /// receiver is dropped. `caller` is the name of who asks, `given` its values for templates.
+    /// receiver is dropped. `by` is who asks, `given` its values for templates.
     pub fn connect(
         &self,
         subject: Subject,
         redirect_uri: Option<String>,
-        caller: &str,
+        by: &By,
         given: Variables,
     ) -> mpsc::Receiver<ConnectEvent> {
         let (events, receiver) = mpsc::channel(EVENTS);
-        let (mcp, stop, caller) = (self.clone(), self.stop.clone(), caller.to_owned());
+        let (mcp, stop, by) = (self.clone(), self.stop.clone(), by.clone());
         let connecting = async move {
             let attending = async {
                 let server_name = subject.server_name().to_owned();
                 let _ = events.send(ConnectEvent::ConnectionAttempt { server_name }).await;
                 let connected = match mcp.sign_ins.seat(&subject) {
-                    Some(_seat) => mcp.attend(&subject, &given, redirect_uri.as_deref(), &caller, &events).await,
+                    Some(_seat) => mcp.attend(&subject, &given, redirect_uri.as_deref(), &by, &events).await,
                     None => Err(CROWDED.to_owned()),
                 };
                 let _ = events
@@ -143,10 +143,10 @@ impl Mcp {
         subject: &Subject,
         given: &Variables,
         redirect_uri: Option<&str>,
-        caller: &str,
+        by: &By,
         events: &mpsc::Sender<ConnectEvent>,
     ) -> Result<Vec<Box<RawValue>>, String> {
-        let asked = match self.tools_of(subject, given, None).await {
+        let asked = match self.tools_of(subject, given, None, by).await {
             Ok(tools) => return Ok(tools),
             // Nothing but a 401 is a question, and only a person can answer it.
             Err(SyncError::Server(Error::Http(HttpError::SignIn(asked)))) if asked.may_sign_in() => asked,
@@ -155,6 +155,7 @@ impl Mcp {
         let remote = subject.remote().ok_or_else(|| sentence(&Error::Url.into()))?;
         let _ = events.send(ConnectEvent::OauthRequired).await;
         let redirect_uri = redirect_uri.ok_or(NO_PUBLIC_URL)?;
+        let caller = by.name().unwrap_or_default();
         let beginning = self.sign_ins.begin(subject, remote, asked.challenge(), redirect_uri, caller);
         let begun = timeout(BEGIN_TIMEOUT, beginning).await.unwrap_or(Err(Problem::TimedOut));
         let (id, url) = begun.map_err(failed)?;
@@ -163,7 +164,7 @@ impl Mcp {
         let _ = events.send(ConnectEvent::AuthorizationUrl { url, session_id }).await;
         let _ = events.send(ConnectEvent::WaitingForAuth).await;
         let sign_in = self.sign_ins.wait(&id, until).await?;
-        self.tools_of(subject, given, sign_in.as_deref()).await.map_err(|error| sentence(&error))
+        self.tools_of(subject, given, sign_in.as_deref(), by).await.map_err(|error| sentence(&error))
     }
 
     /// The tools of a server, kept if it is registered.
@@ -172,9 +173,10 @@ impl Mcp {
         subject: &Subject,
         given: &Variables,
         sign_in: Option<&SignIn>,
+        by: &By,
     ) -> Result<Vec<Box<RawValue>>, SyncError> {
         match subject {
-            Subject::Registered(server) => self.sync_and_list(server, given).await,
+            Subject::Registered(server) => self.sync_and_list(server, given, by).await,
             Subject::Unregistered { connector, .. } => Ok(self.list_apart(connector, given, sign_in).await?),
         }
     }
@@ -217,10 +219,12 @@ impl Mcp {
         let taken = ins.store().take_authorization(&sha256_hex(state)).await.map_err(away)?;
         let taken = taken.ok_or(SignInError::InvalidState)?;
         let (server_id, caller) = (taken.server_id.as_deref(), &taken.caller);
+        let by = By::caller(Some(caller));
         let pending: Option<Pending> = taken.material.and_then(|material| serde_json::from_slice(&material).ok());
         let outcome = match pending {
             Some(pending) => {
-                let exchanged = ins.unless_stopped(self.exchange(server_id, &taken.id, pending, answer, iss)).await;
+                let exchange = self.exchange(server_id, &taken.id, pending, answer, iss, &by);
+                let exchanged = ins.unless_stopped(exchange).await;
                 exchanged.unwrap_or_else(|| Err(SignInError::Failed(Problem::Stopping.to_string())))
             }
             None => Err(SignInError::NotStored),
@@ -243,7 +247,7 @@ impl Mcp {
             Ok((server_url, _)) => {
                 tracing::info!(server.id = server_id, caller.name = caller, "signed in to a server");
                 if let Some(server_id) = server_id {
-                    self.sync_signed_in(server_id).await;
+                    self.sync_signed_in(server_id, &by).await;
                 }
                 Ok(server_url)
             }
@@ -256,12 +260,12 @@ impl Mcp {
 
     /// Lists the tools of a server that somebody has signed in to: whoever began that may not be there any more. Goes on
     /// when it takes longer than a browser is to wait.
-    async fn sync_signed_in(&self, server_id: &str) {
-        let (mcp, stop, server_id) = (self.clone(), self.stop.clone(), server_id.to_owned());
+    async fn sync_signed_in(&self, server_id: &str, by: &By) {
+        let (mcp, stop, server_id, by) = (self.clone(), self.stop.clone(), server_id.to_owned(), by.clone());
         let syncing = async move {
             if let Ok(Some(server)) = mcp.store.server(&server_id).await {
                 // A failure is noted where it happens.
-                let _ = mcp.sync_tools(&server, None, &Variables::default()).await;
+                let _ = mcp.sync_tools(&server, None, &Variables::default(), &by).await;
             }
         };
         let syncing = self.tracker.spawn(async move { stop.run_until_cancelled(syncing).await });
@@ -276,6 +280,7 @@ impl Mcp {
         pending: Pending,
         answer: Result<String, (String, Option<String>)>,
         iss: Option<&str>,
+        by: &By,
     ) -> Result<(String, Option<SignIn>), SignInError> {
         let ins = &self.sign_ins;
         let failed = |problem: Problem| SignInError::Failed(problem.to_string());
@@ -320,7 +325,8 @@ impl Mcp {
         if !stays {
             return Err(SignInError::Failed("the server was changed or deleted meanwhile".to_owned()));
         }
-        match ins.store().put_sign_in(server_id, &sign_in, Some(authorization)).await {
+        let action = Action::SignInCompleted;
+        match ins.store().put_sign_in(server_id, &sign_in, Some(authorization), action, by).await {
             Ok(Some(_)) => Ok((url.into(), None)),
             Ok(None) => Err(SignInError::Failed("the server was changed or deleted meanwhile".to_owned())),
             Err(_) => Err(SignInError::NotStored),
@@ -367,12 +373,17 @@ impl Mcp {
     }
 
     /// As [`Mcp::sync_tools`]; returns the tools as the server wrote them.
-    async fn sync_and_list(&self, server: &Server, given: &Variables) -> Result<Vec<Box<RawValue>>, SyncError> {
+    async fn sync_and_list(
+        &self,
+        server: &Server,
+        given: &Variables,
+        by: &By,
+    ) -> Result<Vec<Box<RawValue>>, SyncError> {
         let turn = self.turn(&server.id);
         let _turn = turn.lock().await;
         let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
         let (listed, era) = self.list(&server, None, given, true).await?;
-        self.keep(&server, given, &listed, era).await?;
+        self.keep(&server, given, &listed, era, by).await?;
         Ok(listed.tools)
     }
 }

@@ -14,7 +14,7 @@ use http::{HeaderMap, HeaderValue, StatusCode};
 use tokio::time::{Instant, sleep, timeout};
 use url::Url;
 
-use crate::model::{Connector, GrantType, OauthClient, Remote, SignIn};
+use crate::model::{Action, By, Connector, GrantType, OauthClient, Remote, SignIn};
 use crate::secrets::{is_secret_name, is_secret_value};
 use crate::store::{Store, StoredSignIn, now};
 
@@ -393,7 +393,8 @@ impl Source {
         match fetched {
             Ok(_) if !self.is_current(server_id).await => Ok(self.know(None)),
             Ok(new) => {
-                let version = self.store().put_sign_in(server_id, &new, None).await.map_err(|_| Problem::Store)?;
+                let put = self.store().put_sign_in(server_id, &new, None, Action::SignInCompleted, &By::ITSELF).await;
+                let version = put.map_err(|_| Problem::Store)?;
                 let token = version.and_then(|version| Token::new(&new, version, now()));
                 Ok(self.know(token.map(Arc::new)))
             }

@@ -1,5 +1,10 @@
 //! Logs: one line per event on standard error, with dotted fields (`server.id`, `tool.name`).
 
+mod context;
+mod export;
+mod otlp;
+mod traces;
+
 use tracing::{Level, Metadata};
 use tracing_subscriber::filter::{FilterExt, filter_fn};
 use tracing_subscriber::layer::SubscriberExt;
@@ -7,6 +12,10 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
 use crate::progress;
+
+pub use context::{TRACEPARENT, TRACESTATE, TraceContext};
+pub use export::CollectorError;
+pub use traces::{Span, Traces};
 
 /// Sends the log to standard error from now on. `filter` is the setting `--log`.
 ///

@@ -1,0 +1,113 @@
+// Servers are added one at a time by a form, or many by pasting the file of another program, which is looked at first.
+
+import { html, useRef, useState } from "./preact.js";
+import { call } from "./api.js";
+import { Failure, Heading, announce } from "./page.js";
+import { Shown, visible } from "./text.js";
+import { ServerForm } from "./server-form.js";
+
+export function Add({ query }) {
+  const byFile = query.get("how") === "file";
+  const tab = (here, href, words) => html`<a class=${here ? "button main" : "button"} href=${href} aria-current=${here ? "true" : undefined}>${words}</a>`;
+  return html`
+    <${Heading}>Add a server<//>
+    <nav class="actions" aria-label="Ways to add a server">
+      ${tab(!byFile, "#/add", "By its command or URL")}${tab(byFile, "#/add?how=file", "By a configuration file")}
+    </nav>
+    ${byFile ? html`<${Paste} />` : html`<${ServerForm} submit=${add} action="Add the server" />`}`;
+}
+
+async function add(body) {
+  announce("Adding the server and reading its tools.");
+  const server = await call("POST", "/v1/mcp-servers/", body);
+  announce(`${visible(server.server_name)} is added.`);
+  const wantsSignIn = server.status.state === "auth_required" && server.mcp_server_type !== "stdio";
+  location.hash = `#/servers/${encodeURIComponent(server.id)}${wantsSignIn ? "/sign-in" : ""}`;
+}
+
+const EXAMPLE = `{
+  "mcpServers": {
+    "everything": { "command": "npx", "args": ["-y", "@modelcontextprotocol/server-everything"] }
+  }
+}`;
+
+/** The file is checked, the report is shown, and only what was checked is imported. */
+function Paste() {
+  const [text, setText] = useState("");
+  const [replace, setReplace] = useState(false);
+  const [report, setReport] = useState(null);
+  const [error, setError] = useState(null);
+  const [busy, setBusy] = useState(false);
+  const [done, setDone] = useState(null);
+  const after = useRef(null);
+  const edit = (change) => { change(); setReport(null); setError(null); setDone(null); };
+  const send = async (dryRun) => {
+    setBusy(true);
+    setError(null);
+    try {
+      const said = await call("POST", `/v1/portolan/import?mode=${replace ? "replace" : "merge"}&dry_run=${dryRun}`, text);
+      setReport(dryRun ? said : null);
+      setDone(dryRun ? null : said);
+      announce(dryRun ? "The file is checked. Nothing was changed yet." : "The servers are imported.");
+    } catch (failure) {
+      setReport(null);
+      setError(failure);
+    }
+    setBusy(false);
+    after.current?.focus();
+  };
+  const open = async (event) => {
+    const [file] = event.target.files;
+    if (!file) return;
+    const read = await file.text();
+    edit(() => setText(read));
+  };
+  const check = (event) => { event.preventDefault(); if (!busy) send(true); };
+
+  return html`<form onSubmit=${check}>
+      <label for="file-text">Configuration file</label>
+      <p id="file-hint" class="hint">The file in which Claude, Cursor, Windsurf or Letta (mcpServers) or VS Code (servers) keep their
+        MCP servers. Nothing is changed before you have seen what would be.</p>
+      <textarea id="file-text" class="code" rows="12" spellcheck=${false} value=${text} placeholder=${EXAMPLE} aria-describedby="file-hint"
+        aria-invalid=${error ? "true" : undefined} onInput=${(event) => edit(() => setText(event.target.value))}></textarea>
+      <label for="file">Or open it from this computer</label>
+      <input id="file" type="file" accept=".json,.jsonc,application/json" onChange=${open} />
+      <label class="choice"><input type="checkbox" checked=${replace} onChange=${(event) => edit(() => setReplace(event.target.checked))} />
+        Remove the servers that are not in the file</label>
+      <div class="actions"><button type="submit" class="main" disabled=${busy || text.trim() === ""}>${busy && !report ? "Checking…" : "Check the file"}</button></div>
+    </form>
+    <div ref=${after} tabindex="-1">
+      ${error && html`<${FileProblems} error=${error} />`}
+      ${report && html`<h2>What would be done</h2><${Report} report=${report} />
+        ${isNothing(report) ? html`<p>There is nothing to do.</p>` : html`<div class="actions">
+          <button type="button" class=${report.removed.length > 0 ? "danger" : "main"} disabled=${busy} onClick=${() => send(false)}>
+            ${busy ? "Importing…" : report.removed.length > 0 ? `Import, and remove ${report.removed.length}` : "Import"}</button></div>`}`}
+      ${done && html`<h2>Imported</h2><${Report} report=${done} />
+        <p class="done">Portolan connects to the servers now. <a href="#/servers">See how they are</a>.</p>`}
+    </div>`;
+}
+
+function isNothing({ added, changed, removed }) {
+  return added.length + changed.length + removed.length === 0;
+}
+
+function FileProblems({ error }) {
+  if (error.errors.length === 0) return html`<${Failure} error=${error} />`;
+  return html`<div class="failure" role="alert"><p>The file was not taken, and nothing was changed:</p>
+    <ul>${error.errors.map(({ msg }) => html`<li><${Shown} text=${msg} limit=${500} /></li>`)}</ul></div>`;
+}
+
+const PARTS = [["added", "Added"], ["changed", "Changed"], ["unchanged", "As they are"], ["removed", "Removed"]];
+
+function Report({ report }) {
+  const names = (list) => list.map((name, index) => html`${index > 0 && ", "}<${Shown} text=${name} limit=${120} />`);
+  return html`<dl class="pairs">${PARTS.filter(([key]) => report[key].length > 0).map(([key, words]) => html`
+      <dt>${words}</dt><dd>${names(report[key])}</dd>`)}</dl>
+    ${report.ignored.length > 0 && html`<h3>Not taken over</h3>
+      <ul>${report.ignored.map(({ server, key, reason }) => html`<li>${server && html`<${Shown} text=${server} limit=${120} />: `}<code><${Shown} text=${key} limit=${120} /></code>
+        ${" "}<${Shown} text=${reason} limit=${500} /></li>`)}</ul>`}
+    ${report.variables.length > 0 && html`<h3>Variables to set</h3>
+      <p class="hint">The operator sets them in Portolan's variables file, or a request brings them.</p>
+      <ul>${report.variables.map((variable) => html`<li><code><${Shown} text=${variable.name} /></code>
+        ${variable.has_default ? " has a default" : " has to be set"}, for ${names(variable.servers)}</li>`)}</ul>`}`;
+}

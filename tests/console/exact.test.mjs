@@ -1,0 +1,44 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { Exact, indent, numberOf, read, write } from "../../console/exact.js";
+
+test("numbers keep their digits", () => {
+  for (const text of [
+    '{"id":12345678901234567890,"near":9007199254740993,"small":-0.1234567890123456789,"far":1e400}',
+    '[9007199254740993,"9007199254740993",{"9007199254740993":"exact:9007199254740993"}]',
+    '"\\"12345678901234567890\\""',
+    '{"__proto__":12345678901234567890,"exact:":1}',
+    "12345678901234567890",
+  ]) {
+    assert.equal(write(read(text), 0), text);
+  }
+  assert.ok(read("9007199254740993") instanceof Exact);
+  assert.equal(read("9007199254740991"), 9007199254740991);
+  assert.equal(read("[1.5, 2e3]")[1], 2000);
+  assert.equal(numberOf("0.25"), 0.25);
+  assert.throws(() => read("{"), SyntaxError);
+});
+
+test("a key that is no key of a plain object stays one", () => {
+  const value = read('{"__proto__":{"polluted":12345678901234567890}}');
+  assert.equal({}.polluted, undefined);
+  assert.deepEqual(Object.keys(value), ["__proto__"]);
+});
+
+test("indented JSON is the same JSON", () => {
+  assert.equal(indent('{"a":[1.0,{"b":"x,{}:\\"]"}],"c":{},"a":[]}'), `{
+  "a": [
+    1.0,
+    {
+      "b": "x,{}:\\"]"
+    }
+  ],
+  "c": {},
+  "a": []
+}`);
+  for (const text of ["", "hello", "12", '"text"', "{broken", "[1,]", "null"]) assert.equal(indent(text), null, text);
+  assert.equal(indent("[".repeat(5000) + "]".repeat(5000)), null);
+  const long = JSON.stringify({ text: 'x"\\'.repeat(1_000_000) });
+  assert.equal(JSON.parse(indent(long)).text.length, 3_000_000);
+});

@@ -1,0 +1,60 @@
+//! Sign-ins among the changes.
+
+use serde_json::{Value, json};
+
+use crate::fake::oauth::Rules;
+use crate::harness::Portolan;
+
+use super::{Kind, Upstream, Watch, allow, come_back, register, registered, sign_in, visit};
+
+/// Action, server and who, oldest first, of what concerns sign-ins.
+async fn told(portolan: &Portolan) -> Vec<(String, Value, Value)> {
+    let answer = portolan.get("/v1/portolan/changes?limit=500").await.expect(200);
+    let changes = answer["changes"].as_array().unwrap().iter().rev();
+    let of_sign_ins = changes.filter(|change| change["action"].as_str().unwrap().starts_with("sign_in."));
+    of_sign_ins
+        .map(|change| {
+            assert_eq!(change["details"], json!({}), "nothing of what it is made of");
+            (change["action"].as_str().unwrap().to_owned(), change["server_name"].clone(), change["caller"].clone())
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sign_in_is_a_change_and_one_that_fails_is_none() {
+    let upstream = Upstream::start(Kind::Http, Rules::default());
+    let (portolan, id) = registered(&upstream).await;
+    let mut watch = Watch::start(&portolan, &id).await;
+    watch.url().await;
+    drop(watch);
+    assert_eq!(told(&portolan).await, [], "one that was only begun is none");
+    sign_in(&portolan, &id).await;
+    let completed = ("sign_in.completed".to_owned(), json!("notes"), Value::Null);
+    assert_eq!(told(&portolan).await, [completed.clone()]);
+    let store = &portolan.app.store;
+    let version = store.sign_in(&id).await.unwrap().unwrap().version;
+    assert!(
+        !store.remove_sign_in(&id, version - 1).await.unwrap() && store.remove_sign_in(&id, version).await.unwrap()
+    );
+    let removed = ("sign_in.removed".to_owned(), json!("notes"), json!("portolan serve"));
+    assert_eq!(told(&portolan).await, [completed, removed]);
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sign_in_from_before_a_registration_is_adopted() {
+    const CONNECT: &str = "/v1/tools/mcp/servers/connect";
+    let upstream = Upstream::start(Kind::Http, Rules::default());
+    let portolan = Portolan::start_with(allow([&upstream.authority])).await;
+    let body = json!({"server_name": "notes", "type": "streamable_http", "server_url": upstream.server.url});
+    let mut watch = Watch::open("POST", portolan.request("POST", CONNECT).json(&body), CONNECT).await;
+    let url = watch.url().await;
+    assert_eq!(come_back(&portolan, &visit(&url).await).await["status"], "success");
+    watch.success().await;
+    let completed = ("sign_in.completed".to_owned(), Value::Null, Value::Null);
+    assert_eq!(told(&portolan).await, [completed.clone()]);
+    register(&portolan, "notes", upstream.config()).await;
+    let adopted = ("sign_in.adopted".to_owned(), json!("notes"), Value::Null);
+    assert_eq!(told(&portolan).await, [completed, adopted]);
+    portolan.stop().await;
+}
