@@ -69,7 +69,7 @@
 //! | `interchange` | `mcp`, `model`, `secrets` |
 //! | `telemetry` | `config`, `mcp`, `model` |
 //! | `run_log` | `config`, `model`, `store` |
-//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `telemetry`, `axum` |
+//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `run_log`, `secrets`, `serve`, `store`, `telemetry`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `telemetry`, `rmcp` |
 //! | `store` | `corpus`, `model`, `telemetry`, `sqlx` |
 //! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `store` |
