@@ -15,7 +15,7 @@ use crate::api::{Bodies, EveryPage, Origins, Runs, TokenError, Tokens};
 use crate::config::{Entry, Settings};
 use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
-pub use crate::mcp::{BECOME, Commands, KEEP, become_child, keep_child};
+pub use crate::mcp::{BECOME, Commands, FirstSyncs, KEEP, become_child, keep_child};
 use crate::mcp::{Egress, Mcp, TlsError, VariablesFile, VariablesFileError};
 use crate::run_log::RunLog;
 use crate::serve::Load;

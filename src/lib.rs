@@ -17,6 +17,7 @@
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
 //! | [`telemetry`] | logs; `metrics` (what is counted, and how it is written for Prometheus); `traces` (the spans of runs), `context` (the trace that a request belongs to), `export` (their way to a collector), `otlp` (how it is told) |
+//! | [`progress`] | how far long work is, on a terminal and elsewhere |
 //! | [`run_log`] | a row for each run, written behind its back; what is forgotten of runs and changes, and when |
 //! | [`api`] | speaks HTTP: the route table, one file per group of routes, and what they share: |
 //! | `access`, `tokens`, `attempts` | who may come in, by which tokens; who guesses |
@@ -30,6 +31,7 @@
 //! | [`interchange`] | the files of other programs: `read` and `write` (what they say of servers), `text` (from bytes to JSON), `placeholders` (theirs, and templates), `left_out` (secrets that a file does not show) |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
+//! | `first` | the first syncs of servers, of many that came together, too |
 //! | `session` | handshake, list, call |
 //! | `stdio`, `http`, `sse` | the transports; `remote` is what the last two have in common |
 //! | `message`, `exchange` | JSON-RPC, and who waits for which answer |
@@ -57,7 +59,7 @@
 //!
 //! | module | may name |
 //! |---|---|
-//! | `main` | `api`, `app`, `command`, `config`, `store`, `telemetry` |
+//! | `main` | `api`, `app`, `command`, `config`, `progress`, `store`, `telemetry` |
 //! | `lib` | |
 //! | `app` | `api`, `config`, `error`, `mcp`, `run_log`, `serve`, `store`, `telemetry` |
 //! | `serve` | `config`, `axum` |
@@ -67,12 +69,13 @@
 //! | `model` | `sqlx` |
 //! | `secrets` | `model` |
 //! | `interchange` | `mcp`, `model`, `secrets` |
-//! | `telemetry` | `config`, `mcp`, `model` |
+//! | `progress` | |
+//! | `telemetry` | `config`, `mcp`, `model`, `progress` |
 //! | `run_log` | `config`, `model`, `store` |
-//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `telemetry`, `axum` |
+//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `run_log`, `secrets`, `serve`, `store`, `telemetry`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `telemetry`, `rmcp` |
 //! | `store` | `corpus`, `model`, `telemetry`, `sqlx` |
-//! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `store` |
+//! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `progress`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of
 //! `api`, `main` and `command` use the tokens, and `command` the rules of a create and the import; of `mcp`, `interchange` and `command` use the grammar of templates
@@ -97,6 +100,7 @@ pub mod error;
 pub mod interchange;
 pub mod mcp;
 pub mod model;
+pub mod progress;
 pub mod run_log;
 pub mod secrets;
 pub mod serve;

@@ -8,13 +8,16 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use portolan::api::Import;
-use portolan::app::{App, BECOME, KEEP, become_child, ensure_guarded, keep_child, key_notice};
-use portolan::command;
+use portolan::app::{App, BECOME, FirstSyncs, KEEP, become_child, ensure_guarded, keep_child, key_notice};
+use portolan::command::{self, Failure};
 use portolan::config::{Cli, Command, Settings, Token};
+use portolan::progress::Progress;
 use portolan::telemetry;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// How many files Portolan may have open beside its client connections: the database, sessions, three pipes a child.
@@ -34,40 +37,53 @@ fn main() -> ExitCode {
         _ => {}
     }
     close_to_others();
-    let cli = Cli::parse();
-    let settings = cli.settings;
+    let cli = Cli::try_parse().unwrap_or_else(|error| {
+        // Help and the version are what was asked for.
+        if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
+            let text = error.render().to_string();
+            let sentence = text.split("\n\n").next().unwrap_or_default().trim_start_matches("error: ");
+            command::say(Failure::from(sentence.to_owned()).document());
+        }
+        error.exit()
+    });
+    let (settings, as_json) = (cli.settings, cli.json);
     let result = match cli.command.unwrap_or(Command::Serve) {
-        Command::Serve => run(serve(settings)),
-        Command::Token(Token::New { name, scope, file }) => command::token::make(&name, scope, file.as_deref()),
-        Command::Key(key) => run(command::key::run(&settings, key)),
+        Command::Serve => run(serve(settings, as_json)),
+        Command::Token(Token::New { name, scope, file }) => {
+            command::token::make(&name, scope, file.as_deref(), as_json)
+        }
+        Command::Key(key) => run(command::key::run(&settings, key, as_json)),
         Command::MigrateLetta(wanted) => run(async {
             telemetry::init(&settings.logs.log)?;
-            command::migrate_letta::run(&settings, &wanted).await
+            command::migrate_letta::run(&settings, &wanted, as_json).await
         }),
         Command::RotateKeys { dry_run } => run(async {
             telemetry::init(&settings.logs.log)?;
-            command::rotate_keys::run(&settings, dry_run).await
+            command::rotate_keys::run(&settings, dry_run, as_json).await
         }),
         Command::Import { file, format, replace, dry_run } => run(async {
             telemetry::init(&settings.logs.log)?;
-            command::import::run(&settings, &file, Import { format, replace, dry_run }).await
+            command::import::run(&settings, &file, Import { format, replace, dry_run }, as_json).await
         }),
         Command::Export { format, secrets, output } => run(async {
             telemetry::init(&settings.logs.log)?;
-            command::export::run(&settings, format, secrets, output.as_deref()).await
+            command::export::run(&settings, format, secrets, output.as_deref(), as_json).await
         }),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(message) => {
+        Err(failure) => {
+            if as_json && !failure.is_late {
+                command::say(failure.document());
+            }
             // Nothing can be done about a closed standard error.
-            let _ = writeln!(std::io::stderr(), "portolan: {message}");
+            let _ = writeln!(std::io::stderr(), "portolan: {failure}");
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(command: impl Future<Output = Result<(), String>>) -> Result<(), String> {
+fn run(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
     let runtime = tokio::runtime::Runtime::new().map_err(|error| format!("Cannot start threads: {error}."))?;
     let result = runtime.block_on(command);
     // What is left are threads that look names up, and that may take their time.
@@ -75,7 +91,7 @@ fn run(command: impl Future<Output = Result<(), String>>) -> Result<(), String> 
     result
 }
 
-async fn serve(mut settings: Settings) -> Result<(), String> {
+async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     telemetry::init(&settings.logs.log)?;
     take_orphans();
     fit_open_files(&mut settings.entry.max_connections);
@@ -86,21 +102,31 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
     ensure_guarded(&settings, address).map_err(|error| error.to_string())?;
     let metrics = listen_for_metrics(settings.metrics.metrics_listen.as_deref()).await?;
     let app = App::open(settings).await.map_err(|error| error.to_string())?;
-    let mut lines = format!(
-        "Portolan {} listens on http://{address}\nDatabase: {}\nConsole: http://{address}/ · API reference: http://{address}/docs\n",
-        env!("CARGO_PKG_VERSION"),
-        app.store.describe(),
-    );
-    if let Some(notice) = key_notice(&app.store) {
+    let (version, database) = (env!("CARGO_PKG_VERSION"), app.store.describe());
+    let (url, notice) = (format!("http://{address}"), key_notice(&app.store));
+    let metrics_url = metrics.as_ref().map(|(_, address)| format!("http://{address}/metrics"));
+    let mut lines = match as_json {
+        true => {
+            let metrics = metrics_url.as_deref();
+            json!({ "version": version, "url": url, "metrics_url": metrics, "database": database, "notice": notice })
+                .to_string()
+        }
+        false => format!(
+            "Portolan {version} listens on {url}\nDatabase: {database}\nConsole: {url}/ · API reference: {url}/docs"
+        ),
+    };
+    lines.push('\n');
+    if let Some(notice) = notice.filter(|_| !as_json) {
         lines += &format!("{notice}\n");
     }
-    if let Some((_, address)) = &metrics {
-        lines += &format!("Metrics: http://{address}/metrics\n");
+    if let Some(url) = metrics_url.filter(|_| !as_json) {
+        lines += &format!("Metrics: {url}\n");
     }
     if app.tokens.current().is_none() {
         tracing::info!("no token is set: every program on this machine may come in");
     }
     let mut signals = Signals::listen()?;
+    let syncing = show_first_syncs(app.mcp.watch_first_syncs());
     let reloading = reload(app.clone(), listen_for(SignalKind::hangup())?);
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
@@ -112,9 +138,10 @@ async fn serve(mut settings: Settings) -> Result<(), String> {
         signals.next().await;
     };
     tokio::select! {
-        clean = serving => if clean { Ok(()) } else { Err("A session did not end in time and was left.".to_owned()) },
+        clean = serving => if clean { Ok(()) } else { Err(Failure::late("A session did not end in time and was left.")) },
         never = reloading => match never {},
-        () = stopping => Err("Stopped at once by a second signal.".to_owned()),
+        never = syncing => match never {},
+        () = stopping => Err(Failure::late("Stopped at once by a second signal.")),
     }
 }
 
@@ -142,6 +169,24 @@ async fn serve_both(
         clean
     };
     tokio::join!(serving, telling).0
+}
+
+/// Shows how far the first syncs are of servers that came together.
+async fn show_first_syncs(mut first: watch::Receiver<FirstSyncs>) -> Infallible {
+    let mut progress = Progress::of_server();
+    first.mark_changed();
+    while first.changed().await.is_ok() {
+        let now @ FirstSyncs { all, done, failed } = *first.borrow_and_update();
+        let line = format!("first sync: {done} of {all} servers, {failed} failed");
+        if !now.are_over() {
+            progress.tell(done, all, line);
+        } else if all > 0 {
+            progress.clear();
+            tracing::info!("{line}");
+        }
+    }
+    // Nobody connects to anything any more.
+    pending().await
 }
 
 /// Keeps processes of the same user out of this one's memory and environment, where the keys are.

@@ -165,3 +165,56 @@ async fn a_server_that_asks_without_end_is_ended() {
     assert_eq!(portolan.create("fine", fine).await["status"]["state"], "ready");
     portolan.stop().await;
 }
+
+/// How much of what was written to a process's standard input it has not read.
+fn unread(pid: u32) -> u64 {
+    let input = std::fs::File::open(format!("/proc/{pid}/fd/0")).unwrap();
+    rustix::io::ioctl_fionread(input).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_a_child_never_read_is_made_to_its_successor_and_one_that_it_read_is_not() {
+    let portolan = Portolan::start().await;
+    let script = portolan.script(&json!({}));
+    let (fake, file) = (fake_mcp(), script.0.to_string_lossy().into_owned());
+    let signal = |signal: &str, pid: u32| {
+        assert!(std::process::Command::new("kill").args([signal, &pid.to_string()]).status().unwrap().success());
+    };
+    // The second is a child of a child, which holds its standard input as well.
+    let chain = format!("{} stdio {file}; exit", fake.display());
+    for (name, command, args) in
+        [("alone", fake.to_str().unwrap(), json!(["stdio", file])), ("chain", "sh", json!(["-c", chain]))]
+    {
+        let config = json!({"mcp_server_type": "stdio", "command": command, "args": args});
+        let id = portolan.create(name, config).await["id"].as_str().unwrap().to_owned();
+        let servers = || {
+            let is_fake =
+                |pid: &u32| std::fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.ends_with("fake-mcp"));
+            portolan.children().into_iter().filter(is_fake).collect::<Vec<_>>()
+        };
+        let path = portolan.remote().path(&id, "echo").await;
+        let remote = portolan.remote();
+        let [pid] = servers()[..] else { panic!("one server") };
+        assert_eq!(unread(pid), 0);
+        signal("-STOP", pid);
+        let running = tokio::spawn(async move { remote.post(&path, &json!({"args": {"message": "here"}})).await });
+        eventually("the call is in the pipe", || unread(pid) > 0).await;
+        signal("-KILL", pid);
+        let outcome = running.await.unwrap().expect(200);
+        assert_eq!((&outcome["status"], &outcome["func_return"]), (&json!("success"), &json!("here")), "{name}");
+
+        let path = portolan.remote().path(&id, "slow").await;
+        let remote = portolan.remote();
+        let [other] = servers()[..] else { panic!("one server") };
+        assert_ne!(pid, other);
+        let before = script.seen().len();
+        let running = tokio::spawn(async move { remote.post(&path, &json!({"args": {"ms": 60_000}})).await });
+        eventually("the call was read", || script.seen().len() > before).await;
+        signal("-KILL", other);
+        let outcome = running.await.unwrap().expect(200);
+        let said = outcome["func_return"].as_str().unwrap();
+        assert!(outcome["status"] == "error" && said.contains("the tool may have run"), "{outcome}");
+        portolan.delete(&format!("/v1/mcp-servers/{id}")).await.expect(204);
+    }
+    portolan.stop().await;
+}

@@ -42,7 +42,7 @@ fn may_import() -> Vec<(&'static str, Vec<&'static str>)> {
     rows.map(|(module, allowed)| (module, names(allowed))).collect()
 }
 
-const OURS: [&str; 14] = [
+const OURS: [&str; 15] = [
     "api",
     "app",
     "command",
@@ -52,6 +52,7 @@ const OURS: [&str; 14] = [
     "interchange",
     "mcp",
     "model",
+    "progress",
     "run_log",
     "secrets",
     "serve",

@@ -802,10 +802,10 @@ async fn steps_of_which_one_cannot_be_done_store_nothing() {
         [Step::Add(Box::new(add)), Step::Remove { id: stays["id"].as_str().unwrap().to_owned(), revision }]
     };
     let names = async || servers(&portolan).await.into_iter().map(|(name, _)| name).collect::<Vec<_>>();
-    let refused = store.change_servers(&steps(revision + 1), &By::default()).await;
+    let refused = store.change_servers(&steps(revision + 1), &By::default(), |_| {}).await;
     assert!(matches!(refused, Err(store::Error::Overtaken)), "{refused:?}");
     assert_eq!(names().await, ["stays"]);
-    store.change_servers(&steps(revision), &By::default()).await.unwrap();
+    store.change_servers(&steps(revision), &By::default(), |_| {}).await.unwrap();
     assert_eq!(names().await, ["comes"]);
     portolan.stop().await;
 }

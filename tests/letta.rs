@@ -14,6 +14,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use crate::fake::{self, Fake, Script};
 use crate::harness::{Database, KEY, Portolan, fake_mcp};
+use crate::process::without_progress;
 
 const LETTA_KEY: &str = "made-up-letta-encryption-key-1";
 const DATA: &str = include_str!("data/letta-0.16.8.sql");
@@ -160,11 +161,12 @@ fn files(folder: &Path) -> Vec<String> {
     files
 }
 
-/// What the command said.
+/// What the command said, and its progress.
 struct Said {
     code: Option<i32>,
     out: String,
     err: String,
+    progress: Vec<String>,
 }
 
 impl Said {
@@ -199,7 +201,10 @@ async fn migrate(portolan: &Portolan, from: &str, key: Option<&str>, options: &[
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    let said = Said { code: output.status.code(), out: text(output.stdout), err: text(output.stderr) };
+    let (all, out) = (text(output.stderr), text(output.stdout));
+    let err = without_progress(&all);
+    let progress = all.lines().filter(|line| !err.contains(line)).map(str::to_owned).collect();
+    let said = Said { code: output.status.code(), out, err, progress };
     for secret in ["made-up", LETTA_KEY, "FILES_API", "Authorization\":"] {
         assert!(!said.out.contains(secret) && !said.err.contains(secret), "{}{}", said.out, said.err);
     }
@@ -716,4 +721,77 @@ async fn a_file_that_letta_left_with_a_journal_is_read_whole_and_left_alone() {
     assert_eq!(files(left.path()), before);
     portolan.stop().await;
     letta.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_report_in_json_says_what_the_lines_say() {
+    const PARTS: [(&str, &str); 5] = [
+        ("tools", "tool"),
+        ("variables", "variable"),
+        ("tokens", "token"),
+        ("headers", "header"),
+        ("sign_ins", "sign-in"),
+    ];
+    for kind in kinds() {
+        let letta = Letta::new(kind).await;
+        let portolan = Portolan::start().await;
+        let url = letta.url();
+        let document = |said: &Said| serde_json::from_str::<Value>(&said.out).expect("one document");
+        // Without the key some stay.
+        let plain = migrate(&portolan, &url, None, &["--dry-run"]).await.done();
+        let dry = migrate(&portolan, &url, None, &["--dry-run", "--json"]).await;
+        let report = document(&dry);
+        assert_eq!(dry.progress[..2], ["reading Letta's database", "looking at servers: 0 of 10"]);
+        dry.done();
+        let written = migrate(&portolan, &url, None, &["--json"]).await;
+        assert!(written.progress.iter().any(|line| line.starts_with("writing servers: ")), "{:?}", written.progress);
+        let written = document(&written);
+        assert_eq!((&report["dry_run"], &report["came"], &report["closed"]), (&json!(true), &json!(0), &json!(4)));
+        assert_eq!((&written["dry_run"], &written["came"]), (&json!(false), &json!(6)));
+        assert_eq!((&written["servers"], &written["remarks"]), (&report["servers"], &report["remarks"]));
+        let listed = report["servers"].as_array().unwrap();
+        assert_eq!(listed.len(), 10);
+        let came = servers(&portolan).await;
+        for server in listed {
+            let name = server["server_name"].as_str().unwrap();
+            let (line, notes) = row(&plain, name);
+            let kind = server["mcp_server_type"].as_str().unwrap();
+            let mut words = vec![];
+            for (key, noun) in PARTS {
+                let number = server["with"][key].as_u64().unwrap();
+                if number > 0 || key == "tools" {
+                    words.push(format!("{number} {noun}{}", if number == 1 { "" } else { "s" }));
+                }
+            }
+            match server["fate"].as_str().unwrap() {
+                "comes" => {
+                    assert_eq!(line, format!("{kind} comes {}", words.join(", ")), "{name}");
+                    assert_eq!(came[name]["id"], server["id"]);
+                }
+                fate => assert_eq!((line, fate), (format!("{kind} stays"), "stays"), "{name}"),
+            }
+            let said: Vec<_> = ["reasons", "notes"].iter().flat_map(|key| server[key].as_array().unwrap()).collect();
+            assert_eq!(said, notes.iter().map(|note| note.as_str()).collect::<Vec<_>>(), "{name}");
+        }
+        for remark in report["remarks"].as_array().unwrap() {
+            assert!(plain.contains(remark.as_str().unwrap()), "{remark}");
+        }
+        assert!(report["to"].is_string() && plain.contains(report["from"].as_str().unwrap()), "{report}");
+
+        // An error comes with what is known all the same.
+        let other = Portolan::start().await;
+        letta.execute("UPDATE {}mcp_server SET server_type = 'new'").await;
+        let refused = migrate(&other, &url, None, &["--json"]).await;
+        let report = document(&refused);
+        assert_eq!((refused.code, &report["error"]["detail"]), (Some(1), &json!("None of these servers can come.")));
+        assert_eq!(report["servers"].as_array().unwrap().len(), 10);
+        refused.refused("None of these servers can come.");
+        let nowhere = migrate(&other, "sqlite:/nowhere/letta.db", None, &["--json"]).await;
+        let error = document(&nowhere)["error"]["detail"].as_str().unwrap().to_owned();
+        assert_eq!(document(&nowhere).as_object().unwrap().len(), 1);
+        nowhere.refused(&error);
+        other.stop().await;
+        portolan.stop().await;
+        letta.remove().await;
+    }
 }

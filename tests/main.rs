@@ -9,6 +9,7 @@ mod bad_input;
 mod browsers;
 mod changes;
 mod children;
+mod commands;
 mod confinement;
 mod console;
 mod documents;

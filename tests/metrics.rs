@@ -478,7 +478,7 @@ async fn cardinality(servers: usize) {
             }))
         })
         .collect();
-    portolan.app.store.change_servers(&steps, &By::ITSELF).await.unwrap();
+    portolan.app.store.change_servers(&steps, &By::IMPORT, |_| ()).await.unwrap();
     let paths: Vec<_> = steps
         .iter()
         .map(|step| match step {

@@ -70,6 +70,19 @@ impl Drop for Program {
     }
 }
 
+/// What a command wrote to standard error beside its progress.
+pub(crate) fn without_progress(text: &str) -> String {
+    const PARTS: [&str; 5] = [
+        "reading Letta's database",
+        "looking at servers: ",
+        "writing servers: ",
+        "storing servers: ",
+        "sealing again: ",
+    ];
+    let is_progress = |line: &&str| PARTS.iter().any(|part| line.starts_with(part));
+    text.split_inclusive('\n').filter(|line| !is_progress(line)).collect()
+}
+
 /// Exit code and standard error of a start that fails.
 pub(crate) fn refusal(mut command: Command) -> (Option<i32>, String) {
     let output = command.stderr(Stdio::piped()).output().unwrap();

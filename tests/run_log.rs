@@ -400,7 +400,7 @@ async fn what_was_said_goes_with_a_rotation_of_keys() {
     store.reload_keys().await.unwrap();
     keys(&[2]);
     assert!(store.reload_keys().await.unwrap_err().to_string().contains("still seals"));
-    let rotated = store.rotate(|_| ()).await.unwrap();
+    let rotated = store.rotate(|_, _| ()).await.unwrap();
     assert_eq!((rotated.sealed_by, rotated.unopened), ([(new.to_owned(), 1)].into(), 0));
     store.reload_keys().await.unwrap();
     assert_eq!(runs(&remote, "limit=500").await, before);

@@ -59,7 +59,7 @@ pub struct Imported {
 
 impl Import {
     /// Does what the file says to the stored servers, in one transaction; `by` asks for it. `check` says whether such a
-    /// server may be had.
+    /// server may be had; `progress` hears how many steps of how many are done.
     ///
     /// # Errors
     /// [`Error::Invalid`] with all that is wrong and where in the file, [`Error::BodyTooLarge`]; what the store says. Then
@@ -70,6 +70,7 @@ impl Import {
         file: Vec<u8>,
         by: &By,
         check: impl Fn(&Connector) -> Result<(), mcp::Error>,
+        mut progress: impl FnMut(usize, usize),
     ) -> Result<Imported, Error> {
         // A file can be large and hostile: no other request waits while it is read.
         let reading = spawn_blocking(move || self.read(&file));
@@ -79,9 +80,13 @@ impl Import {
         loop {
             let servers = store.servers().await?;
             let plan = Plan::new(&entries, &servers, &check)?.removing(self.replace, &disabled);
-            let done = match self.dry_run || plan.steps.is_empty() {
+            let all = plan.steps.len();
+            let done = match self.dry_run || all == 0 {
                 true => Ok(()),
-                false => store.change_servers(&plan.steps, by).await,
+                false => {
+                    progress(0, all);
+                    store.change_servers(&plan.steps, by, |done| progress(done, all)).await
+                }
             };
             match done {
                 Ok(()) => {

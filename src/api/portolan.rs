@@ -10,7 +10,7 @@ use url::form_urlencoded;
 
 use crate::app::App;
 use crate::error::Error;
-use crate::interchange::{Format, Written};
+use crate::interchange::Format;
 
 use super::access::Caller;
 use super::guard::FileBody;
@@ -32,7 +32,7 @@ pub async fn import(
     let report = app.to_the_end(async move {
         let App { store, mcp, .. } = &importing;
         let Imported { report, added, changed, removed } =
-            asked.run(store, file, &by, |connector| mcp.check(connector)).await?;
+            asked.run(store, file, &by, |connector| mcp.check(connector), |_, _| {}).await?;
         if report.dry_run {
             return Ok(report);
         }
@@ -51,11 +51,8 @@ pub async fn import(
 pub async fn export(State(app): State<App>, uri: Uri, shown: Shown) -> Result<Response, Error> {
     let format = parameter(&uri, "format", format_of)?.unwrap_or(Format::Claude);
     let servers = app.store.servers().await?;
-    let Written { mut file, left_out } = import::export(&servers, format, shown == Shown::InClear);
-    if !left_out.is_empty() {
-        file.insert("portolan".to_owned(), json!({ "left_out": left_out }));
-    }
-    Ok(Json(file).into_response())
+    let written = import::export(&servers, format, shown == Shown::InClear);
+    Ok(Json(written.into_one()).into_response())
 }
 
 /// A parameter of the query, once; empty means absent.

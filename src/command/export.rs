@@ -5,30 +5,47 @@ use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
+use serde_json::{Value, json};
+
 use crate::api::export;
 use crate::config::Settings;
 use crate::interchange::{Format, Written};
 
-use super::{open_store, shown};
+use super::{Failure, open_store, print, say, shown};
 
-/// Writes the file, and on standard error what it does not say.
+/// Writes the file, and on standard error what it does not say. With `as_json`, the latter is in the answer: the one of the
+/// API when the file is printed, else a report of what was written.
 ///
 /// # Errors
 /// One sentence; a file that was there is as it was.
-pub async fn run(settings: &Settings, format: Format, secrets: bool, output: Option<&Path>) -> Result<(), String> {
+pub async fn run(
+    settings: &Settings,
+    format: Format,
+    secrets: bool,
+    output: Option<&Path>,
+    as_json: bool,
+) -> Result<(), Failure> {
     let store = open_store(settings).await?;
     let servers = store.servers().await;
     store.close().await;
     let servers = servers.map_err(|error| format!("The servers cannot be read: {error}."))?;
-    let Written { file, left_out } = export(&servers, format, secrets);
-    let text = serde_json::to_string_pretty(&file).expect("a file is texts in lists and objects") + "\n";
+    let written = export(&servers, format, secrets);
+    let unprinted = |error: io::Error| format!("Cannot print the file: {error}.");
+    if as_json && output.is_none() {
+        print(Value::from(written.into_one())).map_err(unprinted)?;
+        return Ok(());
+    }
+    let Written { file, left_out } = written;
+    let text = serde_json::to_string_pretty(&file).expect("a file is texts in lists and objects");
     match output {
+        None => print(text).map_err(unprinted)?,
         Some(file) => {
-            keep(file, &text, secrets).map_err(|error| format!("Cannot write {}: {error}.", file.display()))?
-        }
-        None => {
-            let printed = io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush());
-            printed.map_err(|error| format!("Cannot print the file: {error}."))?;
+            let kept = keep(file, &(text + "\n"), secrets);
+            kept.map_err(|error| format!("Cannot write {}: {error}.", file.display()))?;
+            if as_json {
+                say(json!({ "output": file.to_string_lossy(), "left_out": left_out }));
+                return Ok(());
+            }
         }
     }
     for passed in left_out {

@@ -9,22 +9,30 @@ use crate::app::{Commands, make_data_folder};
 use crate::config::Settings;
 use crate::error::Error;
 use crate::model::By;
+use crate::progress::Progress;
 
-use super::{open_store, say, shown};
+use super::{Failure, open_store, say, shown, value};
 
 /// One byte more than the largest file, so that a larger one is known.
 const MOST: u64 = 1024 * 1024 + 1;
 
 /// # Errors
 /// One sentence for each thing that is wrong, with its place in the file; nothing was stored then.
-pub async fn run(settings: &Settings, file: &Path, asked: Import) -> Result<(), String> {
+pub async fn run(settings: &Settings, file: &Path, asked: Import, as_json: bool) -> Result<(), Failure> {
     let text = read(file).map_err(|error| format!("Cannot read {}: {error}.", file.display()))?;
     let commands = Commands::read(&settings.children).map_err(|error| error.to_string())?;
     make_data_folder(settings).map_err(|error| error.to_string())?;
     let store = open_store(settings).await?;
-    let done = asked.run(&store, text, &By::IMPORT, |connector| commands.check(connector)).await;
+    let mut progress = Progress::of_command();
+    let show = |done, all| progress.tell(done, all, format_args!("storing servers: {done} of {all}"));
+    let done = asked.run(&store, text, &By::IMPORT, |connector| commands.check(connector), show).await;
     store.close().await;
-    tell(&done.map_err(failed)?.report);
+    drop(progress);
+    let report = done.map_err(failed)?.report;
+    match as_json {
+        true => say(value(&report)),
+        false => tell(&report),
+    }
     Ok(())
 }
 
@@ -37,13 +45,18 @@ fn read(file: &Path) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-fn failed(error: Error) -> String {
+fn failed(error: Error) -> Failure {
     match error {
-        Error::Invalid(issues) => issues.into_iter().map(|issue| issue.msg).collect::<Vec<_>>().join("\n"),
-        Error::BodyTooLarge { limit } => format!("The file is larger than {limit} bytes, the most that is read."),
+        Error::Invalid(issues) => {
+            let detail: Vec<_> = issues.iter().map(|issue| &*issue.msg).collect();
+            Failure { issues: issues.clone(), ..detail.join("\n").into() }
+        }
+        Error::BodyTooLarge { limit } => {
+            format!("The file is larger than {limit} bytes, the most that is read.").into()
+        }
         other => {
             let cause = std::error::Error::source(&other).map(|cause| format!(" ({cause})")).unwrap_or_default();
-            format!("{other}{cause}")
+            format!("{other}{cause}").into()
         }
     }
 }

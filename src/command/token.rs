@@ -9,8 +9,12 @@ use std::path::{Path, PathBuf};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 
+use serde_json::json;
+
 use crate::api::{Token, parse_tokens};
 use crate::model::Scope;
+
+use super::{Failure, print};
 
 /// What every token begins with, so that it is known for one where it should not be.
 const PREFIX: &str = "ptl_";
@@ -19,7 +23,7 @@ const PREFIX: &str = "ptl_";
 ///
 /// # Errors
 /// One sentence; the file is as it was.
-pub fn make(name: &str, scope: Scope, file: Option<&Path>) -> Result<(), String> {
+pub fn make(name: &str, scope: Scope, file: Option<&Path>, as_json: bool) -> Result<(), Failure> {
     let mut random = [0; 32];
     getrandom::fill(&mut random).map_err(|error| format!("Cannot get random bytes from the system: {error}."))?;
     let text = format!("{PREFIX}{}", URL_SAFE_NO_PAD.encode(random));
@@ -39,8 +43,20 @@ pub fn make(name: &str, scope: Scope, file: Option<&Path>) -> Result<(), String>
             token.line()
         ),
     };
-    let printed = writeln!(io::stdout(), "{text}").and_then(|()| io::stdout().flush());
+    let printed = match as_json {
+        true => print(json!({
+            "name": name,
+            "scope": scope.as_str(),
+            "token": text,
+            "line": token.line(),
+            "file": file.map(Path::to_string_lossy),
+        })),
+        false => print(&text),
+    };
     printed.map_err(|error| format!("Cannot print the token, so remove its line if it has one: {error}."))?;
+    if as_json {
+        return Ok(());
+    }
     // Nothing can be done about a closed standard error.
     let _ = io::stderr().write_all(next.as_bytes());
     Ok(())

@@ -17,6 +17,16 @@ pub struct Written {
     pub left_out: Vec<Passed>,
 }
 
+impl Written {
+    /// The file with what it does not say in it, under a key that no program reads.
+    pub fn into_one(mut self) -> Map<String, Value> {
+        if !self.left_out.is_empty() {
+            self.file.insert("portolan".to_owned(), json!({ "left_out": self.left_out }));
+        }
+        self.file
+    }
+}
+
 /// The file of these servers, by name. `made` are the variables that stand for secrets that were left out.
 pub fn write(format: Format, servers: &[(&str, &Connector)], made: &BTreeSet<String>) -> Written {
     let mut writer = Writer { format, made, server: "", inputs: Vec::new(), left_out: Vec::new() };

@@ -13,6 +13,7 @@ mod error;
 mod events;
 mod exchange;
 mod fields;
+mod first;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod hidden;
@@ -49,7 +50,6 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use ::http::HeaderValue;
-use futures_util::{StreamExt, stream};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tokio::time::{Instant, timeout, timeout_at};
@@ -57,7 +57,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{By, Connector, Era, Flagged, Offered, Server, Skipped, State, Tool, ToolChanges};
+use crate::model::{By, Connector, Era, Flagged, Offered, Server, Skipped, Tool, ToolChanges};
 use crate::secrets::scrub;
 use crate::store::{Listing, Store};
 use crate::telemetry::Span;
@@ -70,6 +70,7 @@ pub use confine::become_child;
 pub use egress::{Destination, Egress, TlsError, Trust};
 pub use error::{Error, SyncError};
 pub use fields::{FieldError, Place as FieldPlace, faults, field_name, field_value};
+pub use first::FirstSyncs;
 pub use hidden::flags;
 pub use keeper::keep_child;
 pub use listing::{accept, definition};
@@ -94,11 +95,6 @@ use watch::{News, watch};
 /// How long the end of all sessions may take at a stop: a child has two periods of grace, a remote server a moment for
 /// the goodbye.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How many servers that came together are connected to at a time.
-const FIRST_SYNCS: usize = 4;
-/// How long one of them keeps the next one waiting, at most.
-const FIRST_SYNC_PATIENCE: Duration = Duration::from_secs(120);
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
@@ -142,6 +138,8 @@ pub struct Mcp {
     stop: CancellationToken,
     /// One sync of a server at a time, so that an older list never lands on a newer one.
     syncing: Arc<Mutex<HashMap<String, Arc<Turn>>>>,
+    /// How far the first syncs are.
+    first: tokio::sync::watch::Sender<FirstSyncs>,
 }
 
 /// Holds what came of the last sync, for those who came before it began.
@@ -166,8 +164,14 @@ impl Mcp {
         tracker: TaskTracker,
     ) -> Self {
         let stop = CancellationToken::new();
-        let sign_ins =
-            SignIns::new(store.clone(), egress.clone(), metrics.clone(), tracker.clone(), settings.sign_in.clone());
+        let sign_ins = SignIns::new(
+            store.clone(),
+            egress.clone(),
+            metrics.clone(),
+            tracker.clone(),
+            settings.sign_in.clone(),
+            stop.clone(),
+        );
         let context = Context {
             sign_ins: sign_ins.clone(),
             settings: settings.clone(),
@@ -180,68 +184,29 @@ impl Mcp {
         };
         let news = Arc::new(News::default());
         let pool = Arc::new(Pool::new(context, store.clone(), news.clone(), variables.clone()));
-        let syncing = Arc::default();
-        let mcp =
-            Self { store, pool, egress, sign_ins, settings, children, variables, metrics, tracker, stop, syncing };
+        let (syncing, first) = (Arc::default(), tokio::sync::watch::Sender::default());
+        let mcp = Self {
+            store,
+            pool,
+            egress,
+            sign_ins,
+            settings,
+            children,
+            variables,
+            metrics,
+            tracker,
+            stop,
+            syncing,
+            first,
+        };
         mcp.tracker.spawn(watch(mcp.clone(), news));
         mcp.tidy();
         mcp.catch_up();
         mcp
     }
 
-    /// Lists the tools of a new server for the first time, in the background: the sync goes on when the caller leaves.
-    /// Waits at most `patience`; `false` when it is still going on. What came of it is in the server's status. `given` are
+    /// Lists the server's tools, following all pages, and makes the stored ones equal to them in one transaction. `given` are
     /// the values that the request brings, and `by` is who asked for it, here and below.
-    pub async fn first_sync(&self, server: Server, given: &Variables, patience: Duration, by: &By) -> bool {
-        let (mcp, given, by) = (self.clone(), given.clone(), by.clone());
-        let sync = async move {
-            let turn = mcp.turn(&server.id);
-            let _turn = turn.lock().await;
-            // A repeated create may have waited for the turn of the first, and has nothing left to do.
-            let result = match mcp.store.server(&server.id).await {
-                Ok(Some(current)) if current.state == State::NeverConnected => {
-                    mcp.sync(&current, None, &given, true, &by).await.map(|_| ())
-                }
-                Ok(_) => Ok(()),
-                Err(error) => Err(error.into()),
-            };
-            if let Err(SyncError::Store(error)) = result {
-                tracing::error!(server.id, %error, "the first sync of a server cannot be stored");
-            }
-        };
-        let stop = self.stop.clone();
-        let sync = self.tracker.spawn(async move { stop.run_until_cancelled(sync).await });
-        timeout(patience, sync).await.is_ok()
-    }
-
-    /// As [`Mcp::first_sync`], of several new servers, a few at a time; nobody waits for it. Of many at once no session is
-    /// kept: they would take the places of those that are used.
-    pub fn first_syncs(&self, server_ids: Vec<String>, by: &By) {
-        let (mcp, by) = (self.clone(), by.clone());
-        let are_many = server_ids.len() > FIRST_SYNCS;
-        let sync = move |id: String| {
-            let (mcp, by) = (mcp.clone(), by.clone());
-            async move {
-                match mcp.store.server(&id).await {
-                    Ok(Some(server)) => {
-                        mcp.first_sync(server, &Variables::default(), FIRST_SYNC_PATIENCE, &by).await;
-                        if are_many {
-                            mcp.pool.rest(&id);
-                        }
-                    }
-                    Ok(None) => {}
-                    Err(error) => {
-                        tracing::error!(server.id = id, %error, "a new server cannot be read for its first sync")
-                    }
-                }
-            }
-        };
-        let stop = self.stop.clone();
-        let all = stream::iter(server_ids).for_each_concurrent(FIRST_SYNCS, sync);
-        self.tracker.spawn(async move { stop.run_until_cancelled(all).await });
-    }
-
-    /// Lists the server's tools, following all pages, and makes the stored ones equal to them in one transaction.
     ///
     /// # Errors
     /// [`SyncError::Server`] when the list cannot be had; the stored tools are as they were, and the reason is noted in
@@ -542,18 +507,6 @@ impl Mcp {
                 mcp.children.keep_only(folders, servers.iter().map(|server| &*server.id));
             })
             .await;
-        });
-    }
-
-    /// Connects to the servers that came while nobody served, in the background.
-    fn catch_up(&self) {
-        let mcp = self.clone();
-        self.tracker.spawn(async move {
-            // What the database has to say is said where it is asked for an answer.
-            match mcp.store.new_servers().await {
-                Ok(new) if !new.is_empty() => mcp.first_syncs(new, &By::ITSELF),
-                _ => {}
-            }
         });
     }
 

@@ -3,13 +3,15 @@
 //! The child has one owner, a task that outlives every caller and ends it with the session. Standard error is drained
 //! always (a full pipe would stop the child); its last bytes are kept to explain an early exit.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::ioctl_fionread;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
@@ -31,6 +33,9 @@ use super::watch::Bell;
 /// How long the end of standard error may take after the end of the child, and the rest of its output.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 const REST_OF_OUTPUT: Duration = Duration::from_millis(500);
+/// How long others may hold the standard input of a child that has ended, and how often to look.
+const LAST_READERS: Duration = Duration::from_millis(500);
+const LOOK: Duration = Duration::from_millis(5);
 /// How long a child may leave its standard input unread while something waits to be written.
 const STALL: Duration = Duration::from_secs(30);
 /// How long a child may go on asking without reading our answers.
@@ -66,6 +71,12 @@ struct Input {
     /// `None` once it is closed.
     pipe: Option<Arc<pipe::Sender>>,
     queue: VecDeque<Outgoing>,
+    /// How many bytes were written.
+    written: u64,
+    /// At which of them each request begins that was, and is not over.
+    begun: HashMap<u64, u64>,
+    /// How many of them were read, once nobody reads any more.
+    read: Option<u64>,
 }
 
 struct Outgoing {
@@ -100,7 +111,7 @@ impl StdioWire {
         let pipe = Arc::new(stdin);
         let shared = Arc::new(Shared {
             exchange: Arc::default(),
-            input: Mutex::new(Input { pipe: Some(pipe.clone()), queue: VecDeque::new() }),
+            input: Mutex::new(Input::new(pipe.clone())),
             waits: Notify::new(),
             written: Notify::new(),
             facts: Mutex::default(),
@@ -129,7 +140,9 @@ impl StdioWire {
             Ok(reply) => {
                 pending.over = true;
                 match reply {
-                    Reply::Ended(error) if self.0.withdraw(waiting.id) => Err(CallError::NotSent(error)),
+                    Reply::Ended(error) if self.0.withdraw(waiting.id) || self.0.input().is_unread(waiting.id) => {
+                        Err(CallError::NotSent(error))
+                    }
                     reply => reply.into_result(),
                 }
             }
@@ -185,6 +198,7 @@ impl Drop for Pending<'_> {
             line.push(b'\n');
             self.shared.push(None, line.into());
         }
+        self.shared.input().begun.remove(&self.id);
     }
 }
 
@@ -257,9 +271,9 @@ impl Shared {
             () = self.exited.cancelled() => None,
             () = self.end.cancelled() => None,
         };
-        self.input().pipe = None;
         match ended {
             Some(reason @ Error::NotReading) => {
+                self.input().pipe = None;
                 self.exchange.end(&reason);
                 self.end.cancel();
             }
@@ -268,7 +282,9 @@ impl Shared {
                 let _ = timeout(REST_OF_OUTPUT, self.exited.cancelled()).await;
                 self.end.cancel();
             }
-            None => {}
+            // What a child that has left did not read is in the pipe still: the reader looks, and closes it.
+            None if self.exited.is_cancelled() => {}
+            None => self.input().pipe = None,
         }
     }
 
@@ -294,9 +310,30 @@ impl Shared {
         }
         // The pipe closes a moment before the child can be reaped.
         let _ = timeout(REST_OF_OUTPUT, self.exited.cancelled()).await;
+        if self.exited.is_cancelled() {
+            self.note_unread().await;
+        }
+        self.input().pipe = None;
         self.exchange.end(&self.last_words().unwrap_or(Error::Closed));
         self.bell.ended();
         self.end.cancel();
+    }
+
+    /// Looks what nobody has read and nobody will: such calls were not made. What the child started may hold its standard
+    /// input for a moment longer, as the server that `npx` starts does.
+    async fn note_unread(&self) {
+        let Some(pipe) = self.input().pipe.clone() else { return };
+        let deadline = Instant::now() + LAST_READERS;
+        while has_reader(&pipe) {
+            if Instant::now() >= deadline {
+                return;
+            }
+            tokio::time::sleep(LOOK).await;
+        }
+        if let Ok(unread) = ioctl_fionread(&*pipe) {
+            let mut input = self.input();
+            input.read = Some(input.written.saturating_sub(unread));
+        }
     }
 
     /// `false` when the session cannot go on.
@@ -373,13 +410,33 @@ impl Shared {
     }
 }
 
+/// Whether anybody has the other end of a pipe; also when that cannot be said.
+fn has_reader(pipe: &pipe::Sender) -> bool {
+    let mut ends = [PollFd::new(pipe, PollFlags::empty())];
+    let polled = poll(&mut ends, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }));
+    polled.is_err() || !ends[0].revents().contains(PollFlags::ERR)
+}
+
 impl Input {
+    fn new(pipe: Arc<pipe::Sender>) -> Self {
+        Self { pipe: Some(pipe), queue: VecDeque::new(), written: 0, begun: HashMap::new(), read: None }
+    }
+
+    /// Whether nothing of this request was read by anybody, of what was written of it, and will be.
+    fn is_unread(&self, id: u64) -> bool {
+        self.read.zip(self.begun.get(&id)).is_some_and(|(read, begin)| *begin >= read)
+    }
+
     /// Writes as much as the pipe takes; `true` when nothing is left.
     fn flush(&mut self) -> io::Result<bool> {
         let Some(pipe) = &self.pipe else { return Err(io::ErrorKind::BrokenPipe.into()) };
         while let Some(line) = self.queue.front_mut() {
             match pipe.try_write(&line.rest) {
                 Ok(count) => {
+                    if let Some(id) = line.request.filter(|_| !line.begun) {
+                        self.begun.insert(id, self.written);
+                    }
+                    self.written += count as u64;
                     line.begun = true;
                     line.rest.advance(count);
                     if line.rest.is_empty() {

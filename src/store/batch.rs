@@ -39,12 +39,12 @@ pub enum Step {
 }
 
 impl Store {
-    /// Does all steps in their order, in one transaction.
+    /// Does all steps in their order, in one transaction. `progress` hears after each how many are done.
     ///
     /// # Errors
     /// [`Error::NameTaken`] when another server has one of the names or ids, [`Error::Overtaken`] when a server is not at the
     /// revision given: then nothing was done.
-    pub async fn change_servers(&self, steps: &[Step], by: &By) -> Result<(), Error> {
+    pub async fn change_servers(&self, steps: &[Step], by: &By, mut progress: impl FnMut(usize)) -> Result<(), Error> {
         const ADD: &str = "INSERT INTO servers (id, server_name, type, config, revision, state, created_at, updated_at) \
                            VALUES ($1, $2, $3, $4, 1, $5, $6, $7)";
         const ADD_TOOL: &str = "INSERT INTO tools (id, server_id, name, name_digest, position, definition, definition_hash) \
@@ -60,7 +60,7 @@ impl Store {
             on_db!(self, write pool => {
                 let mut transaction = pool.begin().await?;
                 let mut told = Vec::new();
-                for step in steps {
+                for (done, step) in (1..).zip(steps) {
                     match step {
                         Step::Add(server) => {
                             sqlx::query(ADD)
@@ -130,6 +130,7 @@ impl Store {
                             told.push((Action::ServerDeleted, id, name.ok_or(Error::Overtaken)?, json!({})));
                         }
                     }
+                    progress(done);
                 }
                 for (action, server_id, server_name, details) in told {
                     let (server_id, server_name) = (Some(server_id.as_str()), Some(server_name.as_str()));

@@ -111,10 +111,11 @@ impl KeySource {
     }
 }
 
-/// A new key as a text, in base64.
-pub fn new_key() -> Zeroizing<String> {
+/// A new key as a text, in base64, and its id.
+pub fn new_key() -> (Zeroizing<String>, String) {
     let bytes = Zeroizing::new(<[u8; KEY_BYTES]>::generate());
-    Zeroizing::new(base64::engine::general_purpose::STANDARD.encode(*bytes))
+    let id = Key::new(&bytes).id().to_owned();
+    (Zeroizing::new(base64::engine::general_purpose::STANDARD.encode(*bytes)), id)
 }
 
 fn read_file(file: &Path) -> Result<Zeroizing<Vec<u8>>, KeyError> {
@@ -189,7 +190,7 @@ fn make_file(file: &Path) -> std::io::Result<bool> {
         out.write_all(
             b"# The secrets in Portolan's database are sealed with this key. Keep a copy of it elsewhere.\n",
         )?;
-        out.write_all(new_key().as_bytes())?;
+        out.write_all(new_key().0.as_bytes())?;
         out.write_all(b"\n")?;
         out.sync_all()?;
         std::fs::hard_link(&draft, file)
@@ -236,8 +237,8 @@ mod tests {
         }
         let high = "_".repeat(42) + "8";
         assert_eq!(ids(&variable(&high)), ids(&variable(&high.replace('_', "/"))), "either alphabet");
-        assert_eq!(ids(&variable(&new_key())).unwrap().len(), 1);
-        assert_ne!(*new_key(), *new_key());
+        assert_eq!(ids(&variable(&new_key().0)).unwrap().len(), 1);
+        assert_ne!(*new_key().0, *new_key().0);
         for (text, part) in [
             ("", "empty"),
             (" \n", "empty"),

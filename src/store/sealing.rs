@@ -320,12 +320,16 @@ impl Store {
 
     /// Seals all that other keys sealed again with the first one, a few servers at a time, while others read and write.
     /// What is changed meanwhile is left to its writer, and looked at again. May be cut off at any time and begun
-    /// anew. `progress` hears after each step how many servers have been sealed again so far.
-    pub async fn rotate(&self, mut progress: impl FnMut(i64)) -> Result<Rotated, Error> {
+    /// anew. `progress` hears before and after each step how many servers have been looked at, and of how many; both begin
+    /// again with each look.
+    pub async fn rotate(&self, mut progress: impl FnMut(i64, i64)) -> Result<Rotated, Error> {
+        const COUNT: &str = "SELECT count(*) FROM servers";
         let ring = self.seal.ring();
         let mut rotated = Rotated::default();
         for _ in 0..PASSES {
-            let pass = self.rotate_once(&ring, &mut rotated, &mut progress).await?;
+            let all: i64 = on_db!(self, read pool => sqlx::query_scalar(COUNT).fetch_one(pool).await)?;
+            // Some may come meanwhile.
+            let pass = self.rotate_once(&ring, &mut rotated, |seen| progress(seen, all.max(seen))).await?;
             rotated.unopened = pass.unopened;
             if pass.overtaken == 0 {
                 break;
@@ -343,14 +347,16 @@ impl Store {
         &self,
         ring: &Keyring,
         rotated: &mut Rotated,
-        progress: &mut impl FnMut(i64),
+        mut progress: impl FnMut(i64),
     ) -> Result<Pass, Error> {
         const READ: &str = "SELECT id, config, error FROM servers WHERE id > $1 ORDER BY id LIMIT $2";
         const SEAL: &str = "UPDATE servers SET config = $2, error = $3 \
                             WHERE id = $1 AND config = $4 AND coalesce(error, '') = $5";
         let mut pass = Pass::default();
         let mut after = String::new();
+        let mut seen = 0;
         loop {
+            progress(seen);
             let rows: Vec<Stored> = on_db!(self, read pool => sqlx::query_as(READ)
                 .bind(&after)
                 .bind(ROWS_AT_ONCE)
@@ -358,7 +364,6 @@ impl Store {
                 .await)?;
             let Some(last) = rows.last() else { break };
             after.clone_from(&last.id);
-            let before = rotated.sealed;
             on_db!(self, write pool => {
                 let mut transaction = pool.begin().await?;
                 for row in &rows {
@@ -379,9 +384,7 @@ impl Store {
                 }
                 transaction.commit().await
             })?;
-            if rotated.sealed > before {
-                progress(rotated.sealed);
-            }
+            seen += i64::try_from(rows.len()).expect("a step has few rows");
         }
         self.rotate_others(ring, &mut pass).await?;
         Ok(pass)

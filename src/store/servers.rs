@@ -3,7 +3,7 @@
 use secrecy::zeroize::Zeroizing;
 use serde_json::{Value, json};
 
-use crate::model::{Action, By, Connector, Era, Server, State};
+use crate::model::{Action, By, Connector, Era, OauthClient, Server, State};
 
 use super::journal::{self, Note, note};
 use super::sealing::ServerRow;
@@ -117,6 +117,7 @@ impl Store {
              era = NULL, state = $6, error = NULL WHERE id = $1 RETURNING ",
             columns!()
         );
+        const GIVE_UP: &str = "DELETE FROM authorizations WHERE server_id = $1";
         const FORGET: &str = "DELETE FROM sign_ins WHERE server_id = $1";
         let write = async {
             on_db!(self, write pool => {
@@ -129,6 +130,9 @@ impl Store {
                     Ok(update) => update,
                     Err(refusal) => return Ok(Err(refusal)),
                 };
+                let client_changes = update.connector.as_ref().is_some_and(|new| {
+                    current.config.0.as_ref().ok().and_then(client) != client(new)
+                });
                 let changed: Result<ServerRow, _> = match &update.connector {
                     None => sqlx::query_as(RENAME)
                         .bind(id)
@@ -147,6 +151,11 @@ impl Store {
                         .await,
                 };
                 let changed = changed.map_err(taken)?;
+                // Those that are under way are for the client of before. First, because the holder of one may just write
+                // what it brought.
+                if update.forgets_sign_in || client_changes {
+                    sqlx::query(GIVE_UP).bind(id).execute(&mut *transaction).await.map_err(Error::from)?;
+                }
                 let mut forgotten = 0;
                 if update.forgets_sign_in {
                     let forget = sqlx::query(FORGET).bind(id).execute(&mut *transaction).await;
@@ -201,6 +210,14 @@ impl Store {
                 .map(|_| ()))
         };
         Ok(self.known.during(id, write).await?)
+    }
+}
+
+/// As which client a server is signed in at, if one is configured.
+fn client(connector: &Connector) -> Option<&OauthClient> {
+    match connector {
+        Connector::Stdio(_) => None,
+        Connector::Sse(remote) | Connector::StreamableHttp(remote) => remote.oauth.as_ref(),
     }
 }
 

@@ -117,15 +117,18 @@ impl Store {
         }))
     }
 
-    /// Writes a new sign-in over whatever there is, and returns its version. `None` when there is no such server. `action`
-    /// says how it came.
+    /// Writes a new sign-in over whatever there is, and returns its version; that of an authorization only while that is
+    /// not given up. `None` when there is no such server, or the authorization was. `action` says how it came.
     pub async fn put_sign_in(
         &self,
         server_id: &str,
         sign_in: &SignIn,
+        authorization: Option<&str>,
         action: Action,
         by: &By,
     ) -> Result<Option<i64>, Error> {
+        // Who gives it up waits until this is written, and comes after it.
+        const HOLD: &str = "UPDATE authorizations SET status = status WHERE id = $1";
         // Of a server that is gone nothing is selected, and nothing written.
         const SQL: &str = "INSERT INTO sign_ins (server_id, material, version, updated_at) \
                            SELECT id, $2, $4, $3 FROM servers WHERE id = $1 \
@@ -137,6 +140,11 @@ impl Store {
         // A transaction for the reason that `create_server` gives.
         on_db!(self, write pool => {
             let mut transaction = pool.begin().await?;
+            if let Some(id) = authorization
+                && sqlx::query(HOLD).bind(id).execute(&mut *transaction).await?.rows_affected() == 0
+            {
+                return Ok(None);
+            }
             let put: Option<(i64, String)> = sqlx::query_as(SQL)
                 .bind(server_id)
                 .bind(material)

@@ -13,6 +13,8 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
+use crate::progress;
+
 pub use context::{TRACEPARENT, TRACESTATE, TraceContext};
 pub use export::CollectorError;
 pub use traces::{Span, Traces};
@@ -26,7 +28,7 @@ pub fn init(filter: &str) -> Result<(), String> {
         format!("The log filter {filter:?} cannot be read; write a level such as info, or levels per module.")
     })?;
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
+        .with_writer(progress::log)
         .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
         .with_filter(wanted.and(filter_fn(is_discreet)));
     tracing_subscriber::registry().with(lines).init();

@@ -470,7 +470,7 @@ async fn another_key_keeps_sign_ins_and_what_is_under_way() {
     drop(watch);
     // Both keys for the time of the rotation, then the new one alone.
     let portolan = portolan.reopen(with_keys(format!("{NEW}\n{KEY}\n"))).await;
-    portolan.app.store.rotate(|_| {}).await.unwrap();
+    portolan.app.store.rotate(|_, _| {}).await.unwrap();
     let portolan = portolan.reopen(with_keys(NEW.to_owned())).await;
     echo(&portolan, &id).await;
     upstream.authority.expire();
@@ -500,6 +500,60 @@ async fn a_deleted_server_takes_its_sign_in_with_it() {
     let mut seen = seen.iter().filter(|seen| seen.method != "DELETE");
     assert!(seen.all(|seen| seen.header("authorization").is_none()));
     sign_in(&portolan, &id).await;
+    echo(&portolan, &id).await;
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_waits_for_no_authority() {
+    let upstream = Upstream::start(Kind::Http, Rules::default());
+    let portolan = Portolan::start_with(|settings| {
+        allow([&upstream.authority])(settings);
+        settings.entry.drain_timeout = Duration::from_millis(100);
+    })
+    .await;
+    let id = register(&portolan, "notes", upstream.config()).await;
+    sign_in(&portolan, &id).await;
+    upstream.authority.expire();
+    let asked = upstream.authority.count(TOKEN);
+    let _held = upstream.authority.hold(TOKEN);
+    let remote = portolan.remote();
+    let path = remote.path(&id, "echo").await;
+    // The answer is that of a stop, or cut off by it.
+    let running = tokio::spawn(async move { remote.request("POST", &path).json(&json!({})).send().await.is_ok() });
+    eventually("new tokens are asked for", || upstream.authority.count(TOKEN) > asked).await;
+    // It asserts that nothing is left.
+    portolan.stop().await;
+    let _ = running.await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_sign_in_that_was_begun_as_another_client_is_not_finished() {
+    let upstream = Upstream::start(Kind::Http, Rules { registration: Registration::Closed, ..Rules::default() });
+    for client in ["first", "second"] {
+        upstream.authority.register(client, None, CALLBACK);
+    }
+    let portolan = Portolan::start_with(allow([&upstream.authority])).await;
+    let id = register(&portolan, "notes", upstream.config_with(json!({"client_id": "first"}))).await;
+    let path = format!("/v1/mcp-servers/{id}");
+    let mut older = Watch::start(&portolan, &id).await;
+    let old_tab = visit(&older.url().await).await;
+    // A change of something else leaves it as it is.
+    portolan.patch(&path, &json!({"server_name": "other"})).await.expect(200);
+    portolan.patch(&path, &json!({"config": {"custom_headers": {"x-a": "b"}}})).await.expect(200);
+    let mut kept = Watch::start(&portolan, &id).await;
+    let kept_tab = visit(&kept.url().await).await;
+    portolan.patch(&path, &json!({"server_name": "notes"})).await.expect(200);
+    assert_eq!(come_back(&portolan, &kept_tab).await["status"], "success");
+    kept.success().await;
+
+    portolan.patch(&path, &json!({"config": {"oauth": {"client_id": "second"}}})).await.expect(200);
+    let said = older.failure().await;
+    assert!(said.contains("because the server was changed"), "{said}");
+    sign_in(&portolan, &id).await;
+    let told = come_back(&portolan, &old_tab).await;
+    assert_eq!(told["message"], "Invalid or expired state parameter", "{told}");
+    assert_eq!(upstream.authority.granted("authorization_code"), 2);
     echo(&portolan, &id).await;
     portolan.stop().await;
 }

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
 
 use chrono::{DateTime, Utc};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value, json};
 use uuid::{Uuid, Variant};
@@ -36,7 +36,7 @@ pub struct Here {
 }
 
 pub struct Plan {
-    /// A line for each server, oldest first.
+    /// What becomes of each server, oldest first.
     pub lines: Vec<Line>,
     /// What is to be said of no server in particular, a sentence each.
     pub remarks: Vec<String>,
@@ -48,18 +48,33 @@ pub struct Plan {
     pub closed: usize,
 }
 
-/// What becomes of one server.
+/// What becomes of one server; its names as Letta has them.
+#[derive(Serialize)]
 pub struct Line {
+    pub id: String,
     pub server_name: String,
-    pub server_type: String,
+    pub mcp_server_type: String,
     pub fate: Fate,
-    /// What comes with it, in a few words.
-    pub with: String,
-    /// What is different, what does not come, and why.
+    /// What comes with it.
+    pub with: Parts,
+    /// Why it stays.
+    pub reasons: Vec<String>,
+    /// What is different, and what does not come with it.
     pub notes: Vec<String>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// How many of each come with a server.
+#[derive(Default, Serialize)]
+pub struct Parts {
+    pub tools: usize,
+    pub variables: usize,
+    pub tokens: usize,
+    pub headers: usize,
+    pub sign_ins: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Fate {
     Comes,
     /// It is in Portolan, and stays as it is there.
@@ -69,14 +84,23 @@ pub enum Fate {
 }
 
 impl Plan {
-    pub fn new(rows: &LettaRows, opener: &Opener, here: &Here, choice: &Choice<'_>) -> Self {
+    /// `progress` hears of how many servers it is known, and of how many there are: to open a secret takes time.
+    pub fn new(
+        rows: &LettaRows,
+        opener: &Opener,
+        here: &Here,
+        choice: &Choice<'_>,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Self {
         let mut plan = Self { lines: vec![], remarks: vec![], servers: vec![], to_refresh: vec![], closed: 0 };
         let owners = Owners::new(rows);
         let mut names: BTreeMap<String, Holder> =
             here.servers.iter().map(|server| (server.server_name.clone(), Holder::Here)).collect();
         let mut sign_ins = SignIns { rows: &rows.sign_ins, used: BTreeSet::new() };
         let chosen = |server: &&LettaServer| choice.organization.is_none_or(|id| id == server.organization_id);
-        for row in rows.servers.iter().filter(chosen) {
+        let all = rows.servers.iter().filter(chosen).count();
+        for (known, row) in rows.servers.iter().filter(chosen).enumerate() {
+            progress(known, all);
             let mut draft = Draft { row, opener, notes: vec![], reasons: vec![], closed: vec![] };
             let present = here.servers.iter().find(|server| server.id == row.id);
             let connector = draft.connector();
@@ -95,7 +119,7 @@ impl Plan {
                 if !tools.is_empty() {
                     draft.notes.push(format!("{} with it", stay(&tools)));
                 }
-                plan.lines.push(draft.line(Fate::Stays, String::new()));
+                plan.lines.push(draft.line(Fate::Stays, Parts::default()));
                 continue;
             };
             draft.drop_tools_in_use(&mut tools, here);
@@ -106,7 +130,7 @@ impl Plan {
                 plan.to_refresh.push(server_name.clone());
             }
             names.insert(server_name.clone(), Holder::Coming);
-            plan.lines.push(draft.line(Fate::Comes, parts(&connector, tools.len(), sign_in.is_some())));
+            plan.lines.push(draft.line(Fate::Comes, Parts::of(&connector, tools.len(), sign_in.is_some())));
             let created_at = row.created_at();
             plan.servers.push(NewServer { id: row.id.clone(), server_name, connector, created_at, tools, sign_in });
         }
@@ -178,12 +202,13 @@ fn here_already(row: &LettaServer, present: &Server, server_name: &str, connecto
         (Err(_), _) => notes.push("its connection cannot be opened in Portolan, and stays as it is".to_owned()),
         _ => {}
     }
-    Line {
-        server_name: shown(&row.server_name),
-        server_type: shown(&row.server_type),
-        fate: Fate::Here,
-        with: String::new(),
-        notes,
+    Line::new(row, Fate::Here, Parts::default(), vec![], notes)
+}
+
+impl Line {
+    fn new(row: &LettaServer, fate: Fate, with: Parts, reasons: Vec<String>, notes: Vec<String>) -> Self {
+        let (id, server_name) = (row.id.clone(), row.server_name.clone());
+        Self { id, server_name, mcp_server_type: row.server_type.clone(), fate, with, reasons, notes }
     }
 }
 
@@ -199,10 +224,8 @@ struct Draft<'a> {
 }
 
 impl Draft<'_> {
-    fn line(self, fate: Fate, with: String) -> Line {
-        let notes = self.reasons.into_iter().chain(self.notes).collect();
-        let (server_name, server_type) = (shown(&self.row.server_name), shown(&self.row.server_type));
-        Line { server_name, server_type, fate, with, notes }
+    fn line(self, fate: Fate, with: Parts) -> Line {
+        Line::new(self.row, fate, with, self.reasons, self.notes)
     }
 
     fn note(&mut self, note: &str) {
@@ -431,22 +454,33 @@ fn clean_value(value: &str) -> String {
     }
 }
 
-/// What a server comes with.
-fn parts(connector: &Connector, tools: usize, sign_in: bool) -> String {
-    let mut parts = vec![];
-    match connector {
-        Connector::Stdio(stdio) => parts.push((stdio.env.as_ref().map_or(0, SecretMap::len), "variable")),
-        Connector::Sse(remote) | Connector::StreamableHttp(remote) => {
-            parts.push((usize::from(remote.auth_token.is_some()), "token"));
-            parts.push((remote.custom_headers.as_ref().map_or(0, SecretMap::len), "header"));
+impl Parts {
+    fn of(connector: &Connector, tools: usize, sign_in: bool) -> Self {
+        let mut parts = Self { tools, sign_ins: usize::from(sign_in), ..Self::default() };
+        match connector {
+            Connector::Stdio(stdio) => parts.variables = stdio.env.as_ref().map_or(0, SecretMap::len),
+            Connector::Sse(remote) | Connector::StreamableHttp(remote) => {
+                parts.tokens = usize::from(remote.auth_token.is_some());
+                parts.headers = remote.custom_headers.as_ref().map_or(0, SecretMap::len);
+            }
         }
+        parts
     }
-    parts.push((usize::from(sign_in), "sign-in"));
-    let mut text = counted(tools, "tool");
-    for (number, noun) in parts.into_iter().filter(|(number, _)| *number > 0) {
-        write!(text, ", {}", counted(number, noun)).expect("a string takes all");
+
+    /// In a few words, with its tools even if there are none.
+    pub fn words(&self) -> String {
+        let mut text = counted(self.tools, "tool");
+        let others = [
+            (self.variables, "variable"),
+            (self.tokens, "token"),
+            (self.headers, "header"),
+            (self.sign_ins, "sign-in"),
+        ];
+        for (number, noun) in others.into_iter().filter(|(number, _)| *number > 0) {
+            write!(text, ", {}", counted(number, noun)).expect("a string takes all");
+        }
+        text
     }
-    text
 }
 
 fn stay(tools: &[&LettaTool]) -> String {

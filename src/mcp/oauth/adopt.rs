@@ -17,7 +17,7 @@ impl Mcp {
                 continue;
             };
             if sign_in.server_url == remote.server_url && self.store.forget_authorization(&made.id).await? {
-                self.store.put_sign_in(&server.id, &sign_in, Action::SignInAdopted, by).await?;
+                self.store.put_sign_in(&server.id, &sign_in, None, Action::SignInAdopted, by).await?;
                 tracing::info!(server.id, caller.name = by.name(), "a new server takes a sign-in over");
                 break;
             }

@@ -41,7 +41,8 @@ const MAX_WORDS: usize = 200;
 const NO_PUBLIC_URL: &str =
     "This server asks for a sign-in, and Portolan does not know where browsers reach it; set PORTOLAN_PUBLIC_URL.";
 const CROWDED: &str = "As many connects as may be under way wait already; try again when one of them has ended.";
-const OVERTAKEN: &str = "This sign-in was given up for newer ones to the same server; connect again.";
+const OVERTAKEN: &str =
+    "This sign-in was given up for newer ones to the same server, or because the server was changed; connect again.";
 
 /// What the answer to a sign-in is taken with; sealed in `authorizations.material`.
 #[derive(Serialize, Deserialize)]
@@ -221,7 +222,11 @@ impl Mcp {
         let by = By::caller(Some(caller));
         let pending: Option<Pending> = taken.material.and_then(|material| serde_json::from_slice(&material).ok());
         let outcome = match pending {
-            Some(pending) => self.exchange(server_id, pending, answer, iss, &by).await,
+            Some(pending) => {
+                let exchange = self.exchange(server_id, &taken.id, pending, answer, iss, &by);
+                let exchanged = ins.unless_stopped(exchange).await;
+                exchanged.unwrap_or_else(|| Err(SignInError::Failed(Problem::Stopping.to_string())))
+            }
             None => Err(SignInError::NotStored),
         };
         if let (Ok(_), Some(server_id)) = (&outcome, server_id) {
@@ -271,6 +276,7 @@ impl Mcp {
     async fn exchange(
         &self,
         server_id: Option<&str>,
+        authorization: &str,
         pending: Pending,
         answer: Result<String, (String, Option<String>)>,
         iss: Option<&str>,
@@ -319,7 +325,8 @@ impl Mcp {
         if !stays {
             return Err(SignInError::Failed("the server was changed or deleted meanwhile".to_owned()));
         }
-        match ins.store().put_sign_in(server_id, &sign_in, Action::SignInCompleted, by).await {
+        let action = Action::SignInCompleted;
+        match ins.store().put_sign_in(server_id, &sign_in, Some(authorization), action, by).await {
             Ok(Some(_)) => Ok((url.into(), None)),
             Ok(None) => Err(SignInError::Failed("the server was changed or deleted meanwhile".to_owned())),
             Err(_) => Err(SignInError::NotStored),

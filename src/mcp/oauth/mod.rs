@@ -13,9 +13,12 @@ mod way;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
+use std::time::Duration;
 
 use serde_json::value::RawValue;
 use tokio::sync::Notify;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
@@ -31,6 +34,9 @@ pub use signer::Signer;
 pub use way::Problem;
 
 use signer::Source;
+
+/// How long an authorization server is waited for when Portolan stops; less than the end of all sessions may take.
+const STOP_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What a connect tells, in this order; the last one is `Success` or `Error` (CONTRACT row 24).
 #[derive(Debug)]
@@ -89,6 +95,7 @@ struct Shared {
     metrics: Metrics,
     tracker: TaskTracker,
     settings: config::SignIn,
+    stop: CancellationToken,
     /// Who holds a lease.
     me: String,
     /// By the server's id; those in use.
@@ -100,13 +107,21 @@ struct Shared {
 }
 
 impl SignIns {
-    pub fn new(store: Store, egress: Egress, metrics: Metrics, tracker: TaskTracker, settings: config::SignIn) -> Self {
+    pub fn new(
+        store: Store,
+        egress: Egress,
+        metrics: Metrics,
+        tracker: TaskTracker,
+        settings: config::SignIn,
+        stop: CancellationToken,
+    ) -> Self {
         Self(Arc::new(Shared {
             store,
             egress,
             metrics,
             tracker,
             settings,
+            stop,
             me: Uuid::new_v4().to_string(),
             sources: Mutex::default(),
             finished: Notify::new(),
@@ -128,6 +143,19 @@ impl SignIns {
 
     fn tracker(&self) -> &TaskTracker {
         &self.0.tracker
+    }
+
+    /// What comes of `work`; `None` when a stop leaves it no time. An authorization server that has been asked may answer a
+    /// moment later: what it gives is given once.
+    async fn unless_stopped<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let stopped = async {
+            self.0.stop.cancelled().await;
+            sleep(STOP_PATIENCE).await;
+        };
+        tokio::select! {
+            done = work => Some(done),
+            () = stopped => None,
+        }
     }
 
     fn me(&self) -> &str {

@@ -202,7 +202,10 @@ impl Signer {
 
     async fn settle(&self, refused: Option<i64>) -> Result<Option<Arc<Token>>, Problem> {
         let source = self.0.clone();
-        let settling = self.0.ins.tracker().spawn(async move { source.settle(refused).await });
+        let settling = self.0.ins.tracker().spawn(async move {
+            let settled = source.ins.unless_stopped(source.settle(refused)).await;
+            settled.unwrap_or(Err(Problem::Stopping))
+        });
         // It ends without an outcome only with the runtime.
         settling.await.unwrap_or(Err(Problem::Stopping))
     }
@@ -391,7 +394,7 @@ impl Source {
         match fetched {
             Ok(_) if !self.is_current(server_id).await => Ok(self.know(None)),
             Ok(new) => {
-                let put = self.store().put_sign_in(server_id, &new, Action::SignInCompleted, &By::ITSELF).await;
+                let put = self.store().put_sign_in(server_id, &new, None, Action::SignInCompleted, &By::ITSELF).await;
                 let version = put.map_err(|_| Problem::Store)?;
                 let token = version.and_then(|version| Token::new(&new, version, now()));
                 Ok(self.know(token.map(Arc::new)))
