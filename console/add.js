@@ -62,7 +62,7 @@ function Paste() {
     const read = await file.text();
     edit(() => setText(read));
   };
-  const check = (event) => { event.preventDefault(); if (!busy) send(true); };
+  const check = (event) => { event.preventDefault(); if (!busy && text.trim() !== "") send(true); };
 
   return html`<form onSubmit=${check}>
       <label for="file-text">Configuration file</label>
@@ -74,13 +74,13 @@ function Paste() {
       <input id="file" type="file" accept=".json,.jsonc,application/json" onChange=${open} />
       <label class="choice"><input type="checkbox" checked=${replace} onChange=${(event) => edit(() => setReplace(event.target.checked))} />
         Remove the servers that are not in the file</label>
-      <div class="actions"><button type="submit" class="main" disabled=${busy || text.trim() === ""}>${busy && !report ? "Checking…" : "Check the file"}</button></div>
+      <div class="actions"><button type="submit" class="main" aria-disabled=${busy || text.trim() === ""}>${busy && !report ? "Checking…" : "Check the file"}</button></div>
     </form>
     <div ref=${after} tabindex="-1">
       ${error && html`<${FileProblems} error=${error} />`}
       ${report && html`<h2>What would be done</h2><${Report} report=${report} />
         ${isNothing(report) ? html`<p>There is nothing to do.</p>` : html`<div class="actions">
-          <button type="button" class=${report.removed.length > 0 ? "danger" : "main"} disabled=${busy} onClick=${() => send(false)}>
+          <button type="button" class=${report.removed.length > 0 ? "danger" : "main"} aria-disabled=${busy} onClick=${() => !busy && send(false)}>
             ${busy ? "Importing…" : report.removed.length > 0 ? `Import, and remove ${report.removed.length}` : "Import"}</button></div>`}`}
       ${done && html`<h2>Imported</h2><${Report} report=${done} />
         <p class="done">Portolan connects to the servers now. <a href="#/servers">See how they are</a>.</p>`}

@@ -6,6 +6,9 @@ const KEY = "portolan.token";
 /** Milliseconds that a call may take, unless it is given others. */
 const PATIENCE = 60_000;
 
+/** Milliseconds that a stream may be silent: the server writes at least every 15 seconds. */
+const SILENCE = 60_000;
+
 /** The longest event of a stream, in characters. */
 const MAX_EVENT = 16 * 1024 * 1024;
 
@@ -79,7 +82,7 @@ export async function call(method, path, body, { signal, timeout = PATIENCE, hea
     request.headers["content-type"] = "application/json";
     request.body = typeof body === "string" ? body : JSON.stringify(body);
   }
-  const response = await admitted(path, request, within(timeout, signal), !isRun(method, path));
+  const response = await admitted(path, request, () => within(timeout, signal), !isRun(method, path));
   if (response.status === 204) return null;
   try {
     return parse ? parse(await response.text()) : await response.json();
@@ -92,7 +95,26 @@ export async function call(method, path, body, { signal, timeout = PATIENCE, hea
  *  @throws {ApiError} when it does not begin, or breaks off. */
 export async function stream(path, onEvent, signal) {
   const request = { method: "GET", headers: { accept: "text/event-stream" } };
-  const response = await admitted(path, request, signal, true);
+  let silence;
+  let timer;
+  const wait = () => {
+    clearTimeout(timer);
+    timer = setTimeout((late) => late.abort(new DOMException("The stream is silent.", "TimeoutError")), SILENCE, silence);
+  };
+  const limit = () => {
+    silence = new AbortController();
+    wait();
+    return AbortSignal.any([signal, silence.signal]);
+  };
+  try {
+    const response = await admitted(path, request, limit, true);
+    await events(response, onEvent, wait);
+  } finally {
+    clearTimeout(timer);
+  }
+}
+
+async function events(response, onEvent, onSign) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
@@ -103,6 +125,7 @@ export async function stream(path, onEvent, signal) {
       throw unanswered(error);
     }
     if (piece.done) return;
+    onSign();
     rest += piece.value;
     const frames = rest.split("\n\n");
     rest = frames.pop();
@@ -117,13 +140,14 @@ export async function stream(path, onEvent, signal) {
   }
 }
 
-async function admitted(path, request, signal, repeatable) {
+/** `limit()` gives the signal of one try: while the user looks for a token no time runs. */
+async function admitted(path, request, limit, repeatable) {
   for (;;) {
     const tried = token();
     const headers = tried === null ? request.headers : { ...request.headers, authorization: `Bearer ${tried}` };
     let response;
     try {
-      response = await fetch(path, { ...request, headers, signal, credentials: "omit", cache: "no-store", redirect: "error" });
+      response = await fetch(path, { ...request, headers, signal: limit(), credentials: "omit", cache: "no-store", redirect: "error" });
     } catch (error) {
       throw unanswered(error);
     }

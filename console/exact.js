@@ -3,83 +3,99 @@
 /** A number that JavaScript would round, with the digits it was written with. */
 export class Exact {
   constructor(digits) {
-    this.digits = digits
+    this.digits = digits;
   }
 }
 
-const TOKEN = /"[^"\\]*(?:\\.[^"\\]*)*"|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?/g
+const TOKEN = /"[^"\\]*(?:\\.[^"\\]*)*"|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?/g;
 
 function isRounded(token) {
-  const number = Number(token)
-  if (!Number.isFinite(number)) return true
-  if (/^-?\d+$/.test(token)) return !Number.isSafeInteger(number)
-  return token.replace(/[eE].*$/, '').replace(/\D/g, '').replace(/^0+/, '').length > 15
+  const number = Number(token);
+  if (!Number.isFinite(number)) return true;
+  if (/^-?\d+$/.test(token)) return !Number.isSafeInteger(number);
+  const digits = token.replace(/[eE].*$/, "").replace(/\D/g, "");
+  return digits.replace(/^0+/, "").length > 15;
 }
 
 /** A number as it was typed: a plain one when it is kept so, else an Exact one. */
-export const numberOf = (token) => (isRounded(token) ? new Exact(token) : Number(token))
+export const numberOf = (token) => (isRounded(token) ? new Exact(token) : Number(token));
 
 /** Reads JSON, with Exact numbers where plain ones would be others; throws SyntaxError as JSON.parse does. */
 export function read(text) {
-  const value = JSON.parse(text)
-  if (!/\d{16}|\d\.\d{15}|\d[eE]/.test(text)) return value
-  let mark = 'exact:'
-  while (text.includes(mark)) mark += ':'
-  const marked = text.replace(TOKEN, (token) => (token[0] !== '"' && isRounded(token) ? `"${mark}${token}"` : token))
+  const value = JSON.parse(text);
+  if (!/[\d.]{16}|\d[eE]/.test(text)) return value;
+  const mark = unused(value);
+  const marked = text.replace(TOKEN, (token) => (token[0] !== '"' && isRounded(token) ? `"${mark}${token}"` : token));
   return JSON.parse(marked, (_, part) =>
-    typeof part === 'string' && part.startsWith(mark) ? new Exact(part.slice(mark.length)) : part)
+    typeof part === "string" && part.startsWith(mark) ? new Exact(part.slice(mark.length)) : part,
+  );
 }
 
 /** Writes a value that `read` gave, or a plain one, on several lines. */
 export function write(value, space = 2) {
-  let mark = 'exact:'
-  const text = JSON.stringify(value)
-  while (text.includes(mark)) mark += ':'
-  const marked = JSON.stringify(mask(value, mark), null, space)
-  return marked.replaceAll(new RegExp(`"${mark}([^"]*)"`, 'g'), '$1')
+  const mark = unused(value);
+  const marked = JSON.stringify(mask(value, mark), null, space);
+  return marked.replaceAll(new RegExp(`"${mark}([^"]*)"`, "g"), "$1");
+}
+
+/** Characters that people would not see in a field: those of `text.js`, but for the ones that JSON escapes anyway. */
+const UNSEEN =
+  /[\p{Cf}\p{Zl}\p{Zp}\p{Co}\u007F-\u009F\u034F\u115F\u1160\u17B4\u17B5\u2800\u3164\uFFA0\u{FE00}-\u{FE0F}\u{E0100}-\u{E01EF}]/gu;
+
+const escape = (character) =>
+  Array.from({ length: character.length }, (_, at) => `\\u${character.charCodeAt(at).toString(16).padStart(4, "0")}`).join("");
+
+/** The same value as `write` writes, with escapes in place of what nobody would see: for fields, which show their text as it
+ *  is. */
+export const writeVisibly = (value) => write(value).replace(UNSEEN, escape);
+
+/** What no text in `value` begins with. */
+function unused(value) {
+  const text = JSON.stringify(value);
+  let mark = "exact:";
+  while (text.includes(mark)) mark += ":";
+  return mark;
 }
 
 function mask(value, mark) {
-  if (value instanceof Exact) return mark + value.digits
-  if (Array.isArray(value)) return value.map((item) => mask(item, mark))
-  if (value === null || typeof value !== 'object') return value
-  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, mask(item, mark)]))
+  if (value instanceof Exact) return mark + value.digits;
+  if (Array.isArray(value)) return value.map((item) => mask(item, mark));
+  if (value === null || typeof value !== "object") return value;
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, mask(item, mark)]));
 }
 
 /** Deeper JSON than this is not indented: the spaces would be more than the text. */
-const DEEPEST = 100
+const DEEPEST = 100;
 
-/**
- * The same JSON object or array on several lines, or null when the text is none: every number, escape and repeated key stays as it is
- * written.
- */
+/** The same JSON object or array on several lines, or null when the text is none: every number, escape and repeated key
+ *  stays as it is written. */
 export function indent(text) {
-  if (!/^\s*[[{]/.test(text)) return null
+  if (!/^\s*[[{]/.test(text)) return null;
   try {
-    JSON.parse(text)
+    JSON.parse(text);
   } catch {
-    return null
+    return null;
   }
-  const out = []
-  let depth = 0
-  const line = () => out.push('\n', '  '.repeat(depth))
-  const tokens = text.match(/"[^"\\]*(?:\\.[^"\\]*)*"|[[\]{},:]|[^\s[\]{},:"]+/g)
+  const out = [];
+  let depth = 0;
+  const line = () => out.push("\n", "  ".repeat(depth));
+  const tokens = text.match(/"[^"\\]*(?:\\.[^"\\]*)*"|[[\]{},:]|[^\s[\]{},:"]+/g);
   for (const [at, token] of tokens.entries()) {
-    if (token === '{' || token === '[') {
-      out.push(token)
-      depth += 1
-      if (depth > DEEPEST) return null
-      if (tokens[at + 1] !== '}' && tokens[at + 1] !== ']') line()
-    } else if (token === '}' || token === ']') {
-      depth -= 1
-      if (tokens[at - 1] !== '{' && tokens[at - 1] !== '[') line()
-      out.push(token)
-    } else if (token === ',') {
-      out.push(token)
-      line()
+    if (token === "{" || token === "[") {
+      out.push(token);
+      depth += 1;
+      if (depth > DEEPEST) return null;
+      if (tokens[at + 1] !== "}" && tokens[at + 1] !== "]") line();
+    } else if (token === "}" || token === "]") {
+      depth -= 1;
+      if (tokens[at - 1] !== "{" && tokens[at - 1] !== "[") line();
+      out.push(token);
+    } else if (token === ",") {
+      out.push(token);
+      line();
     } else {
-      out.push(token === ':' ? ': ' : token)
+      out.push(token === ":" ? ": " : token);
     }
   }
-  return out.join('')
+  return out.join("");
 }

@@ -4,7 +4,7 @@
 import { html, useState } from "./preact.js";
 import { draftOf, emptyDraft, itemOf } from "./fields.js";
 import { write } from "./exact.js";
-import { Shown, visible } from "./text.js";
+import { Shown, pieces, visible } from "./text.js";
 
 const ABSENT = { mode: "absent" };
 
@@ -92,7 +92,9 @@ function Single({ field, draft, onDraft, id, problems }) {
 }
 
 function Choice({ field, draft, onDraft, attributes }) {
-  const options = field.kind === "boolean" ? [["true", "true"], ["false", "false"]] : field.options.map((each, index) => [String(index), visible(each.label, 100)]);
+  const options = field.kind === "boolean"
+    ? [["true", "true"], ["false", "false"]]
+    : field.options.map((each, index) => [String(index), visible(each.label, 100)]);
   const choose = ({ target: { value } }) => {
     if (value === "") onDraft(ABSENT);
     else if (value === "null") onDraft({ mode: "null" });
@@ -113,6 +115,9 @@ function Typed({ field, draft, onDraft, attributes }) {
   const type = (event) => onDraft(event.target.value === "" ? ABSENT : { mode: "given", value: event.target.value });
   const control = { ...attributes, value, onInput: type, disabled: draft.mode === "null", spellcheck: isText, autocomplete: "off" };
   const isLine = !isText || (LINES.includes(field.format) && !value.includes("\n"));
+  // Elsewhere an empty text is rarely meant, and JSON can say it.
+  const mayBeEmpty = isText && value === "" &&
+    (draft.mode === "given" || (draft.mode === "absent" && field.required && !(field.shortest > 0) && !field.format));
   const rows = Math.min(Math.max(value.split("\n").length, Math.ceil(value.length / 90), 1), 14);
   return html`
     ${field.format === "password"
@@ -120,7 +125,9 @@ function Typed({ field, draft, onDraft, attributes }) {
       : isLine
         ? html`<input type="text" inputmode=${isText ? undefined : "decimal"} ...${control} />`
         : html`<textarea class="text" rows=${rows} ...${control}></textarea>`}
-    ${isText && value === "" && (draft.mode === "given" || (draft.mode === "absent" && field.required && !(field.shortest > 0) && !field.format)) && html`<${Box} id="${id}-empty" about="${id}-hint" checked=${draft.mode === "given"}
+    ${pieces(value).some((piece) => piece.escape) && html`<p class="hint">There is something in it that is not seen:
+      ${" "}<${Shown} text=${value} limit=${300} /></p>`}
+    ${mayBeEmpty && html`<${Box} id="${id}-empty" about="${id}-hint" checked=${draft.mode === "given"}
       onCheck=${(on) => onDraft(on ? { mode: "given", value: "" } : ABSENT)}>Send an empty text<//>`}
     ${field.nullable && html`<${Box} id="${id}-null" about="${id}-hint" checked=${draft.mode === "null"}
       onCheck=${(on) => onDraft(on ? { mode: "null" } : ABSENT)}>Send null<//>`}`;

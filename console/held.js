@@ -5,7 +5,7 @@ import { html, useState } from "./preact.js";
 import { call } from "./api.js";
 import { write } from "./exact.js";
 import { Failure, announce } from "./page.js";
-import { Instant, Name, Shown } from "./text.js";
+import { Instant, Name, Shown, visible } from "./text.js";
 
 /** Definitions that this tab has seen, by hash. The API tells only the present one; for what changes while somebody looks,
  *  the one before is still here. */
@@ -62,7 +62,8 @@ export function Changes({ changes }) {
   if (!changes?.length) return html`<p class="quiet">It has not changed since its server was registered.</p>`;
   return html`<ul>${changes.map((change) => html`<li><${Instant} at=${change.at} />: ${change.old === null
     ? html`the tool came, as ${short(change.new)}`
-    : html`${change.what.length ? html`<${Shown} text=${change.what.join(", ")} limit=${200} /> changed` : "the tool came back"}, from ${short(change.old)} to ${short(change.new)}`}</li>`)}</ul>`;
+    : html`${change.what.length ? html`<${Shown} text=${change.what.join(", ")} limit=${200} /> changed` : "the tool came back"},
+      from ${short(change.old)} to ${short(change.new)}`}</li>`)}</ul>`;
 }
 
 /** A held tool: old beside new, and the way to let it run. `onDone` is told of the tool as it is then. */
@@ -98,7 +99,8 @@ export function Held({ tool, server, onDone, level = 2 }) {
     <${Comparison} before=${before} after=${definition} what=${isNew ? null : last.what} level=${level + 1} />
     ${!isNew && before === undefined && html`<p class="quiet">Portolan keeps the old definition's hash, not its text; this page has not seen it.</p>`}
     <${Failure} error=${error} />
-    <div class="actions"><button type="button" class="main" disabled=${busy} onClick=${approve}><span>Approve <${Name} text=${tool.name} limit=${60} /></span></button></div>
+    <div class="actions"><button type="button" class="main" aria-disabled=${busy} onClick=${() => !busy && approve()}>
+      <span>Approve <${Name} text=${tool.name} limit=${60} /></span></button></div>
   </section>`;
 }
 
@@ -110,8 +112,8 @@ function Comparison({ before, after, what, level }) {
   return keys.map((key) => html`<div class="compared" key=${key}>
     <${`h${level}`}><${Shown} text=${key} limit=${100} /><//>
     <div class="sides">
-      ${before !== undefined && html`<div><p class="quiet">Old</p><${Value} value=${own(before, key)} label="old ${key}" /></div>`}
-      <div>${before !== undefined && html`<p class="quiet">New</p>`}<${Value} value=${own(after, key)} label="new ${key}" /></div>
+      ${before !== undefined && html`<div><p class="quiet">Old</p><${Value} value=${own(before, key)} label="old ${visible(key, 100)}" /></div>`}
+      <div>${before !== undefined && html`<p class="quiet">New</p>`}<${Value} value=${own(after, key)} label="new ${visible(key, 100)}" /></div>
     </div></div>`);
 }
 

@@ -64,40 +64,65 @@ const localOf = (instant) => {
 /** The filter of a page. `outcomes` are the choices of that field, if there is one; what is chosen becomes the address. */
 export function Filters({ page, query, outcomes, onReload }) {
   const servers = useLoaded("/v1/mcp-servers/");
-  const place = useRef(null);
-  const asked = (name) => query.get(name) ?? "";
-  const show = (event) => {
-    event.preventDefault();
-    const given = new FormData(place.current);
-    const next = new URLSearchParams();
-    for (const [name, value] of given) {
-      const text = value.trim();
-      if (text) next.set(name, name === "since" || name === "until" ? new Date(text).toISOString() : text);
-    }
-    if (asked("tool_id") && next.get("mcp_server_id") === query.get("mcp_server_id")) next.set("tool_id", asked("tool_id"));
+  const tool = query.get("tool_id");
+  const server = query.get("mcp_server_id") ?? "";
+  const show = (chosen) => {
+    const next = new URLSearchParams(Object.entries(chosen).filter(([, value]) => value !== ""));
+    if (tool && chosen.mcp_server_id === server) next.set("tool_id", tool);
     const hash = `#/${page}${next.size ? `?${next}` : ""}`;
     if (hash === location.hash) onReload();
     else location.hash = hash;
   };
-  const known = servers.data ?? [];
-  const server = asked("mcp_server_id");
-  return html`<form ref=${place} class="filters" onSubmit=${show} key=${query.toString()} aria-label="Filter" autocomplete="off">
+  return html`
+    <${Fields} page=${page} query=${query} outcomes=${outcomes} servers=${servers.data ?? []} onShow=${show} />
+    ${tool && html`<p class="hint">Of one tool alone. <a href="#/${page}?${new URLSearchParams({ mcp_server_id: server })}">All tools of its server</a></p>`}`;
+}
+
+function chosenBy(query) {
+  const asked = (name) => query.get(name) ?? "";
+  return {
+    mcp_server_id: asked("mcp_server_id"), outcome: asked("outcome"), caller: asked("caller"),
+    since: localOf(asked("since")), until: localOf(asked("until")),
+  };
+}
+
+/** What is chosen stays while rows and servers come in, until the address says something else. */
+function Fields({ page, query, outcomes, servers, onShow }) {
+  const [chosen, setChosen] = useState(() => chosenBy(query));
+  const place = useRef(null);
+  const search = query.toString();
+  const shown = useRef(search);
+  useEffect(() => {
+    if (shown.current === search) return;
+    shown.current = search;
+    setChosen(chosenBy(query));
+    // The link that cleared the filter is gone with it.
+    if (document.activeElement === document.body) place.current.querySelector("button").focus();
+  }, [search]);
+  const server = chosen.mcp_server_id;
+  const field = (name) => ({ name, value: chosen[name], onInput: (event) => setChosen({ ...chosen, [name]: event.target.value }) });
+  const instant = (local) => (local === "" ? "" : new Date(local).toISOString());
+  const submit = (event) => {
+    event.preventDefault();
+    onShow({ ...chosen, caller: chosen.caller.trim(), since: instant(chosen.since), until: instant(chosen.until) });
+  };
+  const isKnown = server === "" || servers.some(({ id }) => id === server);
+  return html`<form ref=${place} class="filters" onSubmit=${submit} aria-label="Filter" autocomplete="off">
     <div><label for="log-server">Server</label>
-      <select id="log-server" name="mcp_server_id" value=${server}>
-        <option value="" selected=${!server}>All</option>
-        ${known.map(({ id, server_name: name }) => html`<option key=${id} value=${id} selected=${id === server}>${visible(name, 80)}</option>`)}
-        ${server && !known.some(({ id }) => id === server) && html`<option value=${server} selected>${visible(server, 80)}</option>`}
+      <select id="log-server" ...${field("mcp_server_id")}>
+        <option value="" selected=${server === ""}>All</option>
+        ${servers.map(({ id, server_name: name }) => html`<option key=${id} value=${id} selected=${id === server}>${visible(name, 80)}</option>`)}
+        ${!isKnown && html`<option value=${server} selected>${visible(server, 80)}</option>`}
       </select></div>
     ${outcomes && html`<div><label for="log-outcome">Outcome</label>
-      <select id="log-outcome" name="outcome" value=${asked("outcome")}>
-        <option value="" selected=${!asked("outcome")}>All</option>
-        ${outcomes.map(([value, name]) => html`<option key=${value} value=${value} selected=${asked("outcome") === value}>${name}</option>`)}
+      <select id="log-outcome" ...${field("outcome")}>
+        <option value="" selected=${chosen.outcome === ""}>All</option>
+        ${outcomes.map(([value, name]) => html`<option key=${value} value=${value} selected=${chosen.outcome === value}>${name}</option>`)}
       </select></div>`}
-    <div><label for="log-caller">Caller</label><input id="log-caller" name="caller" value=${asked("caller")} /></div>
-    <div><label for="log-since">From</label><input id="log-since" name="since" type="datetime-local" value=${localOf(asked("since"))} /></div>
-    <div><label for="log-until">Until</label><input id="log-until" name="until" type="datetime-local" value=${localOf(asked("until"))} /></div>
+    <div><label for="log-caller">Caller</label><input id="log-caller" ...${field("caller")} /></div>
+    <div><label for="log-since">From</label><input id="log-since" type="datetime-local" ...${field("since")} /></div>
+    <div><label for="log-until">Until</label><input id="log-until" type="datetime-local" ...${field("until")} /></div>
     <div class="actions"><button type="submit" class="main">Show</button>
       ${query.size > 0 && html`<a class="button" href="#/${page}">Clear</a>`}</div>
-  </form>
-  ${asked("tool_id") && html`<p class="hint">Of one tool alone. <a href="#/${page}?${new URLSearchParams({ mcp_server_id: server })}">All tools of its server</a></p>`}`;
+  </form>`;
 }

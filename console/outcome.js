@@ -32,8 +32,8 @@ export function outcomeOf(answer) {
     }
   }
   if (blocks.length === 0 && text(answer.func_return) !== "") blocks.push(textBlock(answer.func_return));
-  let title = "The tool answered";
-  if (failed) title = answer.result ? "The tool reported an error" : "There was no answer from the tool";
+  let title = "Success";
+  if (failed) title = answer.result ? "Error of the tool" : "Error: no answer from the tool";
   return { state: failed ? "error" : "success", title, duration: answer.duration_ms, text: text(answer.func_return), blocks };
 }
 
@@ -73,7 +73,10 @@ function fileOf(block, data, type, name) {
 
 function bytesOf(base64) {
   try {
-    return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+    const text = atob(base64);
+    const bytes = new Uint8Array(text.length);
+    for (let at = 0; at < text.length; at += 1) bytes[at] = text.charCodeAt(at);
+    return bytes;
   } catch {
     return null;
   }
@@ -82,7 +85,7 @@ function bytesOf(base64) {
 const ADVICE = {
   tool_held: "Look at what changed in it above, then approve it.",
   forbidden: "This token may not run tools. Log out and give one with the scope run or admin.",
-  unauthorized: "Nothing was run. Run it again with a token of this Portolan.",
+  unauthorized: "Run it again with a token of this Portolan.",
   too_many_attempts: "Wait a minute, then run it again with the right token.",
   not_found: "It may have been deleted: go back to its server and refresh the tools.",
   mcp_connection_error: "Nothing was run. See on the page of the server what is wrong with it.",
@@ -110,7 +113,7 @@ export function failureOf(error) {
   }
   return {
     state: "failed",
-    title: "The run failed",
+    title: "Failed",
     message: error.message,
     advice: Object.hasOwn(ADVICE, error.code) ? ADVICE[error.code] : null,
     code: error.code ?? null,

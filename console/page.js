@@ -62,11 +62,14 @@ export function useLoaded(path, { every = 0 } = {}) {
     let over = false;
     let first = true;
     const round = async () => {
+      const began = performance.now();
       if (first || (!document.hidden && !locked.current)) {
         first = false;
         await reload();
       }
-      if (every > 0 && !over) timer = setTimeout(round, every);
+      // What takes long to read is read less often.
+      const pause = Math.max(every, Math.min(5 * every, 10 * (performance.now() - began)));
+      if (every > 0 && !over) timer = setTimeout(round, pause);
     };
     const seen = () => { if (every > 0 && !document.hidden && !locked.current) reload(); };
     round();
@@ -88,7 +91,7 @@ export function Loading({ what = "Loading" }) {
 /** What went wrong, in the API's own sentence, and a way to try again. */
 export function Failure({ error, retry }) {
   if (!error) return null;
-  return html`<div class="failure" role="alert">
+  return html`<div class="failure" role="alert" tabindex="-1">
     <p><${Shown} text=${error.message} /></p>
     ${advice(error) && html`<p>${advice(error)}</p>`}
     ${retry && html`<button type="button" onClick=${retry}>Try again</button>`}
@@ -122,6 +125,7 @@ export function Confirm({ title, yes, onYes, onClose, children }) {
   const [busy, setBusy] = useState(false);
   const [error, setError] = useState(null);
   const go = async () => {
+    if (busy) return;
     setBusy(true);
     setError(null);
     try {
@@ -136,7 +140,7 @@ export function Confirm({ title, yes, onYes, onClose, children }) {
     <${Failure} error=${error} />
     <div class="actions">
       <button type="button" onClick=${onClose} data-first>Cancel</button>
-      <button type="button" class="danger" onClick=${go} disabled=${busy}>${yes}</button>
+      <button type="button" class="danger" onClick=${go} aria-disabled=${busy}>${yes}</button>
     </div>
   <//>`;
 }

@@ -38,7 +38,8 @@ function Row({ run }) {
       <td>${run.caller === null ? html`<span class="quiet">no token</span>` : html`<${Shown} text=${run.caller} limit=${80} />`}</td>
       <td><span class="state ${look}">${name}</span>${run.error_code && html`<div class="quiet"><code>${run.error_code}</code></div>`}</td>
       <td>${spanOf(run.duration_ms)}</td>
-      <td><button type="button" aria-expanded=${open ? "true" : "false"} onClick=${() => setOpen(!open)}>Details<span class="unseen"> of the run of <${Name} text=${run.tool_name} /></span></button></td>
+      <td><button type="button" aria-expanded=${open ? "true" : "false"} onClick=${() => setOpen(!open)}>Details
+        <span class="unseen"> of the run of <${Name} text=${run.tool_name} /></span></button></td>
     </tr>
     ${open && html`<tr class="details"><td colspan="7"><${Details} run=${run} /></td></tr>`}`;
 }
@@ -61,4 +62,5 @@ function Details({ run }) {
 
 const Kept = ({ title, text, cut }) => html`<h2>${title}</h2>${text === null
   ? html`<p class="quiet">Not kept.</p>`
-  : html`${cut && html`<p class="quiet">Only its start is kept.</p>`}<pre tabindex="0" role="region" aria-label=${title}><${Shown} text=${text} limit=${20_000} block=${true} /></pre>`}`;
+  : html`${cut && html`<p class="quiet">Only its start is kept.</p>`}
+    <pre tabindex="0" role="region" aria-label=${title}><${Shown} text=${text} limit=${20_000} block=${true} /></pre>`}`;

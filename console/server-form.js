@@ -24,8 +24,11 @@ function fieldsOf(server) {
     auth_header: server?.auth_header ?? "",
     auth_token: server?.auth_token ?? "",
     custom_headers: rows(server?.custom_headers),
+    oauth: { client_id: "", client_secret: "", scope: "", grant_type: "", ...present(server?.oauth) },
   };
 }
+
+const present = (object) => Object.fromEntries(Object.entries(object ?? {}).filter(([, value]) => value !== null));
 
 /** What the API is to be told, all of it. */
 function configOf(fields) {
@@ -36,13 +39,22 @@ function configOf(fields) {
   }
   return {
     mcp_server_type: kind, server_url: fields.server_url.trim(), auth_header: fields.auth_header.trim(),
-    auth_token: fields.auth_token.trim(), custom_headers: map(fields.custom_headers),
+    auth_token: fields.auth_token.trim(), custom_headers: map(fields.custom_headers), oauth: clientOf(fields.oauth),
   };
+}
+
+/** A client of sign-ins; nothing at all where every field is empty. `""` clears what is stored, but for the grant. */
+function clientOf(oauth) {
+  const fields = Object.entries(oauth).map(([name, value]) => [name, value.trim()]);
+  if (fields.every(([, value]) => value === "")) return {};
+  return Object.fromEntries(fields.map(([name, value]) => [name, name === "grant_type" && value === "" ? null : value]));
 }
 
 /** The body of a create: what is empty is left out. */
 function created(fields) {
-  const config = Object.entries(configOf(fields)).filter(([name, value]) => (
+  const whole = configOf(fields);
+  if (whole.oauth) whole.oauth = Object.fromEntries(Object.entries(whole.oauth).filter(([, value]) => value));
+  const config = Object.entries(whole).filter(([name, value]) => (
     name === "command" || name === "server_url" || (value !== "" && Object.keys(value).length > 0)
   ));
   return { server_name: fields.server_name.trim(), config: Object.fromEntries(config) };
@@ -89,6 +101,7 @@ export function ServerForm({ server, submit, action }) {
   const set = (name) => (value) => setFields((before) => ({ ...before, [name]: value }));
   const send = async (event) => {
     event.preventDefault();
+    if (busy) return;
     setBusy(true);
     setError(null);
     try {
@@ -116,12 +129,13 @@ export function ServerForm({ server, submit, action }) {
       ${text("auth_token", "Token", { type: "password", hint: `If the server wants one; a server with sign-in wants none.${kept}` })}
       ${text("auth_header", "Header of the token", { hint: "Authorization, unless the server says otherwise." })}
       <${Pairs} name="custom_headers" legend="More headers" one="header" rows=${fields.custom_headers} set=${set("custom_headers")}
-        problems=${at.custom_headers} hint=${kept} />` : html`
+        problems=${at.custom_headers} hint=${kept} />
+      <${Client} oauth=${fields.oauth} set=${set("oauth")} problems=${at.oauth} hint=${kept} />` : html`
       ${text("command", "Command", { hint: "The program alone, such as npx or /usr/bin/python3.", code: true })}
       <${Arguments} rows=${fields.args} set=${set("args")} problems=${at.args} />
       <${Pairs} name="env" legend="Environment" one="variable" rows=${fields.env} set=${set("env")} problems=${at.env}
-        hint=${`The program sees these variables, and none of Portolan's own.${kept}`} />`}
-    <div class="actions"><button type="submit" class="main" disabled=${busy}>${busy ? "One moment…" : action}</button>
+        hint=${`The program sees these, and of Portolan's own environment little more than PATH.${kept}`} />`}
+    <div class="actions"><button type="submit" class="main" aria-disabled=${busy}>${busy ? "One moment…" : action}</button>
       <a class="button" href=${server ? `#/servers/${encodeURIComponent(server.id)}` : "#/servers"}>Cancel</a></div>
   </form>`;
 }
@@ -140,18 +154,37 @@ function TextField({ name, label, value, set, problems, hint, type = "text", cod
     <${Problems} id="${name}-problem" problems=${problems} />`;
 }
 
+const GRANTS = { "": "A person signs in", client_credentials: "Portolan alone, with the secret" };
+
+/** The client that somebody registered by hand; most servers need none, so it is folded away. */
+function Client({ oauth, set, problems, hint }) {
+  const field = (name, label, more) => html`<${TextField} name="oauth-${name}" label=${label} value=${oauth[name]}
+    set=${(value) => set({ ...oauth, [name]: value })} ...${more} />`;
+  return html`<details open=${Boolean(problems) || oauth.client_id !== ""}><summary>A client for sign-ins that was registered by hand</summary>
+    <p class="hint">Leave it empty where you have none: Portolan registers itself when you sign in.${hint}</p>
+    ${field("client_id", "Client id", problems && { problems })}
+    ${field("client_secret", "Client secret", { type: "password" })}
+    ${field("scope", "Scope", { hint: "Several with spaces between them." })}
+    <label for="oauth-grant">Who signs in</label>
+    <select id="oauth-grant" value=${oauth.grant_type === "authorization_code" ? "" : oauth.grant_type}
+      onChange=${(event) => set({ ...oauth, grant_type: event.target.value })}>
+      ${Object.entries(GRANTS).map(([value, words]) => html`<option value=${value}>${words}</option>`)}
+    </select>
+  </details>`;
+}
+
 /** Rows that come and go. The new row's first field has the focus, and after one is gone the button that adds them. */
 function useRows(rows, set) {
   const place = useRef(null);
   const next = useRef(null);
   useEffect(() => {
     if (next.current === null) return;
-    place.current.querySelector(next.current)?.focus();
+    [...place.current.querySelectorAll(next.current)].at(-1)?.focus();
     next.current = null;
   }, [rows.length]);
   return {
     place,
-    add: (row) => { next.current = ".row:last-of-type input"; set([...rows, row]); },
+    add: (row) => { next.current = ".row > input:first-child"; set([...rows, row]); },
     remove: (index) => { next.current = "button.add"; set(rows.filter((_, other) => other !== index)); },
     change: (index, part) => set(rows.map((row, other) => (other === index ? { ...row, ...part } : row))),
   };

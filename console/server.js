@@ -1,6 +1,6 @@
 // The page of one server: how it is, what it offers, what changed, and what waits for an approval.
 
-import { html, useEffect, useMemo, useState } from "./preact.js";
+import { html, useEffect, useMemo, useRef, useState } from "./preact.js";
 import { call } from "./api.js";
 import { Flags, Held, remember } from "./held.js";
 import { Confirm, Failure, Heading, Loading, announce, useLoaded } from "./page.js";
@@ -44,7 +44,7 @@ export function Server({ id }) {
     <${Failure} error=${server.error} retry=${server.reload} />
     <${Status} server=${data} />
     <${Refresh} path=${path} onDone=${both}>
-      ${data.mcp_server_type !== "stdio" && html`<a class="button" href="${own}/sign-in">Sign in</a>`}
+      ${data.mcp_server_type !== "stdio" && html`<a class=${data.status.state === "auth_required" ? "button main" : "button"} href="${own}/sign-in">Sign in</a>`}
       <a class="button" href="${own}/edit">Edit</a>
       <a class="button" href="#/runs?mcp_server_id=${encodeURIComponent(id)}">Runs</a>
       <button type="button" class="danger" onClick=${() => setAsking(true)}>Delete…</button>
@@ -101,6 +101,7 @@ const commandOf = ({ command, args }) =>
 
 /** Reads the tools again, and says what came of it. */
 function Refresh({ path, onDone, children }) {
+  const button = useRef(null);
   const [busy, setBusy] = useState(false);
   const [report, setReport] = useState(null);
   const [error, setError] = useState(null);
@@ -114,16 +115,18 @@ function Refresh({ path, onDone, children }) {
       setReport(found);
       announce(`The tools were read: ${summaryOf(found)}.`);
     } catch (failure) {
-      setError(failure);
+      // Why is said above, as long as it is so.
+      const unreached = failure.code === "mcp_server_unavailable";
+      setError(unreached ? new Error("The server was not reached. Its tools are what they were.") : failure);
     } finally {
       setBusy(false);
       onDone();
     }
   };
   return html`<div class="actions">
-      <button type="button" class="main" onClick=${refresh} disabled=${busy}>${busy ? "Refreshing…" : "Refresh tools"}</button>${children}</div>
+      <button type="button" class="main" ref=${button} onClick=${() => !busy && refresh()} aria-disabled=${busy}>${busy ? "Refreshing…" : "Refresh tools"}</button>${children}</div>
     <${Failure} error=${error} />
-    ${report && html`<${Report} report=${report} onClose=${() => setReport(null)} />`}`;
+    ${report && html`<${Report} report=${report} onClose=${() => { setReport(null); button.current.focus(); }} />`}`;
 }
 
 function summaryOf({ added, updated, deleted, held, unchanged, skipped }) {
@@ -152,8 +155,10 @@ function Report({ report, onClose }) {
 function Listed({ names }) {
   const [all, setAll] = useState(false);
   const shown = all ? names : names.slice(0, 20);
-  return html`<ul>${shown.map(([name, more]) => html`<li><code><${Shown} text=${name} limit=${200} /></code>${more && html`: <${Shown} text=${more} limit=${300} />`}</li>`)}
-    ${shown.length < names.length && html`<li><button type="button" class="link" onClick=${() => setAll(true)}>Show ${names.length - shown.length} more</button></li>`}</ul>`;
+  return html`<ul>${shown.map(([name, more]) => html`<li><code><${Shown} text=${name} limit=${200} /></code>
+      ${more && html`: <${Shown} text=${more} limit=${300} />`}</li>`)}
+    ${shown.length < names.length && html`<li>
+      <button type="button" class="link" onClick=${() => setAll(true)}>Show ${names.length - shown.length} more</button></li>`}</ul>`;
 }
 
 function Tools({ tools, id, onApproved }) {
@@ -181,7 +186,8 @@ function Tools({ tools, id, onApproved }) {
         <input id="tool-filter" type="search" value=${filter} autocomplete="off" aria-describedby="tool-count"
           onInput=${(event) => { setFilter(event.target.value); setMost(PAGE); }} />
         <p class="hint" id="tool-count" role="status">${filter ? `${found.length} of ${data.length} tools` : `${data.length} tools`}</p>
-        ${found.length === 0 && html`<p>No name or description has these words. <button type="button" class="link" onClick=${() => setFilter("")}>Show all tools</button></p>`}
+        ${found.length === 0 && html`<p>No name or description has these words.${" "}
+          <button type="button" class="link" onClick=${() => setFilter("")}>Show all tools</button></p>`}
         <ul class="cards" aria-labelledby="tools-title">${shown.map((tool) => html`<${Card} key=${tool.id} tool=${tool} id=${id} />`)}</ul>
         ${shown.length < found.length && html`<p><button type="button" onClick=${() => setMost(most + PAGE)}>Show more of the ${found.length} tools</button></p>`}`}`;
 }
@@ -189,7 +195,7 @@ function Tools({ tools, id, onApproved }) {
 /** Held tools one below the other; with many, the others are on their own pages. */
 function Waiting({ held, id, onApproved }) {
   const shown = held.slice(0, 10);
-  return html`${shown.map((tool) => html`<div key=${tool.id + tool.metadata_.mcp.definition_hash}>
+  return html`${shown.map((tool) => html`<div key=${tool.id}>
       <h3><a href=${pathOf(id, tool)}><${Name} text=${tool.name} /></a></h3>
       <${Flags} flags=${tool.metadata_.mcp.flags} />
       <${Held} tool=${tool} server=${id} level=${3} onDone=${onApproved} /></div>`)}

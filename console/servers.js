@@ -3,7 +3,7 @@
 import { html, useEffect, useRef, useState } from "./preact.js";
 import { call } from "./api.js";
 import { Confirm, Failure, Heading, Loading, announce, useLoaded } from "./page.js";
-import { Instant, Shown, visible } from "./text.js";
+import { Instant, Name, Shown, visible } from "./text.js";
 
 /** Milliseconds. */
 const AGAIN = 3000;
@@ -72,7 +72,7 @@ export function Servers() {
       </div>
       ${matches.length === 0 && html`<div class="empty"><p>No server is like that.</p>
         <button type="button" onClick=${() => { setFilter(""); setState(""); }}>Show all servers</button></div>`}
-      <ul class="cards">${matches.slice(0, most).map((server) => html`
+      <ul class="cards" role="list">${matches.slice(0, most).map((server) => html`
         <${Card} key=${server.id} server=${server} onDelete=${() => setLeaving(server)} reload=${reload} />`)}</ul>
       ${matches.length > most && html`<button type="button" onClick=${() => setMost(most + SHOWN_AT_ONCE)}>Show more</button>`}`}
     ${leaving && html`<${Confirm} title="Delete this server?" yes="Delete" onYes=${remove} onClose=${() => setLeaving(null)}>
@@ -109,6 +109,7 @@ function Card({ server, onDelete, reload }) {
   const [failed, setFailed] = useState(null);
   const name = visible(server.server_name);
   const refresh = async () => {
+    if (busy) return;
     setBusy(true);
     setFailed(null);
     announce(`Connecting to ${name}.`);
@@ -124,7 +125,7 @@ function Card({ server, onDelete, reload }) {
     setBusy(false);
   };
   return html`<li class="card">
-    <div class="top"><h2><a href=${path}><${Shown} text=${server.server_name} limit=${120} /></a></h2><${State} status=${status} /></div>
+    <div class="top"><h2><a href=${path}><${Name} text=${server.server_name} limit=${120} /></a></h2><${State} status=${status} /></div>
     <p class="code"><${Shown} text=${target(server)} limit=${200} /></p>
     <p class="facts"><span>${KINDS[server.mcp_server_type] ?? server.mcp_server_type}</span>
       <span>${status.tool_count === 1 ? "1 tool" : `${status.tool_count} tools`}</span>
@@ -136,7 +137,7 @@ function Card({ server, onDelete, reload }) {
       ${status.state === "auth_required" && server.mcp_server_type !== "stdio" && html`
         <a class="button main" href="${path}/sign-in" aria-label="Sign in to ${name}">Sign in</a>`}
       ${(status.state === "unreachable" || status.state === "never_connected") && html`
-        <button type="button" onClick=${refresh} disabled=${busy} aria-label="Connect to ${name}">${busy ? "Connecting…" : "Connect"}</button>`}
+        <button type="button" onClick=${refresh} aria-disabled=${busy} aria-label="Connect to ${name}">${busy ? "Connecting…" : "Connect"}</button>`}
       <a class="button" href="${path}/edit" aria-label="Edit ${name}">Edit</a>
       <button type="button" onClick=${onDelete} aria-label="Delete ${name}">Delete</button>
     </div>

@@ -25,11 +25,12 @@ export function SignIn({ id }) {
     let last = null;
     try {
       await stream(`/v1/mcp-servers/connect/${path}`, (event) => {
+        if (controller.signal.aborted) return;
         last = event.event;
         setEvents((before) => [...before, event]);
         announce(spoken(event));
       }, controller.signal);
-      if (last !== "success" && last !== "error") {
+      if (!controller.signal.aborted && last !== "success" && last !== "error") {
         setFailed(new Error("Portolan ended the connection before the sign-in was over. Start again."));
       }
     } catch (failure) {
@@ -37,7 +38,11 @@ export function SignIn({ id }) {
     }
     if (opened.current === controller) setRunning(false);
   };
-  const stop = () => { opened.current.abort(); announce("Stopped waiting."); };
+  const stop = () => {
+    opened.current.abort();
+    setRunning(false);
+    announce("Stopped waiting.");
+  };
   const last = events.at(-1)?.event;
 
   return html`
@@ -45,9 +50,8 @@ export function SignIn({ id }) {
     <${Failure} error=${error} />
     <p>Portolan connects to the server. If it wants a sign-in, you get a link to its page, and Portolan waits for you.</p>
     <div class="actions">
-      <button type="button" class=${last === "success" ? "" : "main"} onClick=${start} disabled=${running || Boolean(error)}>
-        ${running ? "Connecting…" : events.length > 0 || failed ? "Start again" : "Connect"}</button>
-      ${running && html`<button type="button" onClick=${stop}>Stop</button>`}
+      <button type="button" class=${running || last === "success" ? "" : "main"} onClick=${running ? stop : start} disabled=${Boolean(error)}>
+        ${running ? "Stop" : events.length > 0 || failed ? "Start again" : "Connect"}</button>
       <a class="button" href="#/servers/${path}">Back to the server</a>
     </div>
     ${events.length > 0 && html`<ol class="steps">${events.map((event, index) => html`<li key=${index} class=${look(event)}>

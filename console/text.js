@@ -1,26 +1,29 @@
 // Text of others: names, descriptions, errors and results come from servers that anybody wrote. It is only ever put into
 // text nodes, and what people would not see in it is written out.
 
-import { html, useState } from "./preact.js";
+import { html, useRef, useState } from "./preact.js";
 
 /** Control characters but line feed and tab, and what is invisible or turns the direction of text: general categories Cc,
  *  Cf, Zl, Zp, Cs and Co, the fillers that look like spaces, and variation selectors. */
 const UNSEEN = /[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Cs}\p{Co}\u034F\u115F\u1160\u17B4\u17B5\u2800\u3164\uFFA0\u{FE00}-\u{FE0F}\u{E0100}-\u{E01EF}]/gu;
 
-/** How many marks may stand on one letter; more of them would run over the lines around. */
-const STACKED = /(\p{M}{4})\p{M}+/gu;
+/** What is beyond four marks on one letter would run over the lines around. */
+const STACKED = /(?<=\p{M}{4})\p{M}+/gu;
+
+const HIDDEN = new RegExp(`${UNSEEN.source}|${STACKED.source}`, "gu");
 
 /** A text as pieces: strings, and `{ escape }` in place of each character that nobody would see. */
 export function pieces(text) {
   const found = [];
   let from = 0;
-  const flat = text.replace(/\r\n/g, "\n").replace(STACKED, "$1");
-  for (const match of flat.matchAll(UNSEEN)) {
-    const character = match[0];
-    if (character === "\n" || character === "\t" || isJoiner(flat, match.index)) continue;
+  const flat = text.replace(/\r\n/g, "\n");
+  for (const match of flat.matchAll(HIDDEN)) {
+    const hidden = match[0];
+    if (hidden === "\n" || hidden === "\t" || isJoiner(flat, match.index)) continue;
     if (match.index > from) found.push(flat.slice(from, match.index));
-    found.push({ escape: `\\u{${character.codePointAt(0).toString(16)}}` });
-    from = match.index + character.length;
+    const points = [...hidden.slice(0, 8)].map((point) => `\\u{${point.codePointAt(0).toString(16)}}`);
+    found.push({ escape: points.slice(0, 2).join("") + (points.length > 2 ? "…" : "") });
+    from = match.index + hidden.length;
   }
   if (from < flat.length) found.push(flat.slice(from));
   return found;
@@ -50,14 +53,17 @@ export const Name = ({ text, limit = 200 }) => html`<bdi>${visible(text, limit)}
  *  own, with their line breaks. */
 export function Shown({ text, limit = 2000, block = false }) {
   const [all, setAll] = useState(false);
+  const place = useRef(null);
+  // The button is gone when it was pressed; whoever pressed it is at the text.
+  const showAll = () => { setAll(true); place.current.focus(); };
   const whole = text === null || text === undefined ? "" : String(text);
   const cut = !all && whole.length > limit;
   const parts = pieces(cut ? start(whole, limit) : whole);
   const body = parts.map((piece) => (
     piece.escape ? html`<span class="escape" title="A character that is not seen">${piece.escape}</span>` : piece
   ));
-  return html`<span class=${block ? "shown block" : "shown"} dir="auto">${body}${cut && html`… <button type="button" class="link"
-    onClick=${() => setAll(true)}>Show all ${whole.length.toLocaleString()} characters</button>`}</span>`;
+  return html`<span class=${block ? "shown block" : "shown"} dir="auto" ref=${place} tabindex=${whole.length > limit ? "-1" : undefined}>${body}${cut && html`… <button type="button" class="link"
+    onClick=${showAll}>Show all ${whole.length.toLocaleString()} characters</button>`}</span>`;
 }
 
 /** An instant of the API, in words of the user's place. */

@@ -2,7 +2,7 @@
 
 import { html, useEffect, useMemo, useRef, useState } from "./preact.js";
 import { call } from "./api.js";
-import { read, write } from "./exact.js";
+import { read, write, writeVisibly } from "./exact.js";
 import { argumentsOf, draftOf, fit, formOf, valueOf } from "./fields.js";
 import { Form, idOf } from "./form.js";
 import { Changes, Definition, Flags, Health, Held, remember } from "./held.js";
@@ -31,7 +31,7 @@ export function Tool({ id, tool: toolId }) {
     <${Heading} title=${shown.name}><${Shown} text=${shown.name} limit=${200} /><//>
     ${definition?.title && typeof definition.title === "string" && html`<p><strong><${Shown} text=${definition.title} limit=${200} /></strong></p>`}
     <${Failure} error=${error} retry=${reload} />
-    ${held && html`<${Held} key=${shown.metadata_.mcp.definition_hash} tool=${shown} server=${id} onDone=${done} />`}
+    ${held && html`<${Held} key=${shown.id} tool=${shown} server=${id} onDone=${done} />`}
     <${Flags} flags=${flags} />
     ${shown.description
       ? html`<p><${Shown} text=${shown.description} limit=${1500} block=${true} /></p>`
@@ -82,6 +82,7 @@ function Run({ tool, path }) {
   const [running, setRunning] = useState(null);
   // The state of the page comes a moment after a click; two clicks are one run.
   const current = useRef(null);
+  const button = useRef(null);
   useEffect(() => () => current.current?.abort(), []);
 
   const collect = () => (text === null ? valueOf(field, draft) : argumentsOf(text));
@@ -94,7 +95,7 @@ function Run({ tool, path }) {
     setProblems([]);
     setDoubted(false);
     if (text === null) {
-      setText(write(value));
+      setText(writeVisibly(value));
       announce("The arguments are JSON now.");
     } else {
       setDraft(fit(field, value));
@@ -126,7 +127,9 @@ function Run({ tool, path }) {
     announce("The tool is running.");
     let result;
     try {
-      const answer = await call("POST", `${path}/run`, `{"args":${write(value, 0)}}`, { signal: controller.signal, timeout: PATIENCE, parse: read });
+      const answer = await call("POST", `${path}/run`, `{"args":${write(value, 0)}}`, {
+        signal: controller.signal, timeout: PATIENCE, parse: read,
+      });
       result = outcomeOf(answer);
     } catch (error) {
       if (!("code" in error)) throw error;
@@ -141,7 +144,10 @@ function Run({ tool, path }) {
 
   const submit = (event) => { event.preventDefault(); run(doubted); };
   const press = (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
+    if (event.key !== "Enter") return;
+    if (event.ctrlKey || event.metaKey) submit(event);
+    // What a run did cannot be undone: the Enter that ends a line or leaves a field starts none.
+    else if (event.target.tagName === "INPUT") event.preventDefault();
   };
   const whole = problems.filter(() => text !== null);
 
@@ -158,10 +164,10 @@ function Run({ tool, path }) {
         <div id="arguments-problem">${whole.map((problem) => html`<p class="problem">${problem.text}</p>`)}</div>`}
     ${doubted && html`<div class="notice warn"><p>The tool will probably refuse these arguments. Change them, or run it anyway.</p></div>`}
     <div class="actions">
-      <button type="submit" class="main" disabled=${running !== null}>${doubted ? "Run anyway" : "Run"}</button>
+      <button type="submit" class="main" ref=${button} aria-disabled=${running !== null}>${doubted ? "Run anyway" : "Run"}</button>
       ${running === null
         ? html`<span class="hint">Ctrl+Enter runs it, too.</span>`
-        : html`<button type="button" onClick=${() => current.current?.abort()}>Cancel</button><${Clock} since=${running} />`}
+        : html`<button type="button" onClick=${() => { current.current?.abort(); button.current.focus(); }}>Cancel</button><${Clock} since=${running} />`}
     </div>
   </form>
   <section aria-label="Result" class="outcome">${outcome && html`<h2>Result</h2><${Result} outcome=${outcome} />`}</section>`;

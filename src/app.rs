@@ -12,13 +12,15 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::{Bodies, EveryPage, Origins, Runs, TokenError, Tokens};
-use crate::config::Settings;
+use crate::config::{Entry, Settings};
 use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
 pub use crate::mcp::{BECOME, Commands, FirstSyncs, KEEP, become_child, keep_child};
 use crate::mcp::{Egress, Mcp, TlsError, VariablesFile, VariablesFileError};
 use crate::run_log::RunLog;
+use crate::serve::Load;
 use crate::store::{KeySource, OpenError, SealError, Store};
+use crate::telemetry::metrics::{Metrics, Readings, Use};
 use crate::telemetry::{CollectorError, Traces};
 use crate::{api, serve, store};
 
@@ -27,6 +29,11 @@ const STORE_CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which part of the drain time runs have; in the rest those that are still under way are answered with an error.
 const RUNS_SHARE: f64 = 0.9;
+
+/// What the address of `--metrics-listen` takes: a scraper or two, and no more of Portolan's files than that.
+const METRICS_CONNECTIONS: usize = 64;
+const METRICS_REQUESTS: usize = 16;
+const METRICS_DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Clones share everything.
 #[derive(Clone)]
@@ -48,6 +55,9 @@ pub struct App {
     pub origins: Origins,
     /// Where the traces of runs go.
     pub traces: Traces,
+    /// What is counted.
+    pub metrics: Metrics,
+    load: Arc<Load>,
     tracker: TaskTracker,
 }
 
@@ -107,18 +117,22 @@ impl App {
         let tokens = Tokens::open(settings.tokens.clone())?;
         let folder = &settings.storage.data_dir;
         make_data_folder(&settings)?;
-        let store = open_store(&settings).await?;
+        let routes = api::routes();
+        let metrics = Metrics::new(routes.iter().map(|route| (route.method.as_str(), route.path)));
+        let store = open_store(&settings).await?.counted_in(metrics.operations.clone());
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
         let traces = Traces::open(&settings.traces, &egress).await?;
         let children =
             Children::new(settings.children.clone(), folder.join("children"), own_files(&settings), tracker.clone())?;
         let variables = VariablesFile::open(settings.variables.variables_file.clone())?;
-        let mcp = Mcp::new(store.clone(), settings.upstream.clone(), egress, children, variables, tracker.clone());
+        let upstream = settings.upstream.clone();
+        let mcp = Mcp::new(store.clone(), upstream, egress, children, variables, metrics.clone(), tracker.clone());
         let runs = Runs::new(settings.runs.clone(), tracker.clone());
         let run_log = RunLog::new(settings.run_log.clone(), store.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
-        Ok(Self { settings: Arc::new(settings), tokens, store, mcp, runs, run_log, bodies, origins, traces, tracker })
+        let (settings, load) = (Arc::new(settings), Arc::default());
+        Ok(Self { settings, tokens, store, mcp, runs, run_log, bodies, origins, traces, metrics, load, tracker })
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
@@ -129,7 +143,8 @@ impl App {
         if let Ok(address) = listener.local_addr() {
             self.mcp.egress.listens_on(address.port());
         }
-        let serving = serve::serve(listener, api::router(self.clone()), &self.settings.entry, shutdown.clone());
+        let (router, load) = (api::router(self.clone()), self.load.clone());
+        let serving = serve::serve(listener, router, &self.settings.entry, load, shutdown.clone());
         // A client whose connection is cut would ask for its run again, at a Portolan that knows nothing of it.
         let answering = async {
             shutdown.cancelled().await;
@@ -148,6 +163,34 @@ impl App {
         self.traces.close().await;
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
         clean && logged && closed.is_ok()
+    }
+
+    /// Serves the metrics alone on `listener`, which is that of `--metrics-listen`, without a token, until `shutdown`.
+    pub async fn serve_metrics(self, listener: TcpListener, shutdown: CancellationToken) {
+        if let Ok(address) = listener.local_addr() {
+            self.mcp.egress.listens_on(address.port());
+        }
+        let entry = Entry {
+            max_connections: METRICS_CONNECTIONS,
+            max_requests: METRICS_REQUESTS,
+            drain_timeout: METRICS_DRAIN_TIMEOUT,
+            ..self.settings.entry.clone()
+        };
+        serve::serve(listener, api::metrics_router(self), &entry, Arc::default(), shutdown).await;
+    }
+
+    /// How things stand, for the metrics.
+    pub fn readings(&self) -> Readings {
+        let entry = &self.settings.entry;
+        let mut readings = Readings {
+            requests: Use { now: self.load.requests(), most: entry.max_requests },
+            connections: Use { now: self.load.connections(), most: entry.max_connections },
+            run_log_queued: self.run_log.depth(),
+            run_log_dropped: self.run_log.dropped(),
+            ..Readings::default()
+        };
+        self.mcp.read(&mut readings);
+        readings
     }
 
     /// Does `work` to its end even when the caller leaves: a change that is stored must also end its old session.

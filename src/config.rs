@@ -146,6 +146,8 @@ pub struct Settings {
     #[command(flatten)]
     pub logs: Logs,
     #[command(flatten)]
+    pub metrics: Metrics,
+    #[command(flatten)]
     pub run_log: RunLog,
     #[command(flatten)]
     pub traces: Traces,
@@ -291,6 +293,16 @@ pub struct Logs {
     /// `info,portolan::mcp=debug`
     #[arg(long, env = "PORTOLAN_LOG", default_value = "info", global = true, value_name = "FILTER")]
     pub log: String,
+}
+
+/// What Portolan tells Prometheus.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Metrics")]
+pub struct Metrics {
+    /// Address and port for the metrics alone, without a token: whoever reaches it may read them; without it, they are at
+    /// /metrics of --listen, for tokens
+    #[arg(long, env = "PORTOLAN_METRICS_LISTEN", global = true, value_name = "ADDRESS")]
+    pub metrics_listen: Option<String>,
 }
 
 /// What is remembered of runs and changes.

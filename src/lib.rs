@@ -16,7 +16,7 @@
 //! | [`model`] | plain data, also the table rows |
 //! | [`secrets`] | what of a connection is secret, by its name, its place and its looks |
 //! | [`error`] | the one HTTP-facing error: status, body, `x-should-retry` |
-//! | [`telemetry`] | logs; `traces` (the spans of runs), `context` (the trace that a request belongs to), `export` (their way to a collector), `otlp` (how it is told) |
+//! | [`telemetry`] | logs; `metrics` (what is counted, and how it is written for Prometheus); `traces` (the spans of runs), `context` (the trace that a request belongs to), `export` (their way to a collector), `otlp` (how it is told) |
 //! | [`progress`] | how far long work is, on a terminal and elsewhere |
 //! | [`run_log`] | a row for each run, written behind its back; what is forgotten of runs and changes, and when |
 //! | [`api`] | speaks HTTP: the route table, one file per group of routes, and what they share: |
@@ -25,7 +25,7 @@
 //! | `origin`, `reveal` | which web pages may come in; who sees secrets |
 //! | `wire` | Letta's JSON, in and out; `mask` (what stands for a secret), `events` (what a connect tells) |
 //! | `repeats`, `runs`, `drip` | which requests mean one run; one run of many requests; the early head of a long one |
-//! | `observed` | what is told of a run: in its span, in the run log |
+//! | `observed` | what is told of a run: in its span, in the metrics, in the run log |
 //! | `import`, `page` | what an import does, and an export; what a browser sees after a sign-in |
 //! | `assets` | the console and the API reference, which `build.rs` packed: files of `console/` at the top of the repository |
 //! | [`interchange`] | the files of other programs: `read` and `write` (what they say of servers), `text` (from bytes to JSON), `placeholders` (theirs, and templates), `left_out` (secrets that a file does not show) |
@@ -74,7 +74,7 @@
 //! | `run_log` | `config`, `model`, `store` |
 //! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `telemetry`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `telemetry`, `rmcp` |
-//! | `store` | `corpus`, `model`, `sqlx` |
+//! | `store` | `corpus`, `model`, `telemetry`, `sqlx` |
 //! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `progress`, `store` |
 //!
 //! Of `mcp`, `api` uses the front door, and of `serve` the mark of a request too many and the address of its client; of

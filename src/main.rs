@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::future::pending;
 use std::io::Write;
+use std::net::SocketAddr;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -99,11 +100,16 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     let listener = TcpListener::bind(&listen).await.map_err(unusable)?;
     let address = listener.local_addr().map_err(unusable)?;
     ensure_guarded(&settings, address).map_err(|error| error.to_string())?;
+    let metrics = listen_for_metrics(settings.metrics.metrics_listen.as_deref()).await?;
     let app = App::open(settings).await.map_err(|error| error.to_string())?;
     let (version, database) = (env!("CARGO_PKG_VERSION"), app.store.describe());
     let (url, notice) = (format!("http://{address}"), key_notice(&app.store));
+    let metrics_url = metrics.as_ref().map(|(_, address)| format!("http://{address}/metrics"));
     let mut lines = match as_json {
-        true => json!({ "version": version, "url": url, "database": database, "notice": notice }).to_string(),
+        true => {
+            json!({ "version": version, "url": url, "database": database, "notice": notice, "metrics": metrics_url })
+                .to_string()
+        }
         false => format!(
             "Portolan {version} listens on {url}\nDatabase: {database}\nConsole: {url}/ · API reference: {url}/docs"
         ),
@@ -111,6 +117,9 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     lines.push('\n');
     if let Some(notice) = notice.filter(|_| !as_json) {
         lines += &format!("{notice}\n");
+    }
+    if let Some(url) = metrics_url.filter(|_| !as_json) {
+        lines += &format!("Metrics: {url}\n");
     }
     if app.tokens.current().is_none() {
         tracing::info!("no token is set: every program on this machine may come in");
@@ -121,7 +130,7 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let shutdown = CancellationToken::new();
-    let serving = app.serve(listener, shutdown.clone());
+    let serving = serve_both(app, listener, metrics.map(|(listener, _)| listener), shutdown.clone());
     let stopping = async {
         signals.next().await;
         shutdown.cancel();
@@ -151,6 +160,32 @@ async fn show_first_syncs(mut first: watch::Receiver<FirstSyncs>) -> Infallible 
     }
     // Nobody connects to anything any more.
     pending().await
+}
+
+async fn listen_for_metrics(address: Option<&str>) -> Result<Option<(TcpListener, SocketAddr)>, String> {
+    let Some(wanted) = address else { return Ok(None) };
+    let unusable = |error| format!("Cannot listen on {wanted} for --metrics-listen: {error}.");
+    let listener = TcpListener::bind(wanted).await.map_err(unusable)?;
+    let address = listener.local_addr().map_err(unusable)?;
+    Ok(Some((listener, address)))
+}
+
+/// The metrics can be read until all else has ended.
+async fn serve_both(
+    app: App,
+    listener: TcpListener,
+    metrics: Option<TcpListener>,
+    shutdown: CancellationToken,
+) -> bool {
+    let Some(metrics) = metrics else { return app.serve(listener, shutdown).await };
+    let ended = CancellationToken::new();
+    let telling = app.clone().serve_metrics(metrics, ended.clone());
+    let serving = async {
+        let clean = app.serve(listener, shutdown).await;
+        ended.cancel();
+        clean
+    };
+    tokio::join!(serving, telling).0
 }
 
 /// Keeps processes of the same user out of this one's memory and environment, where the keys are.

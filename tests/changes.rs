@@ -95,7 +95,7 @@ async fn every_kind_of_change_has_its_row_and_a_failed_one_none() {
     });
     assert_eq!(since(&admin, &mut last).await, [row("tools.changed", "1st", "ops", details)]);
     let approve = ops.path(&id, "one").await.replace("/run", "/approve");
-    ops.post(&approve, &json!({"definition_hash": "0".repeat(64)})).await.expect(409);
+    ops.post(&approve, &json!({"hash": "0".repeat(64)})).await.expect(409);
     for _ in 0..2 {
         ops.send("POST", &approve, None).await.expect(200);
     }

@@ -156,7 +156,7 @@ impl Served {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let shutdown = CancellationToken::new();
         let stop = shutdown.clone();
-        let serving = tokio::spawn(async move { serve(listener, router, &entry, stop).await });
+        let serving = tokio::spawn(async move { serve(listener, router, &entry, Default::default(), stop).await });
         Self { url, shutdown, serving }
     }
 

@@ -23,6 +23,7 @@ mod known;
 mod legacy;
 mod letta;
 mod masking;
+mod metrics;
 mod misbehaviour;
 mod oauth;
 mod process;

@@ -91,6 +91,33 @@ pub(crate) fn refusal(mut command: Command) -> (Option<i32>, String) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn it_says_where_its_metrics_are_if_they_have_an_address_of_their_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let database = Database::new().await;
+    let with = |address: &str| {
+        let mut command = command(folder.path(), database.url().as_deref());
+        command.args(["--metrics-listen", address]);
+        command
+    };
+    let mut program = Program::start(with("127.0.0.1:0"));
+    // SQLite makes a key, and says so before.
+    let skipped = if database.url().is_some() { 0 } else { 1 };
+    let line = program.rest.nth(skipped).unwrap().unwrap();
+    let url = line.strip_prefix("Metrics: ").unwrap_or_else(|| panic!("{line}"));
+    let told = client().get(url).send().await.unwrap();
+    assert_eq!(told.status(), 200);
+    assert!(told.text().await.unwrap().contains("\nportolan_build_info{"));
+    assert_eq!(client().get(format!("{}/metrics", program.url)).send().await.unwrap().status(), 404);
+    let taken = url.strip_prefix("http://").unwrap().split('/').next().unwrap();
+    let (code, said) = refusal(with(taken));
+    assert_eq!(code, Some(1));
+    assert!(said.contains(&format!("Cannot listen on {taken} for --metrics-listen: ")), "{said}");
+    program.signal("-TERM");
+    assert_eq!(program.exit_code(), Some(0));
+    database.remove().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn it_says_where_it_listens_what_it_keeps_and_where_the_docs_are() {
     let folder = tempfile::tempdir().unwrap();
     let database = Database::new().await;

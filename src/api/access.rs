@@ -20,6 +20,7 @@ use crate::error::Error;
 use crate::model::By;
 pub use crate::model::Scope;
 use crate::serve::Peer;
+use crate::telemetry::metrics::{Metrics, TokenFailure};
 
 use super::Route;
 use super::attempts::Attempts;
@@ -83,15 +84,16 @@ impl<S: Send + Sync> FromRequestParts<S> for Caller {
 pub struct Door {
     tokens: Tokens,
     attempts: Arc<Attempts>,
+    metrics: Metrics,
     /// Methods and paths without a slash at their end.
     open: Arc<[(Method, &'static str)]>,
 }
 
 impl Door {
-    pub fn new(tokens: Tokens, routes: &[Route]) -> Self {
+    pub fn new(tokens: Tokens, routes: &[Route], metrics: Metrics) -> Self {
         let open = routes.iter().filter(|route| route.access == Access::Open);
         let open = open.map(|route| (route.method.clone(), route.path.trim_end_matches('/'))).collect();
-        Self { tokens, attempts: Arc::default(), open }
+        Self { tokens, attempts: Arc::default(), metrics, open }
     }
 
     /// Whether the matched route is one for everybody. HEAD is GET without a body (RFC 9110, 9.3.2).
@@ -107,11 +109,15 @@ impl Door {
     fn caller(&self, request: &Request) -> Result<Caller, Error> {
         let Some(tokens) = self.tokens.current() else { return Ok(Caller::anybody()) };
         let found = match Credential::of(request.headers()) {
-            Credential::None => return Err(Error::Unauthorized),
+            Credential::None => {
+                self.metrics.token_failed(TokenFailure::Missing);
+                return Err(Error::Unauthorized);
+            }
             Credential::Unusable => None,
             Credential::Token(token) => tokens.find(token),
         };
         found.map(Caller::with).ok_or_else(|| {
+            self.metrics.token_failed(TokenFailure::Wrong);
             let peer = request.extensions().get::<Peer>().map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |peer| peer.0);
             match self.attempts.fail(peer) {
                 Some(retry_after) => Error::Guessing { retry_after },

@@ -16,7 +16,7 @@ use crate::model::{By, Server};
 use super::access::{Caller, Scope};
 use super::guard::{JsonBody, RunBody, ServerName, ToolId, ToolName, UnusedBody};
 use super::oauth;
-use super::observed::Observed;
+use super::observed::Asked;
 use super::repeats::Repeat;
 use super::reveal::Shown;
 use super::servers::{self, ForAgent};
@@ -163,7 +163,7 @@ pub async fn execute(
     caller: Caller,
     repeat: Repeat,
     Given(given): Given,
-    observed: Observed,
+    asked: Asked,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
     let arguments = run_arguments(body)?;
@@ -176,7 +176,7 @@ pub async fn execute(
         ids = tool_named(&app, &server, &names.tool_name).await?;
     }
     let ids = ids.ok_or(Error::NoToolNamed)?;
-    tools::answer(&app, ids, observed, &repeat, given, arguments, execution).await
+    tools::answer(&app, ids, asked, &repeat, given, arguments, execution).await
 }
 
 fn is_admin(caller: &Caller) -> bool {

@@ -25,14 +25,16 @@ mod tools;
 mod variables;
 mod wire;
 
+use std::sync::Arc;
+
 use axum::Router;
-use axum::extract::{MatchedPath, Request};
+use axum::extract::{MatchedPath, Request, State};
 use axum::handler::Handler;
 use axum::http::header::X_CONTENT_TYPE_OPTIONS;
 use axum::http::{HeaderName, HeaderValue, Method};
 use axum::middleware::{Next, from_fn, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodFilter, MethodRouter, on};
+use axum::routing::{MethodFilter, MethodRouter, get, on};
 use tower_http::catch_panic::CatchPanicLayer;
 use tracing::Instrument;
 use uuid::Uuid;
@@ -40,6 +42,7 @@ use uuid::Uuid;
 use crate::app::App;
 use crate::error::Error;
 use crate::serve::Full;
+use crate::telemetry::metrics::{Metrics, TokenFailure};
 
 pub use access::{Access, Scope};
 use access::{Door, admit, authorize};
@@ -67,6 +70,9 @@ fn route<H: Handler<T, App>, T: 'static>(method: Method, path: &'static str, acc
     let guarded = on(filter, handler).layer(from_fn(move |request, next| authorize(access, request, next)));
     Route { method, path, access, handler: guarded }
 }
+
+/// Where the metrics are, on the address for clients or on one of their own.
+const METRICS: &str = "/metrics";
 
 /// Every route there is.
 pub fn routes() -> Vec<Route> {
@@ -120,6 +126,7 @@ pub fn routes() -> Vec<Route> {
         route(Method::GET, "/v1/portolan/changes", ADMIN, logs::changes),
         route(Method::GET, "/v1/health/", Open, status::health),
         route(Method::GET, "/v1/ready", Open, status::ready),
+        route(Method::GET, METRICS, READ, status::metrics),
         route(Method::GET, "/openapi.yaml", Open, assets::openapi),
         route(Method::GET, "/docs", Open, assets::docs),
         route(Method::GET, "/docs/{file}", Open, assets::docs_file),
@@ -132,9 +139,10 @@ pub fn routes() -> Vec<Route> {
 /// then panics, then which pages may come in, then who may, then the handlers.
 pub fn router(app: App) -> Router {
     let routes = routes();
-    let door = Door::new(app.tokens.clone(), &routes);
+    let door = Door::new(app.tokens.clone(), &routes, app.metrics.clone());
+    let has_metrics = app.settings.metrics.metrics_listen.is_none();
     let mut router = Router::new();
-    for Route { path, handler, .. } in routes {
+    for Route { path, handler, .. } in routes.into_iter().filter(|route| has_metrics || route.path != METRICS) {
         let bare = path.trim_end_matches('/');
         router = router.route(&format!("{bare}/"), handler.clone());
         // The root is its slash.
@@ -150,7 +158,7 @@ pub fn router(app: App) -> Router {
         .layer(from_fn_with_state(door, admit))
         .layer(from_fn_with_state(app.origins.clone(), origin::check))
         .layer(CatchPanicLayer::custom(|_| Error::Internal("a handler panicked".into()).into_response()))
-        .layer(from_fn(identify))
+        .layer(from_fn_with_state(app.metrics.clone(), identify))
         .with_state(app);
     match cors {
         Some(cors) => router.layer(cors),
@@ -158,8 +166,19 @@ pub fn router(app: App) -> Router {
     }
 }
 
-/// Answers, also when there is no room for requests: who asks must tell a busy Portolan from a dead one.
-const ALWAYS: [&str; 2] = ["/v1/health", "/v1/ready"];
+/// The metrics alone, for everybody who reaches them: where that is says the operator (`--metrics-listen`).
+pub fn metrics_router(app: App) -> Router {
+    Router::new()
+        .route(METRICS, get(status::metrics))
+        .fallback(|| async { Error::NoRoute })
+        .method_not_allowed_fallback(|| async { Error::MethodNotAllowed })
+        .layer(CatchPanicLayer::custom(|_| Error::Internal("a handler panicked".into()).into_response()))
+        .layer(from_fn_with_state(app.metrics.clone(), identify))
+        .with_state(app)
+}
+
+/// Answers, also when there is no room for requests: who asks must tell a busy Portolan from a dead one, and how busy it is.
+const ALWAYS: [&str; 3] = ["/v1/health", "/v1/ready", METRICS];
 
 /// What there is to say when there is no room for a request. Its body is not read, so nobody knows which run it asks for.
 fn refusal(request: &Request) -> Option<Error> {
@@ -195,8 +214,8 @@ fn path_of(request: &Request) -> String {
     steps.map(|(known, given)| if is_ours(given) { given } else { known }).collect::<Vec<_>>().join("/")
 }
 
-/// Gives each request an id, logs its end, and turns a handler's [`Error`] into its answer.
-async fn identify(request: Request, next: Next) -> Response {
+/// Gives each request an id, logs and counts its end, and turns a handler's [`Error`] into its answer.
+async fn identify(State(metrics): State<Metrics>, request: Request, next: Next) -> Response {
     let id = Uuid::new_v4().to_string();
     let span = tracing::info_span!(
         "request",
@@ -206,11 +225,18 @@ async fn identify(request: Request, next: Next) -> Response {
         caller.name = tracing::field::Empty,
     );
     let started = std::time::Instant::now();
+    let (method, route) = (request.method().clone(), request.extensions().get::<MatchedPath>().cloned());
     async {
         let response = match refusal(&request) {
             Some(error) => error.into_response(),
             None => next.run(request).await,
         };
+        if let Some(error) = response.extensions().get::<Arc<Error>>() {
+            metrics.requests.failed(error.code());
+            if matches!(**error, Error::Forbidden) {
+                metrics.token_failed(TokenFailure::Scope);
+            }
+        }
         let mut response = Error::finish(response, &id);
         let value = HeaderValue::from_str(&id).expect("a UUID is a legal header value");
         response.headers_mut().insert(X_REQUEST_ID, value);
@@ -218,6 +244,8 @@ async fn identify(request: Request, next: Next) -> Response {
         response.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
         response.headers_mut().insert(CROSS_ORIGIN_RESOURCE_POLICY, HeaderValue::from_static("same-origin"));
         let status = response.status().as_u16();
+        let route = route.as_ref().map(MatchedPath::as_str);
+        metrics.requests.answered(method.as_str(), route, status, started.elapsed());
         tracing::debug!(http.status = status, duration.ms = started.elapsed().as_millis() as u64, "request answered");
         response
     }

@@ -20,7 +20,7 @@ use crate::model::ServerTool;
 use super::access::Caller;
 use super::drip;
 use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
-use super::observed::Observed;
+use super::observed::Asked;
 use super::repeats::Repeat;
 use super::runs::Sent;
 use super::variables::Given;
@@ -52,19 +52,19 @@ pub(super) fn object(app: &App, found: &ServerTool) -> Response {
 pub async fn run(
     State(app): State<App>,
     ids: ToolId,
-    observed: Observed,
+    asked: Asked,
     repeat: Repeat,
     Given(given): Given,
     RunBody(body): RunBody,
 ) -> Result<Response, Error> {
-    answer(&app, ids, observed, &repeat, given, run_arguments(body)?, |json| json).await
+    answer(&app, ids, asked, &repeat, given, run_arguments(body)?, |json| json).await
 }
 
 /// The answer to a run: its JSON is what `shape` makes of that of a [`ToolExecutionResult`].
 pub(super) async fn answer(
     app: &App,
     ids: ToolId,
-    observed: Observed,
+    asked: Asked,
     repeat: &Repeat,
     given: Variables,
     arguments: Map<String, Value>,
@@ -73,11 +73,11 @@ pub(super) async fn answer(
     let call = repeat.call(&ids, &arguments, &given);
     let running = app.clone();
     let work = |sent: Sent| {
-        let mut observed = observed.begin();
+        let mut observed = asked.begin(&sent);
         async move {
             let outcome = async {
                 let found = find(&running, &ids).await?;
-                observed.goes_to(&found, &arguments, &sent);
+                observed.goes_to(&found, &arguments);
                 if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
                     return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
                 }

@@ -37,6 +37,11 @@ impl Budget {
         Arc::new(Self { bytes, used: AtomicUsize::new(0) })
     }
 
+    /// How many bytes are held, and how many may be.
+    pub fn usage(&self) -> (usize, usize) {
+        (self.used.load(Ordering::Relaxed), self.bytes)
+    }
+
     pub fn share(self: &Arc<Self>) -> Arc<Share> {
         Arc::new(Share { budget: self.clone(), used: AtomicUsize::new(0) })
     }

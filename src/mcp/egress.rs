@@ -105,16 +105,19 @@ impl Egress {
             allow: settings.egress_allow.clone(),
             deny: settings.egress_deny.clone(),
             lookup: settings.lookup.clone(),
-            listener: OnceLock::new(),
+            listeners: Default::default(),
             database,
         };
         Ok(Self(Arc::new(Shared { rules: Arc::new(rules), connect_timeout, tls, clients: Mutex::default() })))
     }
 
-    /// Portolan listens on this port, and connects to itself no more.
+    /// Portolan listens on this port, and connects to itself no more. For two ports at most.
     pub fn listens_on(&self, port: u16) {
-        // A process listens once.
-        let _ = self.0.rules.listener.set(port);
+        // A process listens for clients, and perhaps for those who ask for metrics.
+        let [first, second] = &self.0.rules.listeners;
+        if let Err(port) = first.set(port) {
+            let _ = second.set(port);
+        }
     }
 
     /// The way to a URL that `trust` names.
@@ -201,8 +204,8 @@ struct Rules {
     allow: Vec<Allowed>,
     deny: Vec<ipnet::IpNet>,
     lookup: Lookup,
-    /// The port that Portolan listens on.
-    listener: OnceLock<u16>,
+    /// The ports that Portolan listens on.
+    listeners: [OnceLock<u16>; 2],
     database: Option<(String, u16)>,
 }
 
@@ -243,8 +246,12 @@ impl Rules {
         }
     }
 
+    fn is_listened_on(&self, port: u16) -> bool {
+        self.listeners.iter().any(|listener| listener.get() == Some(&port))
+    }
+
     fn is_port_of_ours(&self, port: u16) -> bool {
-        self.listener.get() == Some(&port) || self.database.as_ref().is_some_and(|database| database.1 == port)
+        self.is_listened_on(port) || self.database.as_ref().is_some_and(|database| database.1 == port)
     }
 
     /// Whether a URL has the database's own name.
@@ -263,7 +270,7 @@ impl Rules {
             Some((host, at)) if *at == port => self.look_up(host).await.ok(),
             _ => Some(Vec::new()),
         };
-        Ours::Some { listener: self.listener.get() == Some(&port), database }
+        Ours::Some { listener: self.is_listened_on(port), database }
     }
 
     /// Whether this address may be connected to.

@@ -61,6 +61,7 @@ use crate::model::{By, Connector, Era, Flagged, Offered, Server, Skipped, Tool, 
 use crate::secrets::scrub;
 use crate::store::{Listing, Store};
 use crate::telemetry::Span;
+use crate::telemetry::metrics::{CallResult, Metrics, Readings};
 
 pub use address::{Forbidden, Scope, UrlError, scope, server_url};
 pub use budget::Held;
@@ -132,6 +133,7 @@ pub struct Mcp {
     settings: Upstream,
     children: Children,
     variables: VariablesFile,
+    metrics: Metrics,
     tracker: TaskTracker,
     stop: CancellationToken,
     /// One sync of a server at a time, so that an older list never lands on a newer one.
@@ -158,11 +160,18 @@ impl Mcp {
         egress: Egress,
         children: Children,
         variables: VariablesFile,
+        metrics: Metrics,
         tracker: TaskTracker,
     ) -> Self {
         let stop = CancellationToken::new();
-        let sign_ins =
-            SignIns::new(store.clone(), egress.clone(), tracker.clone(), settings.sign_in.clone(), stop.clone());
+        let sign_ins = SignIns::new(
+            store.clone(),
+            egress.clone(),
+            metrics.clone(),
+            tracker.clone(),
+            settings.sign_in.clone(),
+            stop.clone(),
+        );
         let context = Context {
             sign_ins: sign_ins.clone(),
             settings: settings.clone(),
@@ -170,12 +179,26 @@ impl Mcp {
             tracker: tracker.clone(),
             children: children.clone(),
             budget: Budget::new(settings.max_bytes_in_flight),
+            metrics: metrics.clone(),
             stop: stop.clone(),
         };
         let news = Arc::new(News::default());
         let pool = Arc::new(Pool::new(context, store.clone(), news.clone(), variables.clone()));
         let (syncing, first) = (Arc::default(), tokio::sync::watch::Sender::default());
-        let mcp = Self { store, pool, egress, sign_ins, settings, children, variables, tracker, stop, syncing, first };
+        let mcp = Self {
+            store,
+            pool,
+            egress,
+            sign_ins,
+            settings,
+            children,
+            variables,
+            metrics,
+            tracker,
+            stop,
+            syncing,
+            first,
+        };
         mcp.tracker.spawn(watch(mcp.clone(), news));
         mcp.tidy();
         mcp.catch_up();
@@ -433,7 +456,9 @@ impl Mcp {
         })?;
         sent.store(true, Ordering::Relaxed);
         let calling = traced::call(span, server, tool, &session, new);
+        let counted = self.metrics.begin_call(session.transport());
         let called = session.call_tool(tool, arguments, calling.context(), deadline).await;
+        counted.end(called.as_ref().map_or_else(CallError::result, |_| CallResult::Answered));
         match called {
             Ok(answer) => Ok((answer, calling)),
             Err(error) => {
@@ -514,6 +539,11 @@ impl Mcp {
     /// Ends sessions of before `revision` of the server's configuration; calls that are under way finish.
     pub fn reconfigured(&self, server_id: &str, revision: i64) {
         self.pool.reconfigured(server_id, revision);
+    }
+
+    /// How sessions, children and calls stand, for the metrics.
+    pub fn read(&self, readings: &mut Readings) {
+        self.pool.read(readings);
     }
 
     /// Ends all sessions and their children, also those that are being opened or listed; done when nothing is left

@@ -22,6 +22,7 @@ use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::model::{Connector, Era, Server, ServerType, State};
 use crate::store::{Reached, Store};
+use crate::telemetry::metrics::{OpenResult, Opening, Readings, Use};
 
 use super::Error;
 use super::oauth::Signer;
@@ -103,6 +104,8 @@ struct History {
     /// In a row.
     failures: u32,
     last: Option<Failure>,
+    /// There was a session, and it did not end because nobody used it.
+    has_lost: bool,
 }
 
 #[derive(Clone)]
@@ -146,6 +149,16 @@ impl History {
         if let Some(failure) = &mut self.last {
             failure.of_opening = false;
         }
+    }
+}
+
+/// What came of an opening, as it is counted.
+fn result<T>(opened: &Result<T, Error>) -> OpenResult {
+    match opened {
+        Ok(_) => OpenResult::Opened,
+        Err(error) if error.is_ours() => OpenResult::Refused,
+        Err(error) if error.state() == State::AuthRequired => OpenResult::AuthRequired,
+        Err(_) => OpenResult::Unreachable,
     }
 }
 
@@ -390,13 +403,17 @@ impl Pool {
         if main.needs(&server) != needs {
             return Err(Error::Reconfigured);
         }
+        let kind = if history.has_lost { Opening::Reconnect } else { Opening::First };
+        let counted = self.context.metrics.begin_open(server.server_type, kind);
         let opened = self.open(&server, &filling).await;
+        counted.end(result(&opened));
         // After a forget or a stop in the meantime its caller may find out why.
         self.check_current(&server.id, &slot, &filling)?;
         match opened {
             Ok(session) => {
                 tracing::info!(server.id, server.r#type = server.server_type.as_str(), "session opened");
                 history.last = None;
+                history.has_lost = false;
                 // A server that was never listed is ready when it has been.
                 if server.last_synced_at.is_some() && !filling.is_own {
                     self.note(&server, &mut history, Ok(session.era())).await;
@@ -450,7 +467,10 @@ impl Pool {
         signer: Option<Signer>,
     ) -> Result<Session, Error> {
         let filled = Filled::new(connector, &self.variables.choose_for(connector, given)?)?;
-        self.connect(id, &filled, signer, None).await
+        let counted = self.context.metrics.begin_open(connector.server_type(), Opening::First);
+        let opened = self.connect(id, &filled, signer, None).await;
+        counted.end(result(&opened));
+        opened
     }
 
     async fn connect(
@@ -520,6 +540,7 @@ impl Pool {
         let live = slot.live().take_if(|live| live.session.is_closed())?;
         let error = live.session.ended();
         history.end(&live, error.as_ref());
+        self.lose(&live, history);
         Some((live.revision, error?))
     }
 
@@ -536,6 +557,7 @@ impl Pool {
         let Ok(mut history) = timeout(SETTLE_TIMEOUT, slot.history.lock()).await else { return };
         let Some(live) = slot.take(session) else { return };
         history.end(&live, Some(error));
+        self.lose(&live, &mut history);
         if !error.is_ours() && !is_variant {
             self.note(server, &mut history, Err(error)).await;
         }
@@ -550,6 +572,35 @@ impl Pool {
             && let Ok(mut history) = slot.history.try_lock()
         {
             history.end(&live, None);
+            self.lose(&live, &mut history);
+        }
+    }
+
+    /// Counts a session that was lost.
+    fn lose(&self, live: &Live, history: &mut History) {
+        history.has_lost = true;
+        self.context.metrics.lost_session(live.session.transport());
+    }
+
+    /// How sessions, children and calls stand.
+    pub fn read(&self, readings: &mut Readings) {
+        let settings = &self.context.settings;
+        let free = self.children.available_permits();
+        readings.children = Use { now: settings.max_children.saturating_sub(free), most: settings.max_children };
+        let (now, most) = self.context.budget.usage();
+        readings.held_bytes = Use { now, most };
+        let mains: Vec<_> = self.slots().by_server.values().cloned().collect();
+        for main in mains {
+            readings.calls += settings.max_calls_per_server.saturating_sub(main.turns.calls.available_permits());
+            readings.queued_calls += main.turns.queued.load(Ordering::Relaxed);
+            let variants = main.variants().all();
+            for slot in variants.iter().chain([&main]) {
+                if let Some(Live { session, .. }) = &*slot.live()
+                    && !session.is_closed()
+                {
+                    readings.add_session(session.transport(), Arc::strong_count(session) > 1);
+                }
+            }
         }
     }
 

@@ -19,8 +19,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{Connector, Era, Tool};
+use crate::model::{Connector, Era, ServerType, Tool};
 use crate::telemetry::TraceContext;
+use crate::telemetry::metrics::{CallResult, Metrics};
 
 use super::budget::{Budget, Held, Oversize};
 use super::child::Children;
@@ -58,6 +59,7 @@ pub struct Context {
     pub children: Children,
     pub sign_ins: SignIns,
     pub budget: Arc<Budget>,
+    pub metrics: Metrics,
     /// Portolan stops: every session ends, also one that is being opened or is in use.
     pub stop: CancellationToken,
 }
@@ -144,6 +146,18 @@ pub enum CallError {
 }
 
 impl CallError {
+    /// As it is counted.
+    pub(super) fn result(&self) -> CallResult {
+        match self {
+            Self::NotSent(_) => CallResult::NotSent,
+            Self::Rpc(_) => CallResult::RpcError,
+            Self::Refused(_) => CallResult::Refused,
+            Self::TimedOut => CallResult::TimedOut,
+            Self::Untaken(_) => CallResult::TooLarge,
+            Self::Lost(_) => CallResult::Lost,
+        }
+    }
+
     /// The same, of a request that is harmless when it is repeated.
     fn into_error(self, refused: impl FnOnce(i64) -> Error, timeout: Error) -> Error {
         match self {
@@ -286,6 +300,14 @@ impl Session {
     /// The MCP revision that is spoken.
     pub fn version(&self) -> &'static str {
         self.greeted.version
+    }
+
+    pub fn transport(&self) -> ServerType {
+        match self.wire {
+            Wire::Stdio(_) => ServerType::Stdio,
+            Wire::Sse(_) => ServerType::Sse,
+            Wire::Http(_) => ServerType::StreamableHttp,
+        }
     }
 
     pub fn has_child(&self) -> bool {

@@ -6,7 +6,7 @@
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
@@ -16,6 +16,8 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 
 use crate::config::Entry;
+
+use super::Load;
 
 /// How often the limits are looked at. They are counted in sweeps: a client has all of its time and up to two sweeps
 /// more; it loses none when Portolan itself was held up.
@@ -85,7 +87,7 @@ pub struct Connections {
     now: AtomicU32,
     /// The sweep since which no new connection is taken.
     draining: AtomicU32,
-    requests: AtomicUsize,
+    load: Arc<Load>,
     max_requests: usize,
     /// In sweeps.
     header: u32,
@@ -98,8 +100,8 @@ fn sweeps(time: Duration) -> u32 {
 }
 
 impl Connections {
-    /// None of them; `shutdown` ends their event streams.
-    pub fn new(entry: &Entry, shutdown: CancellationToken) -> Arc<Self> {
+    /// None of them; they are counted in `load`, and `shutdown` ends their event streams.
+    pub fn new(entry: &Entry, load: Arc<Load>, shutdown: CancellationToken) -> Arc<Self> {
         Arc::new(Self {
             shutdown,
             open: Mutex::default(),
@@ -109,7 +111,7 @@ impl Connections {
             left: Notify::new(),
             now: AtomicU32::new(1),
             draining: AtomicU32::new(0),
-            requests: AtomicUsize::new(0),
+            load,
             max_requests: entry.max_requests,
             header: sweeps(entry.header_timeout),
             keep_alive: sweeps(entry.keep_alive_timeout),
@@ -150,6 +152,7 @@ impl Connections {
             hung_up: AtomicBool::new(false),
             streams_events: AtomicBool::new(false),
         });
+        self.load.connections.fetch_add(1, Ordering::Relaxed);
         // In before it starts, so that it leaves after.
         self.open().insert(id, connection.clone());
         let task = tasks.spawn(serve(Guest { id, connection: connection.clone() }));
@@ -238,6 +241,7 @@ impl Drop for Guest {
     fn drop(&mut self) {
         self.connection.release();
         self.connection.all.open().remove(&self.id);
+        self.connection.all.load.connections.fetch_sub(1, Ordering::Relaxed);
         self.connection.tell_of_room();
     }
 }
@@ -348,11 +352,11 @@ impl Connection {
         if self.counted.load(Ordering::Relaxed) {
             return true;
         }
-        let room = self.all.requests.fetch_add(1, Ordering::AcqRel) < self.all.max_requests;
+        let room = self.all.load.requests.fetch_add(1, Ordering::AcqRel) < self.all.max_requests;
         if room {
             self.counted.store(true, Ordering::Relaxed);
         } else {
-            self.all.requests.fetch_sub(1, Ordering::AcqRel);
+            self.all.load.requests.fetch_sub(1, Ordering::AcqRel);
         }
         room
     }
@@ -360,14 +364,14 @@ impl Connection {
     /// Counts it again, even if that is one too many: its answer is there, and may as well be sent.
     fn readmit(&self) {
         if !self.counted.swap(true, Ordering::AcqRel) {
-            self.all.requests.fetch_add(1, Ordering::AcqRel);
+            self.all.load.requests.fetch_add(1, Ordering::AcqRel);
         }
     }
 
     /// Counts it no more. Requests that wait for their clients are not in flight: slow clients could be all of them.
     fn release(&self) {
         if self.counted.swap(false, Ordering::AcqRel) {
-            self.all.requests.fetch_sub(1, Ordering::AcqRel);
+            self.all.load.requests.fetch_sub(1, Ordering::AcqRel);
         }
     }
 
@@ -507,7 +511,7 @@ mod tests {
         fn open(change: impl FnOnce(&mut Entry)) -> Self {
             let mut entry = Cli::parse_from(["portolan"]).settings.entry;
             change(&mut entry);
-            Self { all: Connections::new(&entry, CancellationToken::new()), tasks: TaskTracker::new() }
+            Self { all: Connections::new(&entry, Arc::default(), CancellationToken::new()), tasks: TaskTracker::new() }
         }
 
         fn enter(&self, phase: Phase) -> Arc<Connection> {

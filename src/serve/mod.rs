@@ -13,6 +13,7 @@ use std::io;
 use std::net::IpAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::Router;
@@ -58,10 +59,28 @@ pub struct Full;
 #[derive(Clone, Copy, Debug)]
 pub struct Peer(pub IpAddr);
 
+/// How many requests are in flight, and how many connections open.
+#[derive(Debug, Default)]
+pub struct Load {
+    requests: AtomicUsize,
+    connections: AtomicUsize,
+}
+
+impl Load {
+    pub fn requests(&self) -> usize {
+        self.requests.load(Ordering::Relaxed)
+    }
+
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+}
+
 /// Answers requests on `listener` with `router` until `shutdown`. Then it takes no new connection, closes the idle ones,
 /// ends event streams, lets each other request finish, and returns when all have, or when the drain time has passed.
-pub async fn serve(listener: TcpListener, router: Router, entry: &Entry, shutdown: CancellationToken) {
-    let connections = Connections::new(entry, shutdown.clone());
+/// What it has to do at the moment is told in `load`.
+pub async fn serve(listener: TcpListener, router: Router, entry: &Entry, load: Arc<Load>, shutdown: CancellationToken) {
+    let connections = Connections::new(entry, load, shutdown.clone());
     let tasks = TaskTracker::new();
     let mut ticks = interval(TICK);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);

@@ -47,6 +47,8 @@ pub use tools::Listing;
 use known::{Known, SHARED_TRUST};
 use sealing::Seal;
 
+use crate::telemetry::metrics::{Operation, Operations};
+
 /// How long a connection to PostgreSQL may have been idle to be used without a look at it.
 const TRUSTED_IDLE: Duration = Duration::from_secs(1);
 /// How long a statement may wait for a connection, and a connection for the database.
@@ -66,6 +68,7 @@ pub struct Store {
     pub database: Database,
     known: Arc<Known>,
     seal: Arc<Seal>,
+    operations: Operations,
 }
 
 /// Connections to the one or the other.
@@ -79,7 +82,7 @@ pub enum Database {
 }
 
 /// Runs the same code on the pool of either database: `read` for a lookup, `write` for what changes something.
-macro_rules! on_db {
+macro_rules! on_pool {
     ($store:expr, read $pool:ident => $body:expr) => {
         match &$store.database {
             $crate::store::Database::Postgres($pool) => $body,
@@ -93,7 +96,36 @@ macro_rules! on_db {
         }
     };
 }
+use on_pool;
+
+/// As [`on_pool`], counted. The code is a future of its own, whose value is a `Result`: `?` and `return` end it alone.
+macro_rules! on_db {
+    ($store:expr, read $pool:ident => $body:expr) => {
+        $store.counted($crate::telemetry::metrics::Operation::Read, async { $crate::store::on_pool!($store, read $pool => $body) }).await
+    };
+    ($store:expr, write $pool:ident => $body:expr) => {
+        $store.counted($crate::telemetry::metrics::Operation::Write, async { $crate::store::on_pool!($store, write $pool => $body) }).await
+    };
+}
 use on_db;
+
+/// An error that may be the database's.
+trait Blame {
+    /// Whether the database was away, or refused what it should have done.
+    fn is_of_database(&self) -> bool;
+}
+
+impl Blame for sqlx::Error {
+    fn is_of_database(&self) -> bool {
+        true
+    }
+}
+
+impl Blame for Error {
+    fn is_of_database(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::Refused(_))
+    }
+}
 
 /// A statement that did not succeed.
 #[derive(Debug, thiserror::Error)]
@@ -179,13 +211,29 @@ impl Store {
             Database::Postgres(_) => Some(SHARED_TRUST),
             Database::Sqlite { .. } => None,
         };
-        Ok(Self { database, known: Arc::new(Known::new(trusted_for)), seal: Arc::new(seal) })
+        let (known, seal) = (Arc::new(Known::new(trusted_for)), Arc::new(seal));
+        Ok(Self { database, known, seal, operations: Operations::default() })
+    }
+
+    /// The same store, whose operations are counted in `operations` from now on.
+    pub fn counted_in(self, operations: Operations) -> Self {
+        Self { operations, ..self }
+    }
+
+    async fn counted<T, E: Blame>(
+        &self,
+        kind: Operation,
+        operation: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        let began = Instant::now();
+        let done = operation.await;
+        self.operations.done(kind, began, done.as_ref().is_err_and(Blame::is_of_database));
+        done
     }
 
     /// Whether the database answers; for `/v1/ready`.
     pub async fn ping(&self) -> Result<(), Error> {
-        on_db!(self, read pool => sqlx::query("SELECT 1").execute(pool).await.map(|_| ())?);
-        Ok(())
+        Ok(on_db!(self, read pool => sqlx::query("SELECT 1").execute(pool).await.map(|_| ()))?)
     }
 
     /// Ends all connections, after the statements that are running.

@@ -102,8 +102,8 @@ impl Store {
             });
             insert.push(" ON CONFLICT (id) DO NOTHING");
             // Of as many lengths as there are none is worth to be remembered in place of other statements.
-            insert.build().persistent(false).execute(pool).await?;
-        });
+            insert.build().persistent(false).execute(pool).await.map(|_| ())
+        })?;
         Ok(())
     }
 
@@ -144,8 +144,8 @@ impl Store {
                 query.push(" AND id < ").push_bind(before);
             }
             query.push(" ORDER BY id DESC LIMIT ").push_bind(wanted.limit);
-            query.build_query_as().fetch_all(pool).await?
-        });
+            query.build_query_as().fetch_all(pool).await
+        })?;
         Ok(rows
             .into_iter()
             .map(|Row { run, content }| Run { content: self.content(&run.id, content), ..run })
@@ -162,8 +162,8 @@ impl Store {
         const SQL: &str = "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE id < $1 ORDER BY id LIMIT $2)";
         let end = first_id_at(end);
         Ok(on_db!(self, write pool => {
-            sqlx::query(SQL).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await?.rows_affected()
-        }))
+            sqlx::query(SQL).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
+        })?)
     }
 }
 

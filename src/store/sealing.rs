@@ -17,7 +17,7 @@ use super::keys::{KeyError, KeySource};
 use super::runs::content_of;
 use super::seal::{Keyring, Place, Unopened, key_id};
 use super::sign_ins::{authorization_of, sign_in_of};
-use super::{Database, Error, OpenError, Store, now, on_db};
+use super::{Database, Error, OpenError, Store, now, on_db, on_pool};
 
 /// What each key seals in `sealing_keys`.
 const KNOWN: &[u8] = b"portolan";
@@ -195,7 +195,7 @@ impl Unlocked<'_> {
     /// Whether nothing was ever sealed in it.
     async fn is_unsealed(&self) -> sqlx::Result<bool> {
         const SQL: &str = "SELECT count(*) FROM sealing_keys";
-        let keys: i64 = on_db!(self, write pool => sqlx::query_scalar(SQL).fetch_one(pool).await?);
+        let keys: i64 = on_pool!(self, write pool => sqlx::query_scalar(SQL).fetch_one(pool).await?);
         Ok(keys == 0 && self.sealed_by().await?.is_empty())
     }
 
@@ -208,15 +208,14 @@ impl Unlocked<'_> {
                            SELECT substr(material, 1, 15), coalesce(server_id, id) FROM authorizations UNION \
                            SELECT sealed_with, mcp_server_id FROM runs WHERE sealed_with IS NOT NULL) AS all_sealed \
                            WHERE substr(sealed, 1, 3) = 'v1.' GROUP BY 1";
-        let rows: Vec<(String, i64)> = on_db!(self, write pool => sqlx::query_as(SQL).fetch_all(pool).await?);
+        let rows: Vec<(String, i64)> = on_pool!(self, write pool => sqlx::query_as(SQL).fetch_all(pool).await?);
         Ok(rows.into_iter().collect())
     }
 
     /// Takes a key out of those that this database is known to be sealed with; `false` when it is not among them.
     async fn forget_key(&self, id: &str) -> sqlx::Result<bool> {
         const SQL: &str = "DELETE FROM sealing_keys WHERE id = $1";
-        let rows =
-            on_db!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|done| done.rows_affected())?);
+        let rows = on_pool!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|done| done.rows_affected())?);
         Ok(rows > 0)
     }
 
@@ -234,7 +233,7 @@ impl Unlocked<'_> {
             Database::Sqlite { .. } => "DELETE FROM sealing_keys WHERE 1 = 0",
         };
         let first = ring.first();
-        on_db!(self, write pool => {
+        on_pool!(self, write pool => {
             let mut transaction = pool.begin().await?;
             sqlx::query(lock).execute(&mut *transaction).await?;
             let keys: Vec<(String, String)> = sqlx::query_as(KEYS).fetch_all(&mut *transaction).await?;
@@ -328,7 +327,7 @@ impl Store {
         let ring = self.seal.ring();
         let mut rotated = Rotated::default();
         for _ in 0..PASSES {
-            let all: i64 = on_db!(self, read pool => sqlx::query_scalar(COUNT).fetch_one(pool).await?);
+            let all: i64 = on_db!(self, read pool => sqlx::query_scalar(COUNT).fetch_one(pool).await)?;
             // Some may come meanwhile.
             let pass = self.rotate_once(&ring, &mut rotated, |seen| progress(seen, all.max(seen))).await?;
             rotated.unopened = pass.unopened;
@@ -362,7 +361,7 @@ impl Store {
                 .bind(&after)
                 .bind(ROWS_AT_ONCE)
                 .fetch_all(pool)
-                .await?);
+                .await)?;
             let Some(last) = rows.last() else { break };
             after.clone_from(&last.id);
             on_db!(self, write pool => {
@@ -383,8 +382,8 @@ impl Store {
                         rotated.sealed += 1;
                     }
                 }
-                transaction.commit().await?;
-            });
+                transaction.commit().await
+            })?;
             seen += i64::try_from(rows.len()).expect("a step has few rows");
         }
         self.rotate_others(ring, &mut pass).await?;
@@ -420,7 +419,7 @@ impl Store {
                     .bind(&after)
                     .bind(ROWS_AT_ONCE)
                     .fetch_all(pool)
-                    .await?);
+                    .await)?;
                 let Some((last, _)) = rows.last() else { break };
                 after.clone_from(last);
                 on_db!(self, write pool => {
@@ -440,8 +439,8 @@ impl Store {
                             pass.overtaken += 1;
                         }
                     }
-                    transaction.commit().await?;
-                });
+                    transaction.commit().await
+                })?;
             }
         }
         Ok(())

@@ -124,9 +124,12 @@ impl Store {
                 let mut transaction = pool.begin().await.map_err(Error::from)?;
                 let current: Option<ServerRow> =
                     sqlx::query_as(LOCK).bind(id).fetch_optional(&mut *transaction).await.map_err(Error::from)?;
-                let Some(current) = current else { return Ok(None) };
+                let Some(current) = current else { return Ok(Ok(None)) };
                 let current = self.opened(current);
-                let update = change(&current)?;
+                let update = match change(&current) {
+                    Ok(update) => update,
+                    Err(refusal) => return Ok(Err(refusal)),
+                };
                 let client_changes = update.connector.as_ref().is_some_and(|new| {
                     current.config.0.as_ref().ok().and_then(client) != client(new)
                 });
@@ -168,10 +171,10 @@ impl Store {
                         .map_err(Error::from)?;
                 }
                 transaction.commit().await.map_err(Error::from)?;
-                Ok(Some(self.opened(changed)))
+                Ok::<_, Error>(Ok(Some(self.opened(changed))))
             })
         };
-        self.known.during(id, write).await
+        self.known.during(id, write).await?
     }
 
     /// Removes a server and its tools; `false` when there is none.

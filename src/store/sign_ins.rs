@@ -179,7 +179,7 @@ impl Store {
             .bind(now)
             .execute(pool)
             .await
-            .map(|done| done.rows_affected())?);
+            .map(|done| done.rows_affected()))?;
         Ok(rows > 0)
     }
 
@@ -193,7 +193,7 @@ impl Store {
             .bind(refresher)
             .execute(pool)
             .await
-            .map(|_| ())?);
+            .map(|_| ()))?;
         Ok(())
     }
 
@@ -209,7 +209,7 @@ impl Store {
             .bind(now())
             .execute(pool)
             .await
-            .map(|done| done.rows_affected())?);
+            .map(|done| done.rows_affected()))?;
         Ok(rows > 0)
     }
 
@@ -256,8 +256,8 @@ impl Store {
                 .bind(PENDING)
                 .execute(&mut *transaction)
                 .await?;
-            transaction.commit().await?;
-        });
+            transaction.commit().await
+        })?;
         Ok(())
     }
 
@@ -284,8 +284,8 @@ impl Store {
                 .fetch_optional(&mut *transaction)
                 .await?;
             transaction.commit().await?;
-            row
-        });
+            Ok::<_, sqlx::Error>(row)
+        })?;
         Ok(row.map(|row| self.opened_authorization(row)))
     }
 
@@ -322,8 +322,8 @@ impl Store {
                 let (action, details) = (Action::SignInCompleted, json!({}));
                 note!(transaction, Note { by, action, server_id: None, server_name: None, details })?;
             }
-            transaction.commit().await?;
-        });
+            transaction.commit().await
+        })?;
         Ok(())
     }
 
@@ -347,14 +347,14 @@ impl Store {
             .bind(id)
             .execute(pool)
             .await
-            .map(|done| done.rows_affected())?);
+            .map(|done| done.rows_affected()))?;
         Ok(rows > 0)
     }
 
     /// Forgets those whose time is over.
     pub async fn forget_old_authorizations(&self) -> Result<(), Error> {
         const SQL: &str = "DELETE FROM authorizations WHERE expires_at < $1";
-        on_db!(self, write pool => sqlx::query(SQL).bind(now()).execute(pool).await.map(|_| ())?);
+        on_db!(self, write pool => sqlx::query(SQL).bind(now()).execute(pool).await.map(|_| ()))?;
         Ok(())
     }
 }

@@ -1,4 +1,6 @@
-//! Logs: one line per event on standard error, with dotted fields (`server.id`, `tool.name`).
+//! Logs: one line per event on standard error, with dotted fields (`server.id`, `tool.name`). In `metrics`, what is counted.
+
+pub mod metrics;
 
 mod context;
 mod export;

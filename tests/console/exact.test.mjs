@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { Exact, indent, numberOf, read, write } from "../../console/exact.js";
+import { Exact, indent, numberOf, read, write, writeVisibly } from "../../console/exact.js";
 
 test("numbers keep their digits", () => {
   for (const text of [
@@ -10,9 +10,11 @@ test("numbers keep their digits", () => {
     '"\\"12345678901234567890\\""',
     '{"__proto__":12345678901234567890,"exact:":1}',
     "12345678901234567890",
+    "[123.45678901234567]",
   ]) {
     assert.equal(write(read(text), 0), text);
   }
+  assert.equal(read('["\\u0065xact:1",12345678901234567890]')[0], "exact:1");
   assert.ok(read("9007199254740993") instanceof Exact);
   assert.equal(read("9007199254740991"), 9007199254740991);
   assert.equal(read("[1.5, 2e3]")[1], 2000);
@@ -41,4 +43,11 @@ test("indented JSON is the same JSON", () => {
   assert.equal(indent("[".repeat(5000) + "]".repeat(5000)), null);
   const long = JSON.stringify({ text: 'x"\\'.repeat(1_000_000) });
   assert.equal(JSON.parse(indent(long)).text.length, 3_000_000);
+});
+
+test("what is not seen is escaped, and means the same", () => {
+  const value = { "a\u202e": ["\u200b\ufeff\u{e0041}", "\n plain é 漢 \u0000", 12345678901234567890n.toString()] };
+  const text = writeVisibly(value);
+  assert.match(text, /^[\x20-\x7eé漢\n]*$/);
+  assert.deepEqual(JSON.parse(text), value);
 });

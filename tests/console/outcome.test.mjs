@@ -49,9 +49,9 @@ test("structured content is shown once", () => {
 
 test("failures of the tool, of the call and of Portolan are told apart", () => {
   const failed = outcomeOf(answer({ content: [{ type: "text", text: "no" }], isError: true }, { status: "error", func_return: "no" }));
-  assert.deepEqual([failed.state, failed.title], ["error", "The tool reported an error"]);
+  assert.deepEqual([failed.state, failed.title], ["error", "Error of the tool"]);
   const late = outcomeOf(answer(null, { status: "error", func_return: "The tool did not answer within 300 s." }));
-  assert.deepEqual([late.title, late.blocks[0].text], ["There was no answer from the tool", "The tool did not answer within 300 s."]);
+  assert.deepEqual([late.title, late.blocks[0].text], ["Error: no answer from the tool", "The tool did not answer within 300 s."]);
   const held = failureOf(Object.assign(new Error("held"), { name: "ApiError", code: "tool_held", status: 403 }));
   assert.deepEqual([held.state, held.code, held.message], ["failed", "tool_held", "held"]);
   assert.match(held.advice, /approve/);

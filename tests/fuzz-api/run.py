@@ -71,6 +71,8 @@ SUCCESS = {
     "check_ready": 200,
     "get_reference_page": 200,
     "get_reference_file": 200,
+    "get_console": 200,
+    "get_console_file": 200,
 }
 # The share of an operation's cases with valid data that must have succeeded: enough to know that the core was reached.
 LEAST = {operation: 0.25 if operation.startswith("mcp_") else 0 for operation in SUCCESS} | {"mcp_create_mcp_server": 0.6}

@@ -272,11 +272,16 @@ async fn a_machine_signs_in_by_itself() {
             upstream.authority.revoke();
             echo(&portolan, &id).await;
             assert_eq!(upstream.authority.granted("client_credentials"), 3, "{said:?} {kind:?}");
+            let refreshes = |result: &str| format!("portolan_oauth_refreshes_total{{result=\"{result}\"}}");
+            let told = crate::metrics::scrape(&portolan).await;
+            assert_eq!(["renewed", "refused", "failed"].map(|result| told.get(&refreshes(result))), [3.0, 0.0, 0.0]);
             let portolan = portolan.reopen(allow([&upstream.authority])).await;
             echo(&portolan, &id).await;
             // Another secret is no secret.
             let wrong = register(&portolan, "wrong", upstream.config_with(oauth("other-secret"))).await;
             assert_ne!(state(&portolan, &wrong).await, "ready");
+            let told = crate::metrics::scrape(&portolan).await;
+            assert!(told.get(&refreshes("refused")) >= 1.0 && told.get(&refreshes("renewed")) <= 1.0);
             echo(&portolan, &id).await;
             portolan.stop().await;
         }

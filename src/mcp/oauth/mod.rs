@@ -25,6 +25,7 @@ use uuid::Uuid;
 use crate::config;
 use crate::model::{Connector, Remote, Server};
 use crate::store::Store;
+use crate::telemetry::metrics::Metrics;
 
 use super::egress::Egress;
 use super::remote::has_authorization;
@@ -91,6 +92,7 @@ pub struct SignIns(Arc<Shared>);
 struct Shared {
     store: Store,
     egress: Egress,
+    metrics: Metrics,
     tracker: TaskTracker,
     settings: config::SignIn,
     stop: CancellationToken,
@@ -108,6 +110,7 @@ impl SignIns {
     pub fn new(
         store: Store,
         egress: Egress,
+        metrics: Metrics,
         tracker: TaskTracker,
         settings: config::SignIn,
         stop: CancellationToken,
@@ -115,6 +118,7 @@ impl SignIns {
         Self(Arc::new(Shared {
             store,
             egress,
+            metrics,
             tracker,
             settings,
             stop,
@@ -131,6 +135,10 @@ impl SignIns {
 
     fn egress(&self) -> &Egress {
         &self.0.egress
+    }
+
+    fn metrics(&self) -> &Metrics {
+        &self.0.metrics
     }
 
     fn tracker(&self) -> &TaskTracker {

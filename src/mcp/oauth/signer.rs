@@ -17,6 +17,7 @@ use url::Url;
 use crate::model::{Action, By, Connector, GrantType, OauthClient, Remote, SignIn};
 use crate::secrets::{is_secret_name, is_secret_value};
 use crate::store::{Store, StoredSignIn, now};
+use crate::telemetry::metrics::RefreshResult;
 
 use super::super::remote::{HttpError, read_over};
 use super::SignIns;
@@ -292,7 +293,7 @@ impl Source {
                 sleep(LOOK).await;
                 continue;
             }
-            let fetched = timeout(FETCH_TIMEOUT, self.fetch(Some(&sign_in))).await.unwrap_or(Err(Problem::TimedOut));
+            let fetched = self.fetch_in_time(Some(&sign_in)).await;
             match fetched {
                 Ok(new) => match self.write(server_id, version, &new).await {
                     Some(token) => return Ok(self.know(Some(token))),
@@ -389,7 +390,7 @@ impl Source {
         if !self.is_current(server_id).await {
             return Ok(self.know(None));
         }
-        let fetched = timeout(FETCH_TIMEOUT, self.fetch(None)).await.unwrap_or(Err(Problem::TimedOut));
+        let fetched = self.fetch_in_time(None).await;
         match fetched {
             Ok(_) if !self.is_current(server_id).await => Ok(self.know(None)),
             Ok(new) => {
@@ -410,11 +411,21 @@ impl Source {
         if !self.is_machine() {
             return Ok(self.know(None));
         }
-        match timeout(FETCH_TIMEOUT, self.fetch(None)).await.unwrap_or(Err(Problem::TimedOut)) {
+        match self.fetch_in_time(None).await {
             Ok(new) => Ok(self.know(Token::new(&new, refused.unwrap_or(0) + 1, now()).map(Arc::new))),
             Err(Problem::Refused(_)) => Ok(self.know(None)),
             Err(problem) => Err(problem),
         }
+    }
+
+    async fn fetch_in_time(&self, old: Option<&SignIn>) -> Result<SignIn, Problem> {
+        let fetched = timeout(FETCH_TIMEOUT, self.fetch(old)).await.unwrap_or(Err(Problem::TimedOut));
+        self.ins.metrics().refreshed(match &fetched {
+            Ok(_) => RefreshResult::Renewed,
+            Err(Problem::Refused(_)) => RefreshResult::Refused,
+            Err(_) => RefreshResult::Failed,
+        });
+        fetched
     }
 
     /// New tokens from the authorization server that the server names now, which must be that of before.

@@ -47,7 +47,7 @@ function descendants(pid) {
 }
 
 /** A child with both outputs collected line by line, ended by its own pid. */
-class Process {
+export class Process {
   constructor(command, args, env) {
     this.lines = [];
     this.waiting = new Set();
