@@ -91,7 +91,7 @@ export function Held({ tool, server, onDone, level = 2 }) {
     }
   };
   const isNew = !last || last.old === null;
-  return html`<section class="notice warn held" aria-label="Held tool">
+  return html`<section class="notice warn held" aria-label="Held tool ${visible(tool.name, 60)}">
     <p><strong>${isNew ? "This tool came after its server was registered" : "The definition of this tool changed"}.</strong>
       ${" "}It is not run until an admin has looked at it and approved it.</p>
     ${!isNew && html`<p>What changed: <${Shown} text=${last.what.join(", ") || "nothing but where it stands"} limit=${300} />, <${Instant} at=${last.at} />.

@@ -72,7 +72,7 @@
 //! | `progress` | |
 //! | `telemetry` | `config`, `mcp`, `model`, `progress` |
 //! | `run_log` | `config`, `model`, `store` |
-//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `secrets`, `serve`, `store`, `telemetry`, `axum` |
+//! | `api` | `app`, `config`, `corpus`, `error`, `interchange`, `mcp`, `model`, `run_log`, `secrets`, `serve`, `store`, `telemetry`, `axum` |
 //! | `mcp` | `config`, `corpus`, `model`, `secrets`, `store`, `telemetry`, `rmcp` |
 //! | `store` | `corpus`, `model`, `telemetry`, `sqlx` |
 //! | `command` | `api`, `app`, `config`, `error`, `interchange`, `mcp`, `model`, `progress`, `store` |

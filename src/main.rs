@@ -107,7 +107,8 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     let metrics_url = metrics.as_ref().map(|(_, address)| format!("http://{address}/metrics"));
     let mut lines = match as_json {
         true => {
-            json!({ "version": version, "url": url, "database": database, "notice": notice, "metrics": metrics_url })
+            let metrics = metrics_url.as_deref();
+            json!({ "version": version, "url": url, "metrics_url": metrics, "database": database, "notice": notice })
                 .to_string()
         }
         false => format!(
@@ -144,24 +145,6 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     }
 }
 
-/// Shows how far the first syncs are of servers that came together.
-async fn show_first_syncs(mut first: watch::Receiver<FirstSyncs>) -> Infallible {
-    let mut progress = Progress::of_server();
-    first.mark_changed();
-    while first.changed().await.is_ok() {
-        let now @ FirstSyncs { all, done, failed } = *first.borrow_and_update();
-        let line = format!("first sync: {done} of {all} servers, {failed} failed");
-        if !now.are_over() {
-            progress.tell(done, all, line);
-        } else if all > 0 {
-            progress.clear();
-            tracing::info!("{line}");
-        }
-    }
-    // Nobody connects to anything any more.
-    pending().await
-}
-
 async fn listen_for_metrics(address: Option<&str>) -> Result<Option<(TcpListener, SocketAddr)>, String> {
     let Some(wanted) = address else { return Ok(None) };
     let unusable = |error| format!("Cannot listen on {wanted} for --metrics-listen: {error}.");
@@ -186,6 +169,24 @@ async fn serve_both(
         clean
     };
     tokio::join!(serving, telling).0
+}
+
+/// Shows how far the first syncs are of servers that came together.
+async fn show_first_syncs(mut first: watch::Receiver<FirstSyncs>) -> Infallible {
+    let mut progress = Progress::of_server();
+    first.mark_changed();
+    while first.changed().await.is_ok() {
+        let now @ FirstSyncs { all, done, failed } = *first.borrow_and_update();
+        let line = format!("first sync: {done} of {all} servers, {failed} failed");
+        if !now.are_over() {
+            progress.tell(done, all, line);
+        } else if all > 0 {
+            progress.clear();
+            tracing::info!("{line}");
+        }
+    }
+    // Nobody connects to anything any more.
+    pending().await
 }
 
 /// Keeps processes of the same user out of this one's memory and environment, where the keys are.

@@ -109,14 +109,15 @@ async fn every_kind_of_change_has_its_row_and_a_failed_one_none() {
 
     // The older routes, by names.
     let http = fake::http::serve(Fake::new(Script::default()));
-    let flat = json!({"server_name": "old", "type": "streamable_http", "server_url": http.url, "token": "canary-3"});
+    let flat =
+        json!({"server_name": "old", "type": "streamable_http", "server_url": http.url, "auth_token": "canary-3"});
     ops.send("PUT", "/v1/tools/mcp/servers", Some(&flat)).await.expect(200);
     let created = since(&admin, &mut last).await;
     assert_eq!(created[0], row("server.created", "old", "ops", json!({"type": "streamable_http"})));
     assert_eq!((&*created[1].0, created.len()), ("tools.changed", 2));
     let names = created[1].3["added"]["names"].as_array().unwrap();
     assert!(names.len() <= 20 && created[1].3["added"]["count"].as_u64().unwrap() >= names.len() as u64);
-    let token = json!({"token": "canary-4"});
+    let token = json!({"auth_token": "canary-4"});
     ops.send("PATCH", "/v1/tools/mcp/servers/old", Some(&token)).await.expect(200);
     let details = json!({"changed": ["auth_token"]});
     assert_eq!(since(&admin, &mut last).await, [row("server.updated", "old", "ops", details)]);

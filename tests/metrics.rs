@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use portolan::model::{Connector, Offered, Remote as RemoteConfig, sha256_hex};
+use portolan::model::{By, Connector, Offered, Remote as RemoteConfig, sha256_hex};
 use portolan::store::{NewServer, Step};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -478,7 +478,7 @@ async fn cardinality(servers: usize) {
             }))
         })
         .collect();
-    portolan.app.store.change_servers(&steps).await.unwrap();
+    portolan.app.store.change_servers(&steps, &By::IMPORT, |_| ()).await.unwrap();
     let paths: Vec<_> = steps
         .iter()
         .map(|step| match step {

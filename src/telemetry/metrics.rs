@@ -857,7 +857,7 @@ mod tests {
 
     #[test]
     fn labels_are_where_their_values_say() {
-        let each = Each::of_two::<ServerType, OpenResult>(Counter::default);
+        let each: Each<Counter, 2> = Each::of_two::<ServerType, OpenResult>(Counter::default);
         for transport in [ServerType::Stdio, ServerType::Sse, ServerType::StreamableHttp] {
             for result in [OpenResult::Opened, OpenResult::Unreachable, OpenResult::AuthRequired, OpenResult::Refused] {
                 each.at_two(transport, result).inc();

@@ -168,10 +168,12 @@ export class Guard {
     });
     this.context.on("console", (message) => {
       if (!["error", "warning", "assert"].includes(message.type())) return;
+      // The browser looks for a picture of pages that name none, as the ones of a sign-in.
+      if (message.page() !== this.page && message.location().url.endsWith("/favicon.ico")) return;
       const [, status, net] = message.text().match(/^Failed to load resource: (?:the server responded with a status of (\d+)|(net::ERR_))/) ?? [];
       const what = net ? "connection" : Number(status);
       if (this.expected.has(what)) return void this.expected.set(what, true);
-      this.problems.push(`console ${message.type()}: ${message.text()}`);
+      this.problems.push(`console ${message.type()}: ${message.text()} (${message.location().url})`);
     });
     this.context.on("weberror", (error) => this.problems.push(`uncaught: ${error.error().stack}`));
     this.context.on("dialog", (dialog) => {

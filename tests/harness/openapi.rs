@@ -474,7 +474,7 @@ mod tests {
         assert_eq!(all[0], ("POST".into(), SERVERS.into()));
         assert_eq!(all[1], ("GET".into(), SERVERS.into()));
         assert_eq!(all.last(), Some(&("GET".into(), "/console/{file}".into())));
-        assert_eq!(all.len(), 39);
+        assert_eq!(all.len(), 41);
     }
 
     #[test]
