@@ -268,7 +268,7 @@ async fn a_start_and_a_wrong_command_line_are_told_in_json() {
     std::io::BufRead::read_line(&mut out, &mut line).unwrap();
     let document: Value = serde_json::from_str(&line).unwrap();
     let keys: Vec<_> = document.as_object().unwrap().keys().collect();
-    assert_eq!(keys, ["version", "url", "database", "notice"]);
+    assert_eq!(keys, ["version", "url", "metrics_url", "database", "notice"]);
     assert_eq!(document["notice"].is_string(), place.database.url().is_none(), "of the key that SQLite makes");
     Remote::new(document["url"].as_str().unwrap()).send("GET", "/v1/ready", None).await.expect(200);
     assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
