@@ -1,6 +1,6 @@
 // Servers are added one at a time by a form, or many by pasting the file of another program, which is looked at first.
 
-import { html, useRef, useState } from "./preact.js";
+import { html, useEffect, useRef, useState } from "./preact.js";
 import { call } from "./api.js";
 import { Failure, Heading, announce } from "./page.js";
 import { Shown, visible } from "./text.js";
@@ -35,53 +35,93 @@ const EXAMPLE = `{
 function Paste() {
   const [text, setText] = useState("");
   const [replace, setReplace] = useState(false);
-  const [report, setReport] = useState(null);
+  // `{ text, replace, report }`: what the report is of is what will be imported, whatever is entered by then.
+  const [checked, setChecked] = useState(null);
   const [error, setError] = useState(null);
-  const [busy, setBusy] = useState(false);
+  const [busy, setBusy] = useState(null);
   const [done, setDone] = useState(null);
   const after = useRef(null);
-  const edit = (change) => { change(); setReport(null); setError(null); setDone(null); };
-  const send = async (dryRun) => {
-    setBusy(true);
+  // Each edit and each check begins a turn; what comes of an older one is of no use any more.
+  const turn = useRef(0);
+  useEffect(() => () => { turn.current += 1; }, []);
+  const edit = (change) => {
+    turn.current += 1;
+    change();
+    setBusy(null);
+    setChecked(null);
+    setError(null);
+    setDone(null);
+  };
+  const send = (given, dryRun) => call("POST", `/v1/portolan/import?mode=${given.replace ? "replace" : "merge"}&dry_run=${dryRun}`, given.text);
+  const check = async (event) => {
+    event.preventDefault();
+    if (busy || text.trim() === "") return;
+    const mine = ++turn.current;
+    setBusy("check");
+    setError(null);
+    setDone(null);
+    let report = null;
+    let failure = null;
+    try {
+      report = await send({ text, replace }, true);
+    } catch (thrown) {
+      failure = thrown;
+    }
+    if (mine !== turn.current) return;
+    setChecked(report && { text, replace, report });
+    setError(failure);
+    setBusy(null);
+    if (report) announce("The file is checked. Nothing was changed yet.");
+    after.current?.focus();
+  };
+  // Nothing can be edited meanwhile: what the import says is always of what is seen.
+  const take = async () => {
+    if (busy) return;
+    setBusy("import");
     setError(null);
     try {
-      const said = await call("POST", `/v1/portolan/import?mode=${replace ? "replace" : "merge"}&dry_run=${dryRun}`, text);
-      setReport(dryRun ? said : null);
-      setDone(dryRun ? null : said);
-      announce(dryRun ? "The file is checked. Nothing was changed yet." : "The servers are imported.");
+      setDone(await send(checked, false));
+      announce("The servers are imported.");
     } catch (failure) {
-      setReport(null);
       setError(failure);
     }
-    setBusy(false);
+    setChecked(null);
+    setBusy(null);
     after.current?.focus();
   };
   const open = async (event) => {
     const [file] = event.target.files;
     if (!file) return;
-    const read = await file.text();
-    edit(() => setText(read));
+    edit(() => {});
+    const mine = turn.current;
+    try {
+      const read = await file.text();
+      if (mine === turn.current) edit(() => setText(read));
+    } catch {
+      if (mine === turn.current) setError({ message: "The file cannot be read. Choose it again, or paste its text.", errors: [] });
+    }
   };
-  const check = (event) => { event.preventDefault(); if (!busy && text.trim() !== "") send(true); };
+  const locked = busy === "import";
+  const report = checked?.report;
 
   return html`<form onSubmit=${check}>
       <label for="file-text">Configuration file</label>
       <p id="file-hint" class="hint">The file in which Claude, Cursor, Windsurf or Letta (mcpServers) or VS Code (servers) keep their
         MCP servers. Nothing is changed before you have seen what would be.</p>
-      <textarea id="file-text" class="code" rows="12" spellcheck=${false} value=${text} placeholder=${EXAMPLE} aria-describedby="file-hint"
+      <textarea id="file-text" class="code" rows="12" spellcheck=${false} value=${text} readonly=${locked} placeholder=${EXAMPLE} aria-describedby="file-hint"
         aria-invalid=${error ? "true" : undefined} onInput=${(event) => edit(() => setText(event.target.value))}></textarea>
       <label for="file">Or open it from this computer</label>
-      <input id="file" type="file" accept=".json,.jsonc,application/json" onChange=${open} />
-      <label class="choice"><input type="checkbox" checked=${replace} onChange=${(event) => edit(() => setReplace(event.target.checked))} />
+      <input id="file" type="file" accept=".json,.jsonc,application/json" disabled=${locked} onChange=${open} />
+      <label class="choice"><input type="checkbox" checked=${replace} disabled=${locked} onChange=${(event) => edit(() => setReplace(event.target.checked))} />
         Remove the servers that are not in the file</label>
-      <div class="actions"><button type="submit" class="main" aria-disabled=${busy || text.trim() === ""}>${busy && !report ? "Checking…" : "Check the file"}</button></div>
+      <div class="actions"><button type="submit" class="main" aria-disabled=${busy !== null || text.trim() === ""}>${busy === "check" ? "Checking…" : "Check the file"}</button></div>
     </form>
     <div ref=${after} tabindex="-1">
       ${error && html`<${FileProblems} error=${error} />`}
       ${report && html`<h2>What would be done</h2><${Report} report=${report} />
         ${isNothing(report) ? html`<p>There is nothing to do.</p>` : html`<div class="actions">
-          <button type="button" class=${report.removed.length > 0 ? "danger" : "main"} aria-disabled=${busy} onClick=${() => !busy && send(false)}>
-            ${busy ? "Importing…" : report.removed.length > 0 ? `Import, and remove ${report.removed.length}` : "Import"}</button></div>`}`}
+          <button type="button" class=${report.removed.length > 0 ? "danger" : "main"} aria-disabled=${busy !== null} onClick=${take}>
+            ${locked ? "Importing…" : report.removed.length > 0 ? `Import, and remove ${report.removed.length}` : "Import"}</button></div>`}`}
       ${done && html`<h2>Imported</h2><${Report} report=${done} />
         <p class="done">Portolan connects to the servers now. <a href="#/servers">See how they are</a>.</p>`}
     </div>`;
@@ -92,7 +132,7 @@ function isNothing({ added, changed, removed }) {
 }
 
 function FileProblems({ error }) {
-  if (error.errors.length === 0) return html`<${Failure} error=${error} />`;
+  if (!error.errors?.length) return html`<${Failure} error=${error} />`;
   return html`<div class="failure" role="alert"><p>The file was not taken, and nothing was changed:</p>
     <ul>${error.errors.map(({ msg }) => html`<li><${Shown} text=${msg} limit=${500} /></li>`)}</ul></div>`;
 }

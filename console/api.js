@@ -76,7 +76,7 @@ async function newToken(tried) {
  *  `body` is what becomes JSON; a string is sent as it is. `timeout` is in milliseconds, `headers` are sent beside ours,
  *  `parse` reads the answer in place of `JSON.parse`.
  *  A call that was refused for its token is repeated with a new one; a run never is, the user starts it again. */
-export async function call(method, path, body, { signal, timeout = PATIENCE, headers = {}, parse } = {}) {
+export async function call(method, path, body, { signal, timeout = PATIENCE, headers = {}, parse = JSON.parse } = {}) {
   const request = { method, headers: { accept: "application/json", ...headers } };
   if (body !== undefined) {
     request.headers["content-type"] = "application/json";
@@ -84,10 +84,16 @@ export async function call(method, path, body, { signal, timeout = PATIENCE, hea
   }
   const response = await admitted(path, request, () => within(timeout, signal), !isRun(method, path));
   if (response.status === 204) return null;
+  let text;
   try {
-    return parse ? parse(await response.text()) : await response.json();
+    text = await response.text();
   } catch (error) {
     throw unanswered(error);
+  }
+  try {
+    return parse(text);
+  } catch {
+    throw new ApiError(response.status, "unreadable_answer", "Portolan, or a proxy before it, gave an answer that cannot be read here.");
   }
 }
 

@@ -3,7 +3,7 @@
 
 import { html, render, useEffect, useRef, useState } from "./preact.js";
 import { onUnauthorized, setToken, token, watchToken } from "./api.js";
-import { Heading, announce, noteNavigation } from "./page.js";
+import { Boundary, Heading, announce, noteNavigation } from "./page.js";
 import { TokenPrompt } from "./token.js";
 import { Servers } from "./servers.js";
 import { Add } from "./add.js";
@@ -32,7 +32,17 @@ function place() {
   return { path: path === "" || path === "/" ? "/servers" : path, query: new URLSearchParams(search) };
 }
 
-function Page({ path, query }) {
+const broken = (retry) => html`<${Heading}>This page cannot be shown<//>
+  <div class="failure" role="alert"><p>There is something on it that the console cannot draw. Nothing was changed by that.</p>
+    <p>Try again, or go to the <a href="#/servers">servers</a>. If it stays so, the same can be done over the <a href="/docs">API</a>;
+      please report it with what the console of your browser says.</p>
+    <button type="button" onClick=${retry}>Try again</button></div>`;
+
+function Page(at) {
+  return html`<${Boundary} key=${at.path} at=${at.query} instead=${broken}><${Route} ...${at} /><//>`;
+}
+
+function Route({ path, query }) {
   for (const [pattern, Component] of ROUTES) {
     const match = pattern.exec(path);
     if (!match) continue;

@@ -49,12 +49,12 @@ const escape = (character) =>
  *  is. */
 export const writeVisibly = (value) => write(value).replace(UNSEEN, escape);
 
-/** What no text in `value` begins with. */
+/** What is in no text of `value`. It is short whatever they are: it stands before each exact number, and in a pattern. */
 function unused(value) {
-  const text = JSON.stringify(value);
-  let mark = "exact:";
-  while (text.includes(mark)) mark += ":";
-  return mark;
+  const taken = new Set(Array.from(JSON.stringify(value).matchAll(/exact(\d+):/g), ([, number]) => number));
+  let number = 0;
+  while (taken.has(String(number))) number += 1;
+  return `exact${number}:`;
 }
 
 function mask(value, mark) {

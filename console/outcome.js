@@ -9,8 +9,37 @@ const SOUNDS = ["audio/mpeg", "audio/wav", "audio/x-wav", "audio/wave", "audio/o
 /** Longer JSON than this, in characters, is shown as it came. */
 const LONGEST_JSON = 300_000;
 
+/** Blocks of JSON in which structured content is looked for: the text that servers send beside it is among the first. */
+const MOST_COMPARED = 5;
+
 const isObject = (value) => value !== null && typeof value === "object" && !Array.isArray(value);
 const text = (value) => (typeof value === "string" ? value : "");
+
+/** What came of a run, in the form of `outcomeOf` or `failureOf`; `answering` is its call. It never rejects: the tool may have
+ *  run, and whoever ran it has to hear of it whatever the answer is like. */
+export async function resultOf(answering) {
+  let answer;
+  try {
+    answer = await answering;
+  } catch (error) {
+    return failureOf(error);
+  }
+  try {
+    return outcomeOf(answer);
+  } catch {
+    return UNSHOWN;
+  }
+}
+
+/** What is said of a run whose answer came, but is nothing that can be shown. */
+export const UNSHOWN = {
+  state: "failed",
+  title: "No result to show",
+  message: "The tool has run, but its answer cannot be shown here.",
+  advice: "See what the tool did before you run it again.",
+  code: null,
+  errors: [],
+};
 
 /**
  * The 200 answer of a run as `{ state, title, duration, text, blocks }`. `state` is `success` or `error`, `duration` in
@@ -26,9 +55,10 @@ export function outcomeOf(answer) {
   const blocks = content.map(blockOf);
   const structured = answer.result?.structuredContent;
   if (structured !== undefined && structured !== null) {
-    const written = write(structured);
-    if (!blocks.some((block) => block.kind === "text" && isSame(block.json, written))) {
-      blocks.push({ kind: "json", title: "Structured content", text: written });
+    const plain = write(structured, 0);
+    const isLong = plain.length > LONGEST_JSON;
+    if (isLong || !isAmong(blocks, plain)) {
+      blocks.push({ kind: "json", title: "Structured content", text: isLong ? plain : write(structured) });
     }
   }
   if (blocks.length === 0 && text(answer.func_return) !== "") blocks.push(textBlock(answer.func_return));
@@ -37,7 +67,14 @@ export function outcomeOf(answer) {
   return { state: failed ? "error" : "success", title, duration: answer.duration_ms, text: text(answer.func_return), blocks };
 }
 
-const isSame = (json, written) => json !== null && json.replace(/\s/g, "") === written.replace(/\s/g, "");
+const squeeze = (written) => written.replace(/\s/g, "");
+
+/** Whether one of the first blocks of JSON is the same as `written`, but for white space. */
+function isAmong(blocks, written) {
+  const sought = squeeze(written);
+  const candidates = blocks.filter((block) => block.kind === "text" && block.json !== null).slice(0, MOST_COMPARED);
+  return candidates.some((block) => squeeze(block.text) === sought);
+}
 
 const textBlock = (given) => ({ kind: "text", text: given, json: given.length > LONGEST_JSON ? null : indent(given) });
 
@@ -99,6 +136,7 @@ const ADVICE = {
   variable_invalid: "Look at the templates in the server's settings, and at the variables for them.",
   internal: "Look for the request in the log of Portolan. The tool may have been run.",
   no_connection: "The tool may have been run all the same: see what it did before you run it again.",
+  unreadable_answer: "The tool has probably been run: see what it did before you run it again.",
   no_answer: "The tool may have been run all the same: see what it did before you run it again.",
 };
 
@@ -136,9 +174,31 @@ export function sizeOf(bytes) {
   return `${(bytes / 1_000_000).toFixed(1)} MB`;
 }
 
+/** The type is the server's word, and what a file is opened with depends on how its name ends: there are no endings but
+ *  these, and none of a program. */
+const ENDINGS = {
+  "image/png": "png",
+  "image/jpeg": "jpg",
+  "image/gif": "gif",
+  "image/webp": "webp",
+  "image/avif": "avif",
+  "image/bmp": "bmp",
+  "image/tiff": "tif",
+  "image/svg+xml": "svg",
+  "audio/mpeg": "mp3",
+  "audio/wav": "wav",
+  "audio/x-wav": "wav",
+  "audio/wave": "wav",
+  "audio/ogg": "ogg",
+  "audio/mp4": "m4a",
+  "audio/aac": "aac",
+  "audio/flac": "flac",
+  "audio/webm": "webm",
+  "text/plain": "txt",
+  "text/csv": "csv",
+  "application/json": "json",
+  "application/pdf": "pdf",
+};
+
 /** What ends a name of a file of this type. */
-export function endingOf(type) {
-  const known = { "image/jpeg": "jpg", "image/svg+xml": "svg", "audio/mpeg": "mp3", "text/plain": "txt", "application/pdf": "pdf" };
-  if (Object.hasOwn(known, type)) return known[type];
-  return /^(?:image|audio)\/(?:x-)?([a-z0-9]{2,5})$/.exec(type)?.[1] ?? "bin";
-}
+export const endingOf = (type) => (Object.hasOwn(ENDINGS, type) ? ENDINGS[type] : "bin");

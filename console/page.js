@@ -1,7 +1,7 @@
 // What all pages share: their heading, what they say while they load and when they fail, and the question before something
 // is lost.
 
-import { html, useCallback, useEffect, useRef, useState } from "./preact.js";
+import { html, useCallback, useEffect, useErrorBoundary, useRef, useState } from "./preact.js";
 import { call } from "./api.js";
 import { Shown, visible } from "./text.js";
 
@@ -96,6 +96,16 @@ export function Failure({ error, retry }) {
     ${advice(error) && html`<p>${advice(error)}</p>`}
     ${retry && html`<button type="button" onClick=${retry}>Try again</button>`}
   </div>`;
+}
+
+/** Shows `children`, or what `instead(retry)` gives when they cannot be drawn, until `at` is another. */
+export function Boundary({ at, instead, children }) {
+  const [broken, setBroken] = useState(null);
+  useErrorBoundary((error) => {
+    console.error(error);
+    setBroken({ at });
+  });
+  return broken !== null && Object.is(broken.at, at) ? instead(() => setBroken(null)) : children;
 }
 
 function advice(error) {

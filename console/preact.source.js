@@ -16,7 +16,7 @@ import htm from "htm";
 
 export { Fragment, createContext, createRef, h, render } from "preact";
 export {
-  useCallback, useContext, useEffect, useId, useLayoutEffect, useMemo, useReducer, useRef, useState,
+  useCallback, useContext, useEffect, useErrorBoundary, useId, useLayoutEffect, useMemo, useReducer, useRef, useState,
 } from "preact/hooks";
 
 /** A template literal of HTML as Preact elements; what is put into it is text. */

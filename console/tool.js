@@ -6,8 +6,8 @@ import { read, write, writeVisibly } from "./exact.js";
 import { argumentsOf, draftOf, fit, formOf, valueOf } from "./fields.js";
 import { Form, idOf } from "./form.js";
 import { Changes, Definition, Flags, Health, Held, remember } from "./held.js";
-import { failureOf, outcomeOf, spanOf } from "./outcome.js";
-import { Failure, Heading, Loading, announce, useLoaded } from "./page.js";
+import { UNSHOWN, resultOf, spanOf } from "./outcome.js";
+import { Boundary, Failure, Heading, Loading, announce, useLoaded } from "./page.js";
 import { Result } from "./result.js";
 import { Name, Shown } from "./text.js";
 
@@ -120,24 +120,20 @@ function Run({ tool, path }) {
     }
     setProblems(found);
     setDoubted(false);
+    let body;
+    try {
+      body = `{"args":${write(value, 0)}}`;
+    } catch {
+      return refuse([{ path: [], text: "These arguments are nested too deeply to be sent.", fatal: true }]);
+    }
     const controller = new AbortController();
     current.current = controller;
     setRunning(performance.now());
     setOutcome(null);
     announce("The tool is running.");
-    let result;
-    try {
-      const answer = await call("POST", `${path}/run`, `{"args":${write(value, 0)}}`, {
-        signal: controller.signal, timeout: PATIENCE, parse: read,
-      });
-      result = outcomeOf(answer);
-    } catch (error) {
-      if (!("code" in error)) throw error;
-      result = failureOf(error);
-    } finally {
-      current.current = null;
-      setRunning(null);
-    }
+    const result = await resultOf(call("POST", `${path}/run`, body, { signal: controller.signal, timeout: PATIENCE, parse: read }));
+    current.current = null;
+    setRunning(null);
     setOutcome(result);
     announce(`${result.title}${result.duration === undefined ? "" : ` after ${spanOf(result.duration)}`}.`);
   };
@@ -170,7 +166,8 @@ function Run({ tool, path }) {
         : html`<button type="button" onClick=${() => { current.current?.abort(); button.current.focus(); }}>Cancel</button><${Clock} since=${running} />`}
     </div>
   </form>
-  <section aria-label="Result" class="outcome">${outcome && html`<h2>Result</h2><${Result} outcome=${outcome} />`}</section>`;
+  <section aria-label="Result" class="outcome">${outcome && html`<h2>Result</h2>
+    <${Boundary} at=${outcome} instead=${() => html`<${Result} outcome=${UNSHOWN} />`}><${Result} outcome=${outcome} /><//>`}</section>`;
 }
 
 /** How long it has been running; what a screen reader would say each time is not told. */

@@ -61,6 +61,13 @@ test("errors of every shape have a sentence and a code", async () => {
   await assert.rejects(call("POST", "/v1/x", {}), (error) => assert.deepEqual(error.errors, errors) ?? true);
 });
 
+test("an answer that is no JSON is no lost connection", async () => {
+  for (const parse of [undefined, () => { throw new RangeError("deep"); }]) {
+    serve(new Response(parse ? "{}" : "<html>"));
+    await assert.rejects(call("POST", RUN, {}, { parse }), { code: "unreadable_answer", status: 200 });
+  }
+});
+
 test("however many calls are refused, the user is asked once, and the calls are made again", async () => {
   let asked = 0;
   onUnauthorized(async ({ refused }) => {

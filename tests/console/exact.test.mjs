@@ -51,3 +51,11 @@ test("what is not seen is escaped, and means the same", () => {
   assert.match(text, /^[\x20-\x7eé漢\n]*$/);
   assert.deepEqual(JSON.parse(text), value);
 });
+
+test("what texts are like makes reading and writing neither slow nor large", () => {
+  const colons = `exact:${":".repeat(50_000)}`;
+  assert.deepEqual(JSON.parse(write({ colons })), { colons });
+  const marks = Array.from({ length: 20_000 }, (_, number) => `exact${number}:`);
+  const text = `{"colons":"${colons}","marks":${JSON.stringify(marks)},"ids":[${"12345678901234567890,".repeat(20_000)}0]}`;
+  assert.equal(write(read(text), 0), text);
+});

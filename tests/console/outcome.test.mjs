@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { endingOf, failureOf, outcomeOf, sizeOf, spanOf } from "../../console/outcome.js";
+import { UNSHOWN, endingOf, failureOf, outcomeOf, resultOf, sizeOf, spanOf } from "../../console/outcome.js";
 
 const answer = (result, more = {}) => ({ status: "success", func_return: "", result, duration_ms: 1, ...more });
 const blocks = (...content) => outcomeOf(answer({ content })).blocks;
@@ -47,6 +47,25 @@ test("structured content is shown once", () => {
   assert.deepEqual(outcomeOf(answer({ content: [{ type: "text", text: "one" }], structuredContent })).blocks[1].text, '{\n  "a": [\n    1\n  ]\n}');
 });
 
+test("structured content beside many blocks is no more work than they are", () => {
+  const began = performance.now();
+  const content = Array.from({ length: 1000 }, (_, id) => ({ type: "text", text: `{"id":${id}}` }));
+  for (const length of [250_000, 500_000]) {
+    const structuredContent = { text: "a ".repeat(length / 2) };
+    const { blocks } = outcomeOf(answer({ content, structuredContent }));
+    assert.equal(blocks.length, 1001);
+    assert.deepEqual(JSON.parse(blocks[1000].text), structuredContent);
+  }
+  // Once for each block it takes most of a minute.
+  assert.ok(performance.now() - began < 15_000, `${performance.now() - began} ms`);
+});
+
+test("whoever ran a tool is told, whatever came of it", async () => {
+  assert.equal(await resultOf(Promise.resolve(null)), UNSHOWN);
+  assert.equal((await resultOf(Promise.resolve(answer({ content: [{ type: "text", text: "x" }] })))).state, "success");
+  assert.equal((await resultOf(Promise.reject(new DOMException("stop", "AbortError")))).state, "cancelled");
+});
+
 test("failures of the tool, of the call and of Portolan are told apart", () => {
   const failed = outcomeOf(answer({ content: [{ type: "text", text: "no" }], isError: true }, { status: "error", func_return: "no" }));
   assert.deepEqual([failed.state, failed.title], ["error", "Error of the tool"]);
@@ -62,5 +81,8 @@ test("failures of the tool, of the call and of Portolan are told apart", () => {
 test("times, sizes and endings", () => {
   assert.deepEqual([12.4, 1500, 61_000, undefined].map(spanOf), ["12 ms", "1.5 s", "1 min 1 s", ""]);
   assert.deepEqual([12, 1500, 2_500_000].map(sizeOf), ["12 B", "1.5 kB", "2.5 MB"]);
-  assert.deepEqual(["image/png", "image/jpeg", "audio/x-wav", "text/html", "image/../x"].map(endingOf), ["png", "jpg", "wav", "bin", "bin"]);
+  assert.deepEqual(["image/png", "image/jpeg", "audio/x-wav", "audio/mp4", "text/plain"].map(endingOf), ["png", "jpg", "wav", "m4a", "txt"]);
+  for (const type of ["image/exe", "audio/bat", "image/x-lnk", "text/html", "application/x-sh", "image/../x", "constructor", "", "audio/scr"]) {
+    assert.equal(endingOf(type), "bin", type);
+  }
 });
