@@ -117,12 +117,17 @@ test.describe("where changes are held and arguments are kept", () => {
     // What was done. The server is one of those to choose from.
     await page.goto("/#/runs");
     const run = page.getByRole("row").filter({ has: page.getByRole("link", { name: "<script class=injected>" }) });
-    await run.getByRole("button", { name: /Details/ }).click();
+    const details = run.getByRole("button", { name: /Details/ });
+    // One line high: long names of others do not squeeze our own words.
+    expect((await details.boundingBox()).height).toBeLessThan(60);
+    await details.click();
     await expect(page.getByRole("region", { name: "Arguments" })).toContainText("<img class=injected");
     await expect(page.getByLabel("Server", { exact: true }).getByRole("option", { name: "<img class=injected" })).toBeAttached();
     await guard.look("hostile-runs");
     await page.goto("/#/changes");
-    await expect(page.getByRole("row").filter({ hasText: "Tools changed" }).first()).toContainText("<script class=injected>");
+    const refreshed = page.getByRole("row").filter({ hasText: "Tools changed" }).first();
+    await expect(refreshed).toContainText("updated: markup, markup-error, <script class=injected>");
+    await expect(refreshed).toContainText(/held: \d+/);
     await guard.look("hostile-changes");
     const query = new URLSearchParams({ mcp_server_id: NAME, tool_id: NAME, caller: NAME, outcome: NAME, since: NAME });
     await page.goto(`/#/runs?${query}`);
