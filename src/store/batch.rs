@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::model::{Action, By, Connector, Offered, SignIn, State, definition_hash, sha256_hex};
 
-use super::journal::{self, Note, note};
+use super::journal;
 use super::servers::{FORGET, GIVE_UP, client};
 use super::{Error, Store, now, on_db};
 
@@ -143,9 +143,19 @@ impl Store {
                     }
                     progress(done);
                 }
-                for (action, server_id, server_name, details) in told {
-                    let (server_id, server_name) = (Some(server_id.as_str()), Some(server_name.as_str()));
-                    note!(transaction, Note { by, action, server_id, server_name, details })?;
+                // Not one at a time: all others who change something wait meanwhile.
+                for told in told.chunks(journal::ROWS_AT_ONCE) {
+                    let mut insert = sqlx::QueryBuilder::new(journal::INSERT);
+                    insert.push_values(told, |mut values, (action, server_id, server_name, details)| {
+                        values
+                            .push_bind(super::now())
+                            .push_bind(by.name())
+                            .push_bind(action.as_str())
+                            .push_bind(server_id.as_str())
+                            .push_bind(server_name)
+                            .push_bind(details.to_string());
+                    });
+                    insert.build().persistent(false).execute(&mut *transaction).await?;
                 }
                 transaction.commit().await?;
                 Ok(())
