@@ -88,6 +88,17 @@ pub enum StartError {
     Client(#[from] TlsError),
 }
 
+/// What a stop had to leave; each message is one sentence for the person who stopped Portolan.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum Unclean {
+    #[error("A session did not end in time and was left.")]
+    Session,
+    #[error("Runs are missing in the run log: the database did not take them in time.")]
+    RunLog,
+    #[error("The database did not end its connections in time.")]
+    Database,
+}
+
 /// Without a token Portolan listens on loopback alone; `address` is what it is bound to, whatever it was called.
 ///
 /// # Errors
@@ -136,9 +147,11 @@ impl App {
     }
 
     /// Serves the API on `listener` until `shutdown`, then finishes the requests that are under way within the drain
-    /// time, ends every session and child, writes what is left of the run log, and closes the database. `false` when
-    /// something of that did not end in time.
-    pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> bool {
+    /// time, ends every session and child, writes what is left of the run log, and closes the database.
+    ///
+    /// # Errors
+    /// What of that did not end in time, the first of several.
+    pub async fn serve(self, listener: TcpListener, shutdown: CancellationToken) -> Result<(), Unclean> {
         let drain = self.settings.entry.drain_timeout;
         if let Ok(address) = listener.local_addr() {
             self.mcp.egress.listens_on(address.port());
@@ -161,7 +174,12 @@ impl App {
         // Nothing runs any more.
         let (logged, ()) = tokio::join!(self.run_log.close(), self.traces.close());
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
-        clean && logged && closed.is_ok()
+        match (clean, logged, closed) {
+            (false, ..) => Err(Unclean::Session),
+            (_, false, _) => Err(Unclean::RunLog),
+            (.., Err(_)) => Err(Unclean::Database),
+            (true, true, Ok(())) => Ok(()),
+        }
     }
 
     /// Serves the metrics alone on `listener`, which is that of `--metrics-listen`, without a token, until `shutdown`.

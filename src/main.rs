@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use portolan::api::Import;
-use portolan::app::{App, BECOME, FirstSyncs, KEEP, become_child, ensure_guarded, keep_child, key_notice};
+use portolan::app::{App, BECOME, FirstSyncs, KEEP, Unclean, become_child, ensure_guarded, keep_child, key_notice};
 use portolan::command::{self, Failure};
 use portolan::config::{Cli, Command, Settings, Token};
 use portolan::progress::Progress;
@@ -138,7 +138,7 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
         signals.next().await;
     };
     tokio::select! {
-        clean = serving => if clean { Ok(()) } else { Err(Failure::late("A session did not end in time and was left.")) },
+        ended = serving => ended.map_err(|unclean| Failure::late(&unclean.to_string())),
         never = reloading => match never {},
         never = syncing => match never {},
         () = stopping => Err(Failure::late("Stopped at once by a second signal.")),
@@ -159,14 +159,14 @@ async fn serve_both(
     listener: TcpListener,
     metrics: Option<TcpListener>,
     shutdown: CancellationToken,
-) -> bool {
+) -> Result<(), Unclean> {
     let Some(metrics) = metrics else { return app.serve(listener, shutdown).await };
     let ended = CancellationToken::new();
     let telling = app.clone().serve_metrics(metrics, ended.clone());
     let serving = async {
-        let clean = app.serve(listener, shutdown).await;
+        let unclean = app.serve(listener, shutdown).await;
         ended.cancel();
-        clean
+        unclean
     };
     tokio::join!(serving, telling).0
 }

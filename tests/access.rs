@@ -335,7 +335,7 @@ async fn what_is_no_route_is_nothing_for_strangers_either() {
         "/v1/ready/x",
         "/docs/a/b",
         "/openapi.json",
-        "/metrics",
+        "/metrics/x",
         "/favicon.ico",
     ] {
         for method in ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "PROPFIND"] {

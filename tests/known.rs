@@ -45,7 +45,7 @@ async fn a_run_of_a_known_tool_needs_no_database() {
         assert_eq!(mark(&run.expect(200)), 0);
     }
     portolan.post(&unknown, &json!({})).await.expect(503);
-    portolan.stop().await;
+    portolan.stop_without_database().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

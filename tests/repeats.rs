@@ -544,7 +544,7 @@ async fn a_database_that_fails_during_a_run_changes_nothing_about_its_outcome() 
     let again = tool.run(&[(TRIES, "1")], slow(WHILE)).await;
     assert_eq!(again.expect(200)["func_return"], "done", "a repetition needs no database");
     assert_eq!(tool.calls(), 4);
-    portolan.stop().await;
+    portolan.stop_without_database().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -646,5 +646,5 @@ async fn no_answer_makes_an_sdk_repeat_what_was_done() {
     seen.dedup();
     assert_eq!(seen, [404, 405, 409, 413, 415, 422, 502, 503]);
     assert_eq!(count.calls(), 0);
-    portolan.stop().await;
+    portolan.stop_without_database().await;
 }

@@ -10,7 +10,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use clap::Parser;
-use portolan::app::App;
+use portolan::app::{App, Unclean};
 use portolan::config::{Cli, Settings};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection};
@@ -30,7 +30,7 @@ pub(crate) struct Portolan {
     pub(crate) app: App,
     client: reqwest::Client,
     shutdown: CancellationToken,
-    serving: Option<JoinHandle<bool>>,
+    serving: Option<JoinHandle<Result<(), Unclean>>>,
     database: Database,
     folder: TempDir,
 }
@@ -104,7 +104,7 @@ impl Portolan {
     pub(crate) async fn reopen(mut self, change: impl FnOnce(&mut Settings)) -> Self {
         self.shutdown.cancel();
         let serving = self.serving.take().expect("it serves");
-        assert!(serving.await.expect("it does not panic"), "a session or a task was left");
+        assert_eq!(serving.await.expect("it does not panic"), Ok(()));
         let settings = settings(self.folder.path(), &self.database, change);
         self.app = App::open(settings).await.expect("Portolan starts");
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
@@ -242,11 +242,20 @@ impl Portolan {
     }
 
     /// Stops gracefully, and asserts that nothing is left.
-    pub(crate) async fn stop(mut self) {
+    pub(crate) async fn stop(self) {
+        self.stop_with(Ok(())).await;
+    }
+
+    /// Stops gracefully after its database has gone for good, so that nobody takes what is left of the run log.
+    pub(crate) async fn stop_without_database(self) {
+        self.stop_with(Err(Unclean::RunLog)).await;
+    }
+
+    async fn stop_with(mut self, expected: Result<(), Unclean>) {
         self.shutdown.cancel();
         let serving = self.serving.take().expect("it is stopped once");
-        let clean = tokio::time::timeout(Duration::from_secs(40), serving).await;
-        assert!(clean.expect("Portolan stops").expect("it does not panic"), "a session or a task was left");
+        let ended = tokio::time::timeout(Duration::from_secs(40), serving).await;
+        assert_eq!(ended.expect("Portolan stops").expect("it does not panic"), expected);
         assert_eq!(self.children(), Vec::<u32>::new(), "a child was left");
         std::mem::replace(&mut self.database, Database { postgres: None }).remove().await;
     }

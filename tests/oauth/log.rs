@@ -30,7 +30,7 @@ async fn a_sign_in_is_a_change_and_one_that_fails_is_none() {
     assert_eq!(told(&portolan).await, [], "one that was only begun is none");
     sign_in(&portolan, &id).await;
     let completed = ("sign_in.completed".to_owned(), json!("notes"), Value::Null);
-    assert_eq!(told(&portolan).await, [completed.clone()]);
+    assert_eq!(told(&portolan).await, std::slice::from_ref(&completed));
     let store = &portolan.app.store;
     let version = store.sign_in(&id).await.unwrap().unwrap().version;
     assert!(
@@ -52,7 +52,7 @@ async fn a_sign_in_from_before_a_registration_is_adopted() {
     assert_eq!(come_back(&portolan, &visit(&url).await).await["status"], "success");
     watch.success().await;
     let completed = ("sign_in.completed".to_owned(), Value::Null, Value::Null);
-    assert_eq!(told(&portolan).await, [completed.clone()]);
+    assert_eq!(told(&portolan).await, std::slice::from_ref(&completed));
     register(&portolan, "notes", upstream.config()).await;
     let adopted = ("sign_in.adopted".to_owned(), json!("notes"), Value::Null);
     assert_eq!(told(&portolan).await, [completed, adopted]);

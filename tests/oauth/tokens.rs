@@ -199,7 +199,7 @@ async fn runs_that_want_a_new_token_at_once_share_it() {
 }
 
 /// A second Portolan on the same database, serving.
-async fn serve(app: App) -> (Remote, CancellationToken, tokio::task::JoinHandle<bool>) {
+async fn serve(app: App) -> (Remote, CancellationToken, tokio::task::JoinHandle<Result<(), portolan::app::Unclean>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let remote = Remote::new(&format!("http://{}", listener.local_addr().unwrap()));
     let shutdown = CancellationToken::new();
@@ -241,7 +241,7 @@ async fn two_portolans_on_one_database_share_a_sign_in_and_its_tokens() {
         assert_eq!((upstream.authority.tried("refresh_token"), upstream.authority.reused()), (round, 0));
     }
     shutdown.cancel();
-    assert!(serving.await.unwrap());
+    assert_eq!(serving.await.unwrap(), Ok(()));
     portolan.stop().await;
 }
 
