@@ -49,7 +49,7 @@ fn main() {
 
     let out = std::env::var_os("OUT_DIR").expect("Cargo sets it");
     let out = Path::new(&out);
-    let mut table = String::from("&[\n");
+    let (mut table, mut count) = (String::new(), 0);
     for (place, (path, bytes)) in files.iter().enumerate() {
         let Some(kind) = content_type(path) else { continue };
         let mut encoder = GzEncoder::new(Vec::new(), Compression::best());
@@ -59,10 +59,11 @@ fn main() {
         let mark: String = Sha256::digest(bytes).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
         writeln!(
             table,
-            "Asset {{ path: {path:?}, kind: {kind:?}, mark: {mark:?}, packed: include_bytes!({packed:?}) }},"
+            "Asset {{ path: {path:?}, kind: {kind:?}, mark: {mark:?}, packed: include_bytes!({packed:?}), plain: OnceLock::new() }},"
         )
         .expect("memory takes everything");
+        count += 1;
     }
-    table.push(']');
+    let table = format!("/// In the order of their paths.\nstatic ASSETS: [Asset; {count}] = [\n{table}];\n");
     std::fs::write(out.join("assets.rs"), table).expect("OUT_DIR can be written to");
 }

@@ -52,11 +52,11 @@ function Details({ details }) {
     <${Shown} text=${textOf(value)} limit=${200} /></li>`)}</ul>`;
 }
 
-/** Tools come as their count and the first names. */
+/** Tools come as their count, most with the first names. */
 function textOf(value) {
   if (typeof value === "string") return value;
   if (Array.isArray(value)) return value.map(textOf).join(", ");
-  if (!Array.isArray(value?.names)) return write(value, 0);
+  if (!Array.isArray(value?.names)) return write(value?.count ?? value, 0);
   const more = value.count - value.names.length;
   return value.count === 0 ? "none" : `${textOf(value.names)}${more > 0 ? ` and ${more} more` : ""}`;
 }

@@ -7,7 +7,10 @@ import { sizeOf, spanOf } from "./outcome.js";
 import { Heading } from "./page.js";
 import { Instant, Name, Shown } from "./text.js";
 
-const OUTCOMES = { success: ["good", "Success"], error: ["bad", "Error of the tool"], failed: ["bad", "Not run"] };
+const OUTCOMES = { success: ["good", "Success"], error: ["bad", "Error"], failed: ["bad", "Not run"] };
+
+/** Of a run whose client left, or that a stop of Portolan ended. */
+const CUT_OFF = { error: "The tool may have been run.", failed: "The tool was not run." };
 
 export function Runs({ query }) {
   const log = useLog("/v1/portolan/runs", "runs", query);
@@ -26,9 +29,11 @@ export function Runs({ query }) {
     <//>`;
 }
 
+const wasCutOff = (run) => run.error_code === "cancelled";
+
 function Row({ run }) {
   const [open, setOpen] = useState(false);
-  const [look, name] = OUTCOMES[run.outcome] ?? ["idle", run.outcome];
+  const [look, name] = wasCutOff(run) ? ["bad", "Cut off"] : OUTCOMES[run.outcome] ?? ["idle", run.outcome];
   const server = `#/servers/${encodeURIComponent(run.mcp_server_id)}`;
   return html`
     <tr data-outcome=${run.outcome}>
@@ -49,6 +54,7 @@ function Details({ run }) {
     <dl class="pairs">
       <dt>Run</dt><dd><code>${run.id}</code></dd>
       <dt>Started</dt><dd>${new Date(run.started_at).toLocaleString()}</dd>
+      ${wasCutOff(run) && html`<dt>Cut off</dt><dd>${CUT_OFF[run.outcome]}</dd>`}
       <dt>Arguments</dt><dd>${sizeOf(run.args_bytes ?? 0)}</dd>
       <dt>Result</dt><dd>${sizeOf(run.result_bytes ?? 0)}</dd>
     </dl>

@@ -63,6 +63,9 @@ function look({ event }) {
   return event === "success" ? "good" : event === "error" ? "bad" : "";
 }
 
+/** The list comes as the server gave it, also what is no tool in it. */
+const named = (tools) => (tools ?? []).filter((tool) => typeof tool?.name === "string");
+
 /** A step in a sentence, for whoever listens. */
 function spoken(event) {
   switch (event.event) {
@@ -70,7 +73,7 @@ function spoken(event) {
     case "oauth_required": return "The server wants a sign-in.";
     case "authorization_url": return "The link to the sign-in page is there.";
     case "waiting_for_auth": return "Waiting for you to sign in.";
-    case "success": return `Connected. ${event.tools?.length ?? 0} tools were read.`;
+    case "success": return `Connected. ${named(event.tools).length} tools were read.`;
     default: return `Failed: ${visible(event.message)}`;
   }
 }
@@ -81,7 +84,7 @@ function Step({ event, id, over }) {
     case "oauth_required": return html`The server wants a sign-in.`;
     case "authorization_url": return html`<${SignInLink} url=${event.url} over=${over} />`;
     case "waiting_for_auth": return html`Waiting until you have signed in there.`;
-    case "success": return html`<${Success} tools=${event.tools ?? []} id=${id} />`;
+    case "success": return html`<${Success} tools=${named(event.tools)} id=${id} />`;
     case "error": return html`<p class="problem">It failed: <${Shown} text=${event.message} /></p>
       <p class="hint">Start again, or <a href="#/servers/${id}/edit">edit the server</a>.</p>`;
     default: return html`<${Shown} text=${event.event} limit=${120} />`;

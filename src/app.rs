@@ -159,8 +159,7 @@ impl App {
         self.runs.end();
         let clean = self.mcp.close().await;
         // Nothing runs any more.
-        let logged = self.run_log.close().await;
-        self.traces.close().await;
+        let (logged, ()) = tokio::join!(self.run_log.close(), self.traces.close());
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
         clean && logged && closed.is_ok()
     }
@@ -187,6 +186,7 @@ impl App {
             connections: Use { now: self.load.connections(), most: entry.max_connections },
             run_log_queued: self.run_log.depth(),
             run_log_dropped: self.run_log.dropped(),
+            spans_dropped: self.traces.lost(),
             ..Readings::default()
         };
         self.mcp.read(&mut readings);

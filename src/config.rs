@@ -326,14 +326,14 @@ pub struct RunLog {
 pub struct Traces {
     /// Collector that is sent a trace of each run (OTLP over HTTP, protobuf), as `http://localhost:4318`; /v1/traces is added.
     /// Without one, there are none
-    #[arg(long, env = "PORTOLAN_OTLP_ENDPOINT", value_parser = collector, global = true, value_name = "URL")]
-    pub otlp_endpoint: Option<CollectorUrl>,
+    #[arg(long, env = "PORTOLAN_OTLP_ENDPOINT", hide_env_values = true, value_parser = secret, global = true, value_name = "URL")]
+    pub otlp_endpoint: Option<Secret>,
     /// The same under the name that OpenTelemetry gave it
-    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", value_parser = collector, global = true, value_name = "URL")]
-    pub otel_exporter_otlp_endpoint: Option<CollectorUrl>,
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_ENDPOINT", hide_env_values = true, value_parser = secret, global = true, value_name = "URL")]
+    pub otel_exporter_otlp_endpoint: Option<Secret>,
     /// The same, the whole URL with its path
-    #[arg(long, env = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", value_parser = collector, global = true, value_name = "URL")]
-    pub otel_exporter_otlp_traces_endpoint: Option<CollectorUrl>,
+    #[arg(long, env = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", hide_env_values = true, value_parser = secret, global = true, value_name = "URL")]
+    pub otel_exporter_otlp_traces_endpoint: Option<Secret>,
     /// How many of the runs are traced whose callers are in no trace, from 0 (none) to 1 (all); others are as their callers say
     #[arg(long, env = "PORTOLAN_OTLP_SAMPLE", default_value_t = 1.0, value_parser = share, global = true, value_name = "SHARE")]
     pub otlp_sample: f64,
@@ -348,21 +348,29 @@ pub struct Traces {
     pub otel_exporter_otlp_headers: Option<Secret>,
 }
 
-/// Where a collector is; `None` for an empty text, which stands for no setting (OpenTelemetry, environment variables).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CollectorUrl(pub Option<Url>);
+/// The address of a collector says too little or too much. Whatever it is, it is not repeated: a password may stand in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoCollector;
 
 impl Traces {
     /// The URL that traces are sent to; `None` when there is no collector.
-    pub fn endpoint(&self) -> Option<Url> {
-        let given = |setting: &Option<CollectorUrl>| setting.clone()?.0;
+    ///
+    /// # Errors
+    /// [`NoCollector`].
+    pub fn endpoint(&self) -> Result<Option<Url>, NoCollector> {
+        // An empty text stands for no setting (OpenTelemetry, environment variables).
+        let given = |setting: &Option<Secret>| match setting.as_ref().map(|text| text.expose().trim()) {
+            None | Some("") => Ok(None),
+            Some(text) => collector(text).map(Some),
+        };
         let below = |mut url: Url| {
             url.set_path(&format!("{}/v1/traces", url.path().trim_end_matches('/')));
             url
         };
-        let own = given(&self.otlp_endpoint).map(below);
-        let standard = || given(&self.otel_exporter_otlp_traces_endpoint);
-        own.or_else(standard).or_else(|| given(&self.otel_exporter_otlp_endpoint).map(below))
+        let own = given(&self.otlp_endpoint)?.map(below);
+        let traces = given(&self.otel_exporter_otlp_traces_endpoint)?;
+        let all = given(&self.otel_exporter_otlp_endpoint)?.map(below);
+        Ok(own.or(traces).or(all))
     }
 
     /// The header fields for the collector, unless they are in a file.
@@ -715,16 +723,12 @@ fn base_url(text: &str) -> Result<Url, String> {
 }
 
 /// A password has a place of its own, and logs may show the rest.
-fn collector(text: &str) -> Result<CollectorUrl, String> {
-    if text.trim().is_empty() {
-        return Ok(CollectorUrl(None));
-    }
+fn collector(text: &str) -> Result<Url, NoCollector> {
     let url = Url::parse(text).ok().filter(|url| {
         let bare = url.query().is_none() && url.fragment().is_none() && url.username().is_empty();
         matches!(url.scheme(), "http" | "https") && url.host().is_some() && bare && url.password().is_none()
     });
-    let mistake = || "write scheme, host, port and path alone, for example http://localhost:4318".to_owned();
-    url.map(|url| CollectorUrl(Some(url))).ok_or_else(mistake)
+    url.ok_or(NoCollector)
 }
 
 fn share(text: &str) -> Result<f64, String> {
@@ -799,7 +803,7 @@ mod tests {
     fn the_more_particular_name_of_a_collector_wins() {
         let endpoint = |arguments: &[&str]| {
             let cli = Cli::parse_from(["portolan"].iter().chain(arguments));
-            cli.settings.traces.endpoint().map(String::from)
+            cli.settings.traces.endpoint().unwrap().map(String::from)
         };
         let (own, all, traces) = (
             "--otlp-endpoint=http://a:1/x/",

@@ -177,7 +177,7 @@ impl RunLog {
         shared.content.fetch_add(bytes, Ordering::Relaxed);
         if shared.queue.try_send(Entry::Run(run)).is_err() {
             self.settle(1, bytes);
-            self.lose(1);
+            self.lose(1, None);
         }
     }
 
@@ -186,12 +186,19 @@ impl RunLog {
         self.0.content.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    fn lose(&self, runs: u64) {
+    /// `refusal` is what the database said to them, if that is why.
+    fn lose(&self, runs: u64, refusal: Option<&store::Error>) {
         let dropped = self.0.dropped.fetch_add(runs, Ordering::Relaxed) + runs;
         let mut warned = self.0.warned.lock().expect("no code panics while it holds the time");
         if warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
             *warned = Some(Instant::now());
-            tracing::warn!(runs.dropped = dropped, "the run log cannot keep up; runs are missing in it");
+            match refusal {
+                None => tracing::warn!(runs.dropped = dropped, "the run log cannot keep up; runs are missing in it"),
+                Some(error) => {
+                    let cause = std::error::Error::source(error);
+                    tracing::error!(%error, ?cause, runs.dropped = dropped, "a run cannot be logged");
+                }
+            }
         }
     }
 
@@ -255,10 +262,7 @@ impl RunLog {
                 Ok(Ok(())) => return,
                 Ok(Err(error @ (store::Error::Refused(_) | store::Error::NameTaken | store::Error::Overtaken))) => {
                     match runs {
-                        [_] => {
-                            tracing::error!(%error, cause = ?std::error::Error::source(&error), "a run cannot be logged");
-                            return self.lose(1);
-                        }
+                        [_] => return self.lose(1, Some(&error)),
                         // One of them is what the database does not take.
                         _ => {
                             for run in runs {

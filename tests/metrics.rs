@@ -19,11 +19,14 @@ use crate::harness::{FakeProgram, PATIENCE, Portolan, Remote, client, kill, pati
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+/// Names and values, in order.
+type Labels = Vec<(String, String)>;
+
 /// What a text in one of the two formats says. [`Scrape::read`] takes nothing that breaks the rules of its format.
 pub(crate) struct Scrape {
     families: BTreeMap<String, Family>,
     /// By the name of the sample and its labels in order.
-    samples: BTreeMap<(String, Vec<(String, String)>), f64>,
+    samples: BTreeMap<(String, Labels), f64>,
 }
 
 #[derive(Debug, Default)]
@@ -98,7 +101,7 @@ impl Scrape {
 
     /// Buckets grow, the last one is everything, and the sum fits.
     fn assert_histogram(&self, name: &str) {
-        let mut series: BTreeMap<Vec<(String, String)>, Vec<(f64, f64)>> = BTreeMap::new();
+        let mut series: BTreeMap<Labels, Vec<(f64, f64)>> = BTreeMap::new();
         for ((_, labels), count) in self.samples.iter().filter(|((sample, _), _)| *sample == format!("{name}_bucket")) {
             let (end, others): (Vec<_>, Vec<_>) = labels.iter().cloned().partition(|(label, _)| label == "le");
             let end = if end[0].1 == "+Inf" { f64::INFINITY } else { end[0].1.parse().unwrap() };
@@ -168,7 +171,7 @@ fn assert_name(name: &str) {
 
 /// A line `name{label="value",…} number`; the labels in order.
 #[track_caller]
-fn sample(line: &str) -> (String, Vec<(String, String)>, f64) {
+fn sample(line: &str) -> (String, Labels, f64) {
     let (series, value) = line.rsplit_once(' ').expect("a value");
     let (name, mut rest) = match series.split_once('{') {
         Some((name, labels)) => (name, labels.strip_suffix('}').expect("an end of the labels")),

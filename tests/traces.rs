@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
 use opentelemetry_proto::tonic::common::v1::any_value::Value as Any;
 use opentelemetry_proto::tonic::trace::v1::Span;
-use portolan::config::{CollectorUrl, Profile, Settings};
+use portolan::config::{Profile, Settings};
 use prost::Message;
 use serde_json::{Value, json};
 
@@ -90,7 +90,7 @@ async fn take(State(kept): State<Arc<Kept>>, request: Request) -> Response {
 }
 
 fn tracing_to(url: &str) -> impl FnOnce(&mut Settings) {
-    let url = CollectorUrl(Some(url.parse().unwrap()));
+    let url = url.to_owned().into();
     move |settings| settings.traces.otlp_endpoint = Some(url)
 }
 
@@ -659,9 +659,12 @@ async fn the_operators_collector_may_be_private_but_not_forbidden() {
     let denied =
         starts(&|settings| settings.egress.egress_deny = vec!["127.0.0.0/8".parse().unwrap()]).await.unwrap_err();
     assert!(denied.contains("--otlp-endpoint"), "{denied}");
-    let metadata = CollectorUrl(Some("http://169.254.169.254/".parse().unwrap()));
+    let metadata: portolan::model::Secret = "http://169.254.169.254/".to_owned().into();
     let denied = starts(&|settings| settings.traces.otlp_endpoint = Some(metadata.clone())).await.unwrap_err();
     assert!(denied.contains("--otlp-endpoint"), "{denied}");
+    let wordy: portolan::model::Secret = "https://user:canary@collector.test".to_owned().into();
+    let denied = starts(&|settings| settings.traces.otlp_endpoint = Some(wordy.clone())).await.unwrap_err();
+    assert!(denied.contains("--otlp-endpoint") && !denied.contains("canary"), "{denied}");
     let unreadable = starts(&|settings| settings.traces.otlp_headers_file = Some(missing.clone())).await.unwrap_err();
     assert!(unreadable.contains("--otlp-headers-file"), "{unreadable}");
     let mistaken = starts(&|settings| settings.traces.otlp_headers_file = Some(wrong.clone())).await.unwrap_err();

@@ -5,6 +5,7 @@
 //! is unchanged is a `304` (RFC 9110, 13.1.2).
 
 use std::io::Read;
+use std::sync::OnceLock;
 
 use axum::extract::Path;
 use axum::extract::rejection::PathRejection;
@@ -14,9 +15,12 @@ use axum::http::header::{
 };
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
 use flate2::read::GzDecoder;
 
 use crate::error::Error;
+
+const CROSS_ORIGIN_OPENER_POLICY: HeaderName = HeaderName::from_static("cross-origin-opener-policy");
 
 /// Scripts, styles and calls from here and to here alone, no markup out of text, and no frame around it. The console shows
 /// pictures and plays sounds that tools return.
@@ -36,10 +40,11 @@ struct Asset {
     /// Of the content: another one is another content.
     mark: &'static str,
     packed: &'static [u8],
+    /// For clients without gzip, once one came: any number of them share it.
+    plain: OnceLock<Bytes>,
 }
 
-/// In the order of their paths.
-static ASSETS: &[Asset] = include!(concat!(env!("OUT_DIR"), "/assets.rs"));
+include!(concat!(env!("OUT_DIR"), "/assets.rs"));
 
 pub async fn console(headers: HeaderMap) -> Result<Response, Error> {
     page("console/index.html", CONSOLE_POLICY, &headers)
@@ -64,6 +69,8 @@ pub async fn openapi(headers: HeaderMap) -> Result<Response, Error> {
 fn page(path: &str, policy: &'static str, headers: &HeaderMap) -> Result<Response, Error> {
     let mut response = find(path).ok_or(Error::NoRoute)?.answer(headers);
     response.headers_mut().insert(CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
+    // A page that opened this one in a window keeps no hold of it.
+    response.headers_mut().insert(CROSS_ORIGIN_OPENER_POLICY, HeaderValue::from_static("same-origin"));
     Ok(response)
 }
 
@@ -100,10 +107,13 @@ impl Asset {
         }
     }
 
-    fn plain(&self) -> Vec<u8> {
-        let mut plain = Vec::new();
-        GzDecoder::new(self.packed).read_to_end(&mut plain).expect("build.rs packed it whole");
-        plain
+    fn plain(&self) -> Bytes {
+        let unpack = || {
+            let mut plain = Vec::new();
+            GzDecoder::new(self.packed).read_to_end(&mut plain).expect("build.rs packed it whole");
+            plain.into()
+        };
+        self.plain.get_or_init(unpack).clone()
     }
 }
 

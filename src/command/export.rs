@@ -11,7 +11,7 @@ use crate::api::export;
 use crate::config::Settings;
 use crate::interchange::{Format, Written};
 
-use super::{Failure, open_store, print, say, shown};
+use super::{Document, Failure, open_store, print, say, shown};
 
 /// Writes the file, and on standard error what it does not say. With `as_json`, the latter is in the answer: the one of the
 /// API when the file is printed, else a report of what was written.
@@ -43,7 +43,7 @@ pub async fn run(
             let kept = keep(file, &(text + "\n"), secrets);
             kept.map_err(|error| format!("Cannot write {}: {error}.", file.display()))?;
             if as_json {
-                say(json!({ "output": file.to_string_lossy(), "left_out": left_out }));
+                say(Document(json!({ "output": file.to_string_lossy(), "left_out": left_out })));
                 return Ok(());
             }
         }

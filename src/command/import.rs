@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::model::By;
 use crate::progress::Progress;
 
-use super::{Failure, open_store, say, shown, value};
+use super::{Document, Failure, open_store, say, shown, value};
 
 /// One byte more than the largest file, so that a larger one is known.
 const MOST: u64 = 1024 * 1024 + 1;
@@ -30,7 +30,7 @@ pub async fn run(settings: &Settings, file: &Path, asked: Import, as_json: bool)
     drop(progress);
     let report = done.map_err(failed)?.report;
     match as_json {
-        true => say(value(&report)),
+        true => say(Document(value(&report))),
         false => tell(&report),
     }
     Ok(())

@@ -5,7 +5,7 @@ use serde_json::json;
 use crate::config::{KeyCommand, Settings};
 use crate::store::{Store, new_key};
 
-use super::{Failure, say};
+use super::{Document, Failure, say};
 
 /// # Errors
 /// One sentence for the person who runs it.
@@ -14,7 +14,7 @@ pub async fn run(settings: &Settings, command: KeyCommand, as_json: bool) -> Res
         KeyCommand::New => {
             let (key, id) = new_key();
             match as_json {
-                true => say(json!({ "id": id, "key": *key })),
+                true => say(Document(json!({ "id": id, "key": *key }))),
                 false => say(key.as_str()),
             }
         }
@@ -26,7 +26,7 @@ pub async fn run(settings: &Settings, command: KeyCommand, as_json: bool) -> Res
                 return Err(unknown.to_owned().into());
             }
             match as_json {
-                true => say(json!({ "id": id, "forgotten": true })),
+                true => say(Document(json!({ "id": id, "forgotten": true }))),
                 false => say(format_args!(
                     "Key {id} is forgotten. What it sealed opens again when it comes back to the key file."
                 )),

@@ -8,7 +8,7 @@ pub mod migrate_letta;
 pub mod rotate_keys;
 pub mod token;
 
-use std::fmt::{self, Display};
+use std::fmt::{self, Display, Write as _};
 use std::io::{self, Write};
 
 use serde::Serialize;
@@ -45,14 +45,14 @@ impl Failure {
     }
 
     /// What `--json` prints: the report, if there is one, and `error`.
-    pub fn document(&self) -> Value {
+    pub fn document(&self) -> Document {
         let mut error = json!({ "detail": self.detail });
         if !self.issues.is_empty() {
             error["errors"] = json!(self.issues);
         }
         let mut document = self.report.clone();
         document.insert("error".to_owned(), error);
-        document.into()
+        Document(document.into())
     }
 }
 
@@ -65,6 +65,26 @@ impl From<String> for Failure {
 impl Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.detail)
+    }
+}
+
+/// One JSON document as a terminal may show it: what would move the cursor or hide is written as escapes, which mean the
+/// same.
+pub struct Document(pub Value);
+
+impl Display for Document {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for c in self.0.to_string().chars() {
+            // JSON escapes what comes before the space by itself.
+            if c != '\u{7f}' && (c.is_ascii() || c.escape_debug().len() == 1) {
+                f.write_char(c)?;
+            } else {
+                for unit in c.encode_utf16(&mut [0; 2]) {
+                    write!(f, "\\u{unit:04x}")?;
+                }
+            }
+        }
+        Ok(())
     }
 }
 

@@ -8,7 +8,7 @@ use crate::config::Settings;
 use crate::progress::Progress;
 use crate::store::{Error, Store};
 
-use super::{Failure, open_store, say, value};
+use super::{Document, Failure, open_store, say, value};
 
 /// What came of it, and what each key seals then.
 #[derive(Serialize)]
@@ -54,7 +54,7 @@ pub async fn run(settings: &Settings, dry_run: bool, as_json: bool) -> Result<()
         _ => None,
     };
     match (as_json, failure) {
-        (true, None) => say(value(&report)),
+        (true, None) => say(Document(value(&report))),
         (true, Some(failure)) => return Err(failure.with(&report)),
         (false, failure) => {
             tell(&report);

@@ -5,7 +5,8 @@ use serde_json::json;
 
 use crate::model::{Action, By, Connector, Offered, SignIn, State, definition_hash, sha256_hex};
 
-use super::journal::{self, Note, note};
+use super::journal;
+use super::servers::{FORGET, GIVE_UP, client};
 use super::{Error, Store, now, on_db};
 
 /// A server that comes with what is known of it elsewhere.
@@ -25,7 +26,7 @@ pub struct NewServer {
 /// One change among several.
 pub enum Step {
     Add(Box<NewServer>),
-    /// A new configuration for the server as it was at this revision.
+    /// A new configuration for the server as it was at this revision. One with another client ends the sign-in.
     Configure {
         id: String,
         revision: i64,
@@ -121,8 +122,18 @@ impl Store {
                                 .fetch_optional(&mut *transaction)
                                 .await?;
                             let old = old.and_then(|old| self.opened_config(id, &old));
+                            let name = name.ok_or(Error::Overtaken)?;
+                            let mut forgotten = 0;
+                            if old.as_ref().and_then(client) != client(connector) {
+                                // In the order of `update_server`.
+                                sqlx::query(GIVE_UP).bind(id).execute(&mut *transaction).await?;
+                                forgotten = sqlx::query(FORGET).bind(id).execute(&mut *transaction).await?.rows_affected();
+                            }
                             let details = journal::reconfigured(old.as_ref(), connector);
-                            told.push((Action::ServerUpdated, id, name.ok_or(Error::Overtaken)?, details));
+                            told.push((Action::ServerUpdated, id, name.clone(), details));
+                            if forgotten > 0 {
+                                told.push((Action::SignInRemoved, id, name, json!({})));
+                            }
                         }
                         Step::Remove { id, revision } => {
                             let remove = sqlx::query_scalar(REMOVE).bind(id).bind(revision);
@@ -132,9 +143,19 @@ impl Store {
                     }
                     progress(done);
                 }
-                for (action, server_id, server_name, details) in told {
-                    let (server_id, server_name) = (Some(server_id.as_str()), Some(server_name.as_str()));
-                    note!(transaction, Note { by, action, server_id, server_name, details })?;
+                // Not one at a time: all others who change something wait meanwhile.
+                for told in told.chunks(journal::ROWS_AT_ONCE) {
+                    let mut insert = sqlx::QueryBuilder::new(journal::INSERT);
+                    insert.push_values(told, |mut values, (action, server_id, server_name, details)| {
+                        values
+                            .push_bind(super::now())
+                            .push_bind(by.name())
+                            .push_bind(action.as_str())
+                            .push_bind(server_id.as_str())
+                            .push_bind(server_name)
+                            .push_bind(details.to_string());
+                    });
+                    insert.build().persistent(false).execute(&mut *transaction).await?;
                 }
                 transaction.commit().await?;
                 Ok(())

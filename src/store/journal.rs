@@ -17,6 +17,11 @@ const MAX_NAME_CHARS: usize = 100;
 /// How many rows one statement of a sweep removes: others write between two of them.
 const SWEPT_AT_ONCE: i64 = 500;
 
+/// How many rows one statement writes, six values each, of which SQLite takes 32,766.
+pub(super) const ROWS_AT_ONCE: usize = 500;
+/// Before the rows.
+pub(super) const INSERT: &str = "INSERT INTO changes (at, caller, action, mcp_server_id, server_name, details) ";
+
 /// A change, in the words of its row.
 pub(super) struct Note<'a> {
     pub by: &'a By,

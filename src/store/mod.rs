@@ -55,6 +55,9 @@ const TRUSTED_IDLE: Duration = Duration::from_secs(1);
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a change may wait for its turn to write to SQLite.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Settings of each connection to PostgreSQL: how long a statement waits for a lock, and how long a transaction may pause.
+/// One whose process has stopped would hold up all others for ever.
+const POSTGRES_WAITS: [(&str, &str); 2] = [("lock_timeout", "5s"), ("idle_in_transaction_session_timeout", "15s")];
 /// How long to leave a SQLite file alone that another process is about to open or close.
 const OPEN_PAUSE: Duration = Duration::from_millis(50);
 const SQLITE_READERS: u32 = 8;
@@ -146,22 +149,31 @@ pub enum Error {
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
         /// PostgreSQL, classes of SQLSTATE: connection, transaction rollback (a deadlock, say), resources, operator
-        /// intervention.
-        const AWAY: [&str; 4] = ["08", "40", "53", "57"];
-        /// SQLite: SQLITE_BUSY and SQLITE_LOCKED, the low byte of whatever extended code says more.
-        const LOCKED: [u32; 2] = [5, 6];
+        /// intervention; and of others: a standby that takes no writes, a transaction that was idle for too long, a lock
+        /// that was not had in time.
+        const AWAY: [&str; 7] = ["08", "40", "53", "57", "25006", "25P03", "55P03"];
+        /// SQLite: what is locked, and SQLITE_READONLY, SQLITE_IOERR and SQLITE_FULL.
+        const UNWRITABLE: [u32; 3] = [8, 10, 13];
         let away = match &error {
             sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
-            sqlx::Error::Database(refusal) => {
-                refusal.code().is_some_and(|code| match refusal.try_downcast_ref::<SqliteError>() {
-                    Some(_) => code.parse::<u32>().is_ok_and(|code| LOCKED.contains(&(code & 0xff))),
-                    None => AWAY.iter().any(|class| code.starts_with(class)),
-                })
-            }
+            sqlx::Error::Database(refusal) => match sqlite_code(&error) {
+                Some(code) => LOCKED.contains(&code) || UNWRITABLE.contains(&code),
+                None => refusal.code().is_some_and(|code| AWAY.iter().any(|class| code.starts_with(class))),
+            },
             _ => false,
         };
         if away { Self::Unavailable(error) } else { Self::Refused(error) }
     }
+}
+
+/// SQLITE_BUSY and SQLITE_LOCKED.
+const LOCKED: [u32; 2] = [5, 6];
+
+/// What SQLite answered: the low byte of whatever extended code says more.
+fn sqlite_code(error: &sqlx::Error) -> Option<u32> {
+    let refusal = error.as_database_error()?;
+    refusal.try_downcast_ref::<SqliteError>()?;
+    refusal.code()?.parse::<u32>().ok().map(|code| code & 0xff)
 }
 
 /// Why a database cannot be used; each message is one sentence for the person who starts Portolan.
@@ -320,11 +332,15 @@ impl Database {
                 .acquire_timeout(WRITE_TIMEOUT)
                 .connect_with(options.clone())
                 .await;
-            match pool.map_err(|error| (one_line(&error), Error::from(error))) {
+            match pool {
                 Ok(pool) => break pool,
                 // The busy timeout does not cover the switch to WAL, which waits for nobody: another process is at it.
-                Err((_, Error::Unavailable(_))) if Instant::now() < deadline => tokio::time::sleep(OPEN_PAUSE).await,
-                Err((reason, _)) => return Err(OpenError::Connect { place, reason }),
+                Err(error)
+                    if sqlite_code(&error).is_some_and(|code| LOCKED.contains(&code)) && Instant::now() < deadline =>
+                {
+                    tokio::time::sleep(OPEN_PAUSE).await;
+                }
+                Err(error) => return Err(OpenError::Connect { place, reason: one_line(&error) }),
             }
         };
         let adopt = sqlx::query(SEALING).execute(&write).await.is_err();
@@ -347,10 +363,13 @@ impl Database {
         let options = options.application_name("portolan").disable_statement_logging();
         // A pool retries a refused connection until its time is up and then says only that; one connection says why.
         let refused = |reason| OpenError::Connect { place: place.clone(), reason };
-        let first = tokio::time::timeout(ACQUIRE_TIMEOUT, sqlx::PgConnection::connect_with(&options))
+        let mut first = tokio::time::timeout(ACQUIRE_TIMEOUT, sqlx::PgConnection::connect_with(&options))
             .await
             .map_err(|_| refused(format!("it did not answer within {} s", ACQUIRE_TIMEOUT.as_secs())))?
             .map_err(|error| refused(one_line(&error)))?;
+        let adopt = sqlx::query(SEALING).execute(&mut first).await.is_err();
+        // Without limits to its waits: another Portolan may be at the same for long.
+        migrated(place, sqlx::migrate!("migrations/postgres").run(&mut first).await)?;
         // Best effort: the connection worked, how it ends changes nothing.
         let _ = first.close().await;
         let pool = PgPoolOptions::new()
@@ -366,9 +385,7 @@ impl Database {
                     Ok(true)
                 })
             })
-            .connect_lazy_with(options);
-        let adopt = sqlx::query(SEALING).execute(&pool).await.is_err();
-        migrated(place, sqlx::migrate!("migrations/postgres").run(&pool).await)?;
+            .connect_lazy_with(options.options(POSTGRES_WAITS));
         Ok((Self::Postgres(pool), adopt))
     }
 }

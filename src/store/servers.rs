@@ -17,6 +17,11 @@ macro_rules! columns {
     };
 }
 
+/// Ends the sign-ins to a server that are under way.
+pub(super) const GIVE_UP: &str = "DELETE FROM authorizations WHERE server_id = $1";
+/// Ends the sign-in to a server.
+pub(super) const FORGET: &str = "DELETE FROM sign_ins WHERE server_id = $1";
+
 /// What a change to a server writes.
 pub struct ServerUpdate {
     pub server_name: String,
@@ -117,8 +122,6 @@ impl Store {
              era = NULL, state = $6, error = NULL WHERE id = $1 RETURNING ",
             columns!()
         );
-        const GIVE_UP: &str = "DELETE FROM authorizations WHERE server_id = $1";
-        const FORGET: &str = "DELETE FROM sign_ins WHERE server_id = $1";
         let write = async {
             on_db!(self, write pool => {
                 let mut transaction = pool.begin().await.map_err(Error::from)?;
@@ -214,7 +217,7 @@ impl Store {
 }
 
 /// As which client a server is signed in at, if one is configured.
-fn client(connector: &Connector) -> Option<&OauthClient> {
+pub(super) fn client(connector: &Connector) -> Option<&OauthClient> {
     match connector {
         Connector::Stdio(_) => None,
         Connector::Sse(remote) | Connector::StreamableHttp(remote) => remote.oauth.as_ref(),

@@ -12,7 +12,7 @@ use crate::model::{Action, By, SignIn};
 
 use super::journal::{Note, note};
 use super::seal::Unopened;
-use super::{Error, Place, Store, now, on_db};
+use super::{Database, Error, Place, Store, now, on_db};
 
 /// How many sign-ins to one server may be under way; one more, and the oldest is given up.
 const PENDING: i64 = 32;
@@ -136,10 +136,17 @@ impl Store {
                            version = sign_ins.version + 1, refresher = NULL, lease_until = NULL, \
                            updated_at = excluded.updated_at \
                            RETURNING version, (SELECT server_name FROM servers WHERE id = $1)";
+        // The server first, as those do who change or remove it and then end what belongs to it: of two that wait for each
+        // other's rows one would fail.
+        let lock = match self.database {
+            Database::Postgres(_) => "SELECT 1 FROM servers WHERE id = $1 FOR KEY SHARE",
+            Database::Sqlite { .. } => "UPDATE servers SET revision = revision WHERE id = $1",
+        };
         let material = self.sealed_sign_in(server_id, sign_in);
         // A transaction for the reason that `create_server` gives.
         on_db!(self, write pool => {
             let mut transaction = pool.begin().await?;
+            sqlx::query(lock).bind(server_id).execute(&mut *transaction).await?;
             if let Some(id) = authorization
                 && sqlx::query(HOLD).bind(id).execute(&mut *transaction).await?.rows_affected() == 0
             {

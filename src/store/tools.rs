@@ -205,7 +205,9 @@ impl Store {
     ) -> Result<bool, Error> {
         const FIND: &str = concat!("SELECT ", columns!(), " FROM tools WHERE id = $1 AND server_id = $2");
         const APPROVE: &str = "UPDATE tools SET approved_hash = NULL WHERE id = $1 AND server_id = $2 AND definition = $3 \
-             RETURNING (SELECT server_name FROM servers WHERE servers.id = server_id)";
+             AND approved_hash IS NOT NULL RETURNING (SELECT server_name FROM servers WHERE servers.id = server_id)";
+        const IS_APPROVED: &str =
+            "SELECT 1 FROM tools WHERE id = $1 AND server_id = $2 AND definition = $3 AND approved_hash IS NULL";
         let write = async {
             on_db!(self, write pool => {
                 let tool: Option<Tool> = sqlx::query_as(FIND).bind(tool_id).bind(server_id).fetch_optional(pool).await?;
@@ -213,13 +215,14 @@ impl Store {
                 let mut transaction = pool.begin().await?;
                 let approve = sqlx::query_scalar(APPROVE).bind(tool_id).bind(server_id).bind(&tool.definition);
                 let name: Option<String> = approve.fetch_optional(&mut *transaction).await?;
-                let Some(name) = name else { return Ok(false) };
-                // What was not held is as it was.
-                if tool.approved_hash.is_some() {
-                    let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
-                    let details = json!({ "tool_id": tool_id, "definition_hash": tool.hash() });
-                    note!(transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
-                }
+                let Some(name) = name else {
+                    // It was not held, or somebody else has approved it meanwhile: then nothing changes, and nothing is noted.
+                    let found = sqlx::query(IS_APPROVED).bind(tool_id).bind(server_id).bind(&tool.definition);
+                    return Ok(found.fetch_optional(&mut *transaction).await?.is_some());
+                };
+                let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
+                let details = json!({ "tool_id": tool_id, "definition_hash": tool.hash() });
+                note!(transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
                 transaction.commit().await?;
                 Ok::<_, sqlx::Error>(true)
             })

@@ -43,6 +43,10 @@ const MAX_FILE: u64 = 64 * 1024;
 /// Why traces cannot be sent; each message is one sentence for the person who starts Portolan, and repeats no value.
 #[derive(Debug, thiserror::Error)]
 pub enum CollectorError {
+    #[error(
+        "The address of the collector (--otlp-endpoint) must be scheme, host, port and path alone, for example http://localhost:4318."
+    )]
+    Url,
     #[error("Traces cannot be sent to the address of --otlp-endpoint: {0}")]
     Address(mcp::Error),
     #[error("Cannot read the file {file:?} of --otlp-headers-file: {cause}.")]
@@ -72,7 +76,7 @@ impl Collector {
     /// # Errors
     /// [`CollectorError`].
     pub async fn new(settings: &config::Traces, egress: &Egress) -> Result<Option<Self>, CollectorError> {
-        let Some(url) = settings.endpoint() else { return Ok(None) };
+        let Some(url) = settings.endpoint().map_err(|_| CollectorError::Url)? else { return Ok(None) };
         // Whether it may be connected to is looked at again each time; this is for whoever starts Portolan.
         egress.to(url.as_str(), Trust::Operator).await.map_err(CollectorError::Address)?;
         let headers = read_headers(settings)?;

@@ -705,6 +705,8 @@ pub struct Readings {
     /// Rows of the run log that wait to be written, and those that never will be.
     pub run_log_queued: usize,
     pub run_log_dropped: u64,
+    /// Spans that no collector got.
+    pub spans_dropped: u64,
 }
 
 /// How much there is of something, and how much there may be.
@@ -735,6 +737,8 @@ impl Readings {
         one("run_log_queued", "Rows of the run log that wait to be written", self.run_log_queued);
         let help = "Rows of the run log that were dropped because the database did not keep up";
         registry.register("run_log_dropped", help, ConstCounter::new(self.run_log_dropped));
+        let help = "Spans that were lost on their way to the collector";
+        registry.register("spans_dropped", help, ConstCounter::new(self.spans_dropped));
         let mut bytes = |name: &str, help: &str, value: usize| {
             registry.register_with_unit(name, help, Unit::Bytes, ConstGauge::new(value));
         };

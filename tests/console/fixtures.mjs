@@ -27,10 +27,10 @@ const UNSEEN = "[\\u0000-\\u0008\\u000b\\u000c\\u000e-\\u001f\\u007f-\\u009f\\u2
 /** The published server-everything, as a command. */
 export const everything = { command: "node", args: [EVERYTHING, "stdio"] };
 
-/** The server that is out to break pages, with `more` tools beside. */
-export const hostile = (more = 0) => ({
+/** The server that is out to break pages, with `more` tools beside, which changes them when `file` is there. */
+export const hostile = (more = 0, file = "/nonexistent") => ({
   command: process.env.PORTOLAN_TOOLS_PYTHON,
-  args: [path.join(HERE, "hostile.py"), String(more)],
+  args: [path.join(HERE, "hostile.py"), String(more), file],
 });
 
 async function freePort() {

@@ -35,7 +35,7 @@ test("runs are filtered and paged", async ({ page, guard, api, upstreams }) => {
   await expect(rows(page)).toHaveCount(61);
   await expect(page.getByRole("button", { name: "Show older" })).toHaveCount(0);
 
-  await page.getByLabel("Outcome").selectOption({ label: "Error of the tool" });
+  await page.getByLabel("Outcome").selectOption({ label: "Error" });
   await page.getByRole("button", { name: "Show", exact: true }).click();
   await expect(rows(page)).toHaveCount(1);
   await expect(rows(page)).toContainText("fail");
@@ -52,6 +52,62 @@ test("runs are filtered and paged", async ({ page, guard, api, upstreams }) => {
   await page.getByLabel("Caller").fill("nobody");
   await page.getByRole("button", { name: "Show", exact: true }).click();
   await expect(page.getByText("Nothing is like this")).toBeVisible();
+});
+
+test.describe("far from Greenwich", () => {
+  test.use({ timezoneId: "Asia/Kolkata" });
+
+  test("runs of one tool, and of a time, are found", async ({ page, guard, api, upstreams }) => {
+    const upstream = await upstreams.fixture();
+    const server = await api.create("first", upstream.fields);
+    await api.run(server.id, "echo", { message: "hello" });
+    await api.run(server.id, "fail", { message: "broken" });
+    const { id } = (await api.tools(server.id)).find((it) => it.name === "echo");
+    const show = page.getByRole("button", { name: "Show", exact: true });
+    await page.goto(`/#/runs?mcp_server_id=${server.id}&tool_id=${id}`);
+    await expect(rows(page)).toHaveCount(1);
+    await expect(rows(page)).toContainText("echo");
+    await expect(page.getByText("Of one tool alone")).toBeVisible();
+
+    // The clock of whoever looks, 5:30 before the one of the API.
+    const clock = (hours) => new Date(Date.now() + (5.5 + hours) * 3_600_000).toISOString().slice(0, 16);
+    const [from, until] = [page.getByLabel("From"), page.getByLabel("Until")];
+    const [earlier, later] = [clock(-1), clock(1)];
+    for (const [since, to, found] of [[later, "", 0], ["", earlier, 0], [earlier, later, 1]]) {
+      await from.fill(since);
+      await until.fill(to);
+      await show.click();
+      await expect(rows(page)).toHaveCount(found);
+      await expect(page.getByText("Nothing is like this")).toHaveCount(found ? 0 : 1);
+    }
+    await page.reload();
+    await expect(rows(page)).toHaveCount(1);
+    await expect(from).toHaveValue(earlier);
+    await expect(until).toHaveValue(later);
+    await guard.look("runs-of-a-time");
+    await page.getByRole("link", { name: "All tools of its server" }).click();
+    await expect(rows(page)).toHaveCount(2);
+  });
+});
+
+test("a run that was cut off says whether the tool may have run", async ({ page, guard, api, upstreams }) => {
+  const upstream = await upstreams.fixture("stdio", { effects: true });
+  const server = await api.create("slow", upstream.fields);
+  const tool = (await api.tools(server.id)).find((it) => it.name === "work");
+  await page.goto(`/#/servers/${server.id}/tools/${tool.id}`);
+  await page.getByLabel("seconds", { exact: true }).fill("60");
+  await page.getByRole("button", { name: "Run", exact: true }).click();
+  await expect.poll(() => upstream.worked()).toBe(1);
+  await page.getByRole("button", { name: "Cancel" }).click();
+  await page.goto("/#/runs");
+  await expect(async () => {
+    await page.getByRole("button", { name: "Show", exact: true }).click();
+    await expect(rows(page)).toHaveCount(1, { timeout: 2000 });
+  }).toPass();
+  await expect(rows(page)).toContainText("Cut off");
+  await rows(page).getByRole("button", { name: /Details/ }).click();
+  await expect(page.getByText("The tool may have been run")).toBeVisible();
+  await guard.look("runs-cut-off");
 });
 
 test.describe("with arguments kept", () => {

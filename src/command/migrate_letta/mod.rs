@@ -14,7 +14,7 @@ use crate::model::{By, Secret};
 use crate::progress::Progress;
 use crate::store::{self, LettaDatabase, LettaRows, Step, Store};
 
-use super::{Failure, open_store, say, shown, value};
+use super::{Document, Failure, open_store, say, shown, value};
 use plan::{Choice, Fate, Here, Line, Plan, counted};
 use unseal::Opener;
 
@@ -141,7 +141,7 @@ impl Migration<'_> {
             written.map_err(|error| Failure::from(failed(error)).with(&report(0)))?;
         }
         match self.as_json {
-            true => say(value(&report(came))),
+            true => say(Document(value(&report(came)))),
             false => self.tell(coming, dry_run, plan.count(Fate::Stays)),
         }
         Ok(())

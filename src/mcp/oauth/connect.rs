@@ -222,11 +222,7 @@ impl Mcp {
         let by = By::caller(Some(caller));
         let pending: Option<Pending> = taken.material.and_then(|material| serde_json::from_slice(&material).ok());
         let outcome = match pending {
-            Some(pending) => {
-                let exchange = self.exchange(server_id, &taken.id, pending, answer, iss, &by);
-                let exchanged = ins.unless_stopped(exchange).await;
-                exchanged.unwrap_or_else(|| Err(SignInError::Failed(Problem::Stopping.to_string())))
-            }
+            Some(pending) => self.exchange(server_id, &taken.id, pending, answer, iss, &by).await,
             None => Err(SignInError::NotStored),
         };
         if let (Ok(_), Some(server_id)) = (&outcome, server_id) {
@@ -300,7 +296,10 @@ impl Mcp {
         let grant = Grant::Code { code: &code, verifier: &pending.verifier, redirect_uri: &pending.redirect_uri };
         let secret = pending.client_secret.as_ref();
         let asking = token::ask(&way, &pending.endpoint, &pending.client_id, secret, &grant, &pending.resource);
-        let tokens = timeout(EXCHANGE_TIMEOUT, asking).await.unwrap_or(Err(Problem::TimedOut)).map_err(failed)?;
+        // What came is stored, also when a stop has begun: it is given once.
+        let asked =
+            ins.unless_stopped(timeout(EXCHANGE_TIMEOUT, asking)).await.ok_or_else(|| failed(Problem::Stopping))?;
+        let tokens = asked.unwrap_or(Err(Problem::TimedOut)).map_err(failed)?;
         let made = SignIn {
             server_url: pending.server_url,
             issuer: pending.issuer,

@@ -202,10 +202,7 @@ impl Signer {
 
     async fn settle(&self, refused: Option<i64>) -> Result<Option<Arc<Token>>, Problem> {
         let source = self.0.clone();
-        let settling = self.0.ins.tracker().spawn(async move {
-            let settled = source.ins.unless_stopped(source.settle(refused)).await;
-            settled.unwrap_or(Err(Problem::Stopping))
-        });
+        let settling = self.0.ins.tracker().spawn(async move { source.settle(refused).await });
         // It ends without an outcome only with the runtime.
         settling.await.unwrap_or(Err(Problem::Stopping))
     }
@@ -290,7 +287,7 @@ impl Source {
                 if !is_refused && !token.is_over() {
                     return Ok(Some(token));
                 }
-                sleep(LOOK).await;
+                self.ins.unless_stopped(sleep(LOOK)).await.ok_or(Problem::Stopping)?;
                 continue;
             }
             let fetched = self.fetch_in_time(Some(&sign_in)).await;
@@ -419,7 +416,9 @@ impl Source {
     }
 
     async fn fetch_in_time(&self, old: Option<&SignIn>) -> Result<SignIn, Problem> {
-        let fetched = timeout(FETCH_TIMEOUT, self.fetch(old)).await.unwrap_or(Err(Problem::TimedOut));
+        // What came is stored, also when a stop has begun: it is given once.
+        let fetched = self.ins.unless_stopped(timeout(FETCH_TIMEOUT, self.fetch(old))).await;
+        let fetched = fetched.ok_or(Problem::Stopping).and_then(|fetched| fetched.unwrap_or(Err(Problem::TimedOut)));
         self.ins.metrics().refreshed(match &fetched {
             Ok(_) => RefreshResult::Renewed,
             Err(Problem::Refused(_)) => RefreshResult::Refused,
