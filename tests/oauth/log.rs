@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::fake::oauth::Rules;
 use crate::harness::Portolan;
 
-use super::{Kind, Upstream, Watch, allow, come_back, register, registered, sign_in, visit};
+use super::{CALLBACK, Kind, Upstream, Watch, allow, come_back, register, registered, sign_in, visit};
 
 /// Action, server and who, oldest first, of what concerns sign-ins.
 async fn told(portolan: &Portolan) -> Vec<(String, Value, Value)> {
@@ -56,5 +56,29 @@ async fn a_sign_in_from_before_a_registration_is_adopted() {
     register(&portolan, "notes", upstream.config()).await;
     let adopted = ("sign_in.adopted".to_owned(), json!("notes"), Value::Null);
     assert_eq!(told(&portolan).await, [completed, adopted]);
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_that_takes_the_client_away_ends_the_sign_in() {
+    const IMPORT: &str = "/v1/portolan/import";
+    let [upstream, other] = [(); 2].map(|()| Upstream::start(Kind::Http, Rules::default()));
+    let portolan = Portolan::start_with(allow([&upstream.authority, &other.authority])).await;
+    upstream.authority.register("by-hand", None, CALLBACK);
+    upstream.authority.set(|rules| rules.metadata = json!({"token_endpoint_auth_methods_supported": ["none"]}));
+    let id = register(&portolan, "notes", upstream.config_with(json!({"client_id": "by-hand"}))).await;
+    sign_in(&portolan, &id).await;
+    let file = |url: &str| json!({"mcpServers": {"notes": {"url": url, "headers": {"x-mark": "one"}}}});
+    let import = async |url: &str| {
+        let report = portolan.post(IMPORT, &file(url)).await.expect(200);
+        assert_eq!(report["changed"], json!(["notes"]), "{report}");
+        portolan.app.store.sign_in(&id).await.unwrap().is_some()
+    };
+    let completed = ("sign_in.completed".to_owned(), json!("notes"), Value::Null);
+    assert!(import(&upstream.server.url).await, "at the same place it has the same client");
+    assert_eq!(told(&portolan).await, [completed.clone()]);
+    assert!(!import(&other.server.url).await, "no client of its own goes elsewhere, and no sign-in as that");
+    let removed = ("sign_in.removed".to_owned(), json!("notes"), Value::Null);
+    assert_eq!(told(&portolan).await, [completed, removed]);
     portolan.stop().await;
 }
