@@ -26,7 +26,7 @@ pub struct Failure {
     /// What is wrong with a file, as the API says it.
     issues: Vec<Issue>,
     /// What there is to report all the same.
-    report: Map<String, Value>,
+    report: Box<Map<String, Value>>,
     /// The document was printed before this happened.
     pub is_late: bool,
 }
@@ -39,7 +39,7 @@ impl Failure {
 
     fn with(mut self, report: &impl Serialize) -> Self {
         if let Value::Object(report) = value(report) {
-            self.report = report;
+            self.report = report.into();
         }
         self
     }
@@ -50,7 +50,7 @@ impl Failure {
         if !self.issues.is_empty() {
             error["errors"] = json!(self.issues);
         }
-        let mut document = self.report.clone();
+        let mut document = Map::clone(&self.report);
         document.insert("error".to_owned(), error);
         document.into()
     }
@@ -58,7 +58,7 @@ impl Failure {
 
 impl From<String> for Failure {
     fn from(detail: String) -> Self {
-        Self { detail, issues: vec![], report: Map::new(), is_late: false }
+        Self { detail, issues: vec![], report: Box::default(), is_late: false }
     }
 }
 
