@@ -172,6 +172,15 @@ fn unread(pid: u32) -> u64 {
     rustix::io::ioctl_fionread(input).unwrap()
 }
 
+/// Whether all of a process's threads have come to a stop: one that is in a read may take what comes before.
+fn is_stopped(pid: u32) -> bool {
+    let is_stopped = |thread: std::io::Result<std::fs::DirEntry>| {
+        let stat = std::fs::read_to_string(thread.unwrap().path().join("stat")).unwrap();
+        stat.rsplit_once(") ").unwrap().1.starts_with('T')
+    };
+    std::fs::read_dir(format!("/proc/{pid}/task")).unwrap().all(is_stopped)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_call_that_a_child_never_read_is_made_to_its_successor_and_one_that_it_read_is_not() {
     let portolan = Portolan::start().await;
@@ -197,6 +206,7 @@ async fn a_call_that_a_child_never_read_is_made_to_its_successor_and_one_that_it
         let [pid] = servers()[..] else { panic!("one server") };
         assert_eq!(unread(pid), 0);
         signal("-STOP", pid);
+        eventually("it stops", || is_stopped(pid)).await;
         let running = tokio::spawn(async move { remote.post(&path, &json!({"args": {"message": "here"}})).await });
         eventually("the call is in the pipe", || unread(pid) > 0).await;
         signal("-KILL", pid);
