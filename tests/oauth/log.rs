@@ -76,7 +76,7 @@ async fn an_import_that_takes_the_client_away_ends_the_sign_in() {
     };
     let completed = ("sign_in.completed".to_owned(), json!("notes"), Value::Null);
     assert!(import(&upstream.server.url).await, "at the same place it has the same client");
-    assert_eq!(told(&portolan).await, [completed.clone()]);
+    assert_eq!(told(&portolan).await, std::slice::from_ref(&completed));
     assert!(!import(&other.server.url).await, "no client of its own goes elsewhere, and no sign-in as that");
     let removed = ("sign_in.removed".to_owned(), json!("notes"), Value::Null);
     assert_eq!(told(&portolan).await, [completed, removed]);
