@@ -334,7 +334,7 @@ async fn counts_are_those_of_what_happened() {
     assert_eq!(gone.get("portolan_store_errors_total{operation=\"read\"}"), 1.0);
     assert_eq!(gone.get("portolan_store_errors_total{operation=\"write\"}"), 1.0);
     assert_eq!(gone.get("portolan_http_errors_total{code=\"unavailable\"}"), 2.0);
-    portolan.stop().await;
+    portolan.stop_without_database().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

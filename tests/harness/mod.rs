@@ -243,21 +243,23 @@ impl Portolan {
 
     /// Stops gracefully, and asserts that nothing is left.
     pub(crate) async fn stop(self) {
-        self.stop_with(Ok(())).await;
+        assert_eq!(self.end().await, Ok(()));
     }
 
-    /// Stops gracefully after its database has gone for good, so that nobody takes what is left of the run log.
+    /// Stops gracefully after its database has gone for good: nobody takes what is left of the run log, if there is any.
     pub(crate) async fn stop_without_database(self) {
-        self.stop_with(Err(Unclean::RunLog)).await;
+        let ended = self.end().await;
+        assert!(matches!(ended, Ok(()) | Err(Unclean::RunLog)), "{ended:?}");
     }
 
-    async fn stop_with(mut self, expected: Result<(), Unclean>) {
+    async fn end(mut self) -> Result<(), Unclean> {
         self.shutdown.cancel();
         let serving = self.serving.take().expect("it is stopped once");
         let ended = tokio::time::timeout(Duration::from_secs(40), serving).await;
-        assert_eq!(ended.expect("Portolan stops").expect("it does not panic"), expected);
+        let ended = ended.expect("Portolan stops").expect("it does not panic");
         assert_eq!(self.children(), Vec::<u32>::new(), "a child was left");
         std::mem::replace(&mut self.database, Database { postgres: None }).remove().await;
+        ended
     }
 }
 
