@@ -18,6 +18,8 @@ export default defineConfig({
   fullyParallel: true,
   workers: 2,
   forbidOnly: true,
+  // A browser may crash by itself; what passed only the second time is listed as flaky.
+  retries: 1,
   // Generous, because CI is slow: nothing here is about time.
   timeout: 180_000,
   expect: { timeout: 20_000 },
