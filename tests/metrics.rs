@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::fake::{self, Fake, Script};
-use crate::harness::{FakeProgram, PATIENCE, Portolan, Remote, client, kill, patiently};
+use crate::harness::{FakeProgram, PATIENCE, Portolan, Remote, client, eventually, kill, patiently};
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const PROMETHEUS: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -324,6 +324,8 @@ async fn counts_are_those_of_what_happened() {
     let taken = json!({"server_name": "child", "config": {"server_url": http.url}});
     portolan.post("/v1/mcp-servers/", &taken).await.expect(409);
     assert_eq!(scrape(&portolan).await.get("portolan_store_errors_total{operation=\"write\"}"), 0.0);
+    // What the log would write now would be counted, too.
+    eventually("the runs are logged", || portolan.app.run_log.depth() == 0).await;
     portolan.app.store.close().await;
     portolan.get("/v1/mcp-servers/").await.expect(503);
     portolan
