@@ -11,8 +11,8 @@ use std::time::Duration;
 
 use chrono::{SubsecRound, TimeDelta};
 use serde_json::{Map, Value};
-use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, sleep_until, timeout};
+use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -62,6 +62,8 @@ struct Shared {
     content: AtomicUsize,
     dropped: AtomicU64,
     warned: Mutex<Option<Instant>>,
+    /// Somebody waits for rows that are gathered.
+    hurry: Notify,
     closing: CancellationToken,
     abandoned: CancellationToken,
     tasks: TaskTracker,
@@ -85,6 +87,7 @@ impl RunLog {
             content: AtomicUsize::new(0),
             dropped: AtomicU64::new(0),
             warned: Mutex::new(None),
+            hurry: Notify::new(),
             closing: CancellationToken::new(),
             abandoned: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -147,6 +150,7 @@ impl RunLog {
     pub async fn flush(&self) {
         let (written, done) = oneshot::channel();
         if self.depth() > 0 && self.0.queue.try_send(Entry::Flush(written)).is_ok() {
+            self.0.hurry.notify_one();
             let _ = timeout(FLUSH_TIMEOUT, done).await;
         }
     }
@@ -236,17 +240,18 @@ impl RunLog {
                 entries.recv_many(taken, RUNS_AT_ONCE).await
             }
         };
-        let end = Instant::now() + GATHER;
-        while first > 0
-            && taken.len() < RUNS_AT_ONCE
-            && !taken.iter().any(|entry| matches!(entry, Entry::Flush(_)))
-            && !closing.is_cancelled()
-        {
-            let room = RUNS_AT_ONCE - taken.len();
+        let is_asked_for = taken.iter().any(|entry| matches!(entry, Entry::Flush(_)));
+        if first > 0 && taken.len() < RUNS_AT_ONCE && !is_asked_for {
+            // Nothing is taken meanwhile: each run would have to wake whoever waits for it.
             tokio::select! {
-                more = entries.recv_many(taken, room) => if more == 0 { break },
-                () = sleep_until(end) => break,
-                () = closing.cancelled() => break,
+                () = sleep(GATHER) => {}
+                () = self.0.hurry.notified() => {}
+                () = closing.cancelled() => {}
+            }
+            while taken.len() < RUNS_AT_ONCE
+                && let Ok(entry) = entries.try_recv()
+            {
+                taken.push(entry);
             }
         }
         first > 0
