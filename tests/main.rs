@@ -28,6 +28,7 @@ mod misbehaviour;
 mod oauth;
 mod process;
 mod repeats;
+mod replicas;
 mod run_log;
 mod runs;
 mod sealing;

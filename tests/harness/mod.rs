@@ -38,20 +38,27 @@ pub(crate) struct Portolan {
 /// The database of one test; ended by [`Database::remove`].
 pub(crate) struct Database {
     postgres: Option<(String, String)>,
+    /// Another Portolan of the test removes it.
+    is_borrowed: bool,
 }
 
 impl Database {
     pub(crate) async fn new() -> Self {
-        let Ok(server) = std::env::var("PORTOLAN_TEST_POSTGRES_URL") else { return Self { postgres: None } };
+        let Ok(server) = std::env::var("PORTOLAN_TEST_POSTGRES_URL") else { return Self::none() };
         let name = format!("test_{}", uuid::Uuid::new_v4().simple());
         let mut connection = PgConnection::connect(&server).await.expect("the test server takes connections");
         connection.execute(AssertSqlSafe(format!("CREATE DATABASE {name}"))).await.expect("the test user may create");
-        Self { postgres: Some((server, name)) }
+        Self { postgres: Some((server, name)), is_borrowed: false }
     }
 
     /// SQLite, whatever the run is for.
     pub(crate) fn none() -> Self {
-        Self { postgres: None }
+        Self { postgres: None, is_borrowed: false }
+    }
+
+    /// The same database for another Portolan, which ends before the one that has it.
+    fn lent(&self) -> Self {
+        Self { postgres: self.postgres.clone(), is_borrowed: true }
     }
 
     pub(crate) fn url(&self) -> Option<String> {
@@ -62,7 +69,7 @@ impl Database {
     }
 
     pub(crate) async fn remove(self) {
-        let Some((server, name)) = self.postgres else { return };
+        let Some((server, name)) = self.postgres.filter(|_| !self.is_borrowed) else { return };
         let mut connection = PgConnection::connect(&server).await.expect("the test server takes connections");
         let drop = AssertSqlSafe(format!("DROP DATABASE {name} WITH (FORCE)"));
         connection.execute(drop).await.expect("the test user may drop");
@@ -88,8 +95,18 @@ impl Portolan {
     }
 
     pub(crate) async fn start_with(change: impl FnOnce(&mut Settings)) -> Self {
+        Self::start_on(Database::new().await, change).await
+    }
+
+    /// Another Portolan that serves on the same database, with a data folder of its own; to be stopped before this one. `None`
+    /// where the database is not shared.
+    pub(crate) async fn replica(&self, change: impl FnOnce(&mut Settings)) -> Option<Self> {
+        self.shares_its_database().then_some(())?;
+        Some(Self::start_on(self.database.lent(), change).await)
+    }
+
+    async fn start_on(database: Database, change: impl FnOnce(&mut Settings)) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        let database = Database::new().await;
         let settings = settings(folder.path(), &database, change);
         let app = App::open(settings).await.expect("Portolan starts");
         let client = client();
@@ -258,7 +275,7 @@ impl Portolan {
         let ended = tokio::time::timeout(Duration::from_secs(40), serving).await;
         let ended = ended.expect("Portolan stops").expect("it does not panic");
         assert_eq!(self.children(), Vec::<u32>::new(), "a child was left");
-        std::mem::replace(&mut self.database, Database { postgres: None }).remove().await;
+        std::mem::replace(&mut self.database, Database::none()).remove().await;
         ended
     }
 }
