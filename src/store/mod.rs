@@ -33,7 +33,7 @@ use sqlx::sqlite::{
 use sqlx::{ConnectOptions, Connection};
 
 pub use batch::{NewServer, Step};
-pub use feed::Topic;
+pub use feed::{Changed, News, Topic};
 pub use journal::ChangesWanted;
 pub use keys::{KeyError, KeySource, new_key};
 pub use letta::{
@@ -47,7 +47,7 @@ pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
 pub use tools::Listing;
 
 use feed::Feed;
-use known::{Known, SHARED_TRUST};
+use known::Known;
 use sealing::Seal;
 
 use crate::telemetry::metrics::{Operation, Operations};
@@ -223,11 +223,8 @@ impl Store {
         }
         let (database, adopt) = Database::open(url, data_dir).await?;
         let seal = Seal::open(&database, keys, data_dir, adopt).await?;
-        let trusted_for = match database {
-            Database::Postgres(_) => Some(SHARED_TRUST),
-            Database::Sqlite { .. } => None,
-        };
-        let (known, seal) = (Arc::new(Known::new(trusted_for)), Arc::new(seal));
+        let is_shared = matches!(database, Database::Postgres(_));
+        let (known, seal) = (Arc::new(Known::new(is_shared)), Arc::new(seal));
         let feed = Arc::new(Feed::new());
         Ok(Self { database, known, feed, seal, operations: Operations::default() })
     }
