@@ -221,7 +221,8 @@ impl Unlocked<'_> {
 
     /// Checks that these are keys of this database, and makes the first one known there; in a database in which nothing
     /// was sealed, what older versions wrote in clear is sealed. One at a time: of two that start on a new database with
-    /// different keys, the second is refused. Returns the keys that are not on the ring and the servers they seal.
+    /// different keys, the second is refused. Where there is nothing to write nobody waits, however many start. Returns the keys
+    /// that are not on the ring and the servers they seal.
     async fn admit(&self, ring: &Keyring, adopt: bool) -> Result<Vec<(String, i64)>, SealError> {
         const KEYS: &str = "SELECT id, known FROM sealing_keys ORDER BY created_at, id";
         const INSERT: &str = "INSERT INTO sealing_keys (id, known, created_at) VALUES ($1, $2, $3)";
@@ -233,20 +234,15 @@ impl Unlocked<'_> {
             Database::Sqlite { .. } => "DELETE FROM sealing_keys WHERE 1 = 0",
         };
         let first = ring.first();
+        let known: Vec<(String, String)> = on_pool!(self, write pool => sqlx::query_as(KEYS).fetch_all(pool).await?);
+        if check(ring, &known)? {
+            return self.unknown_to(ring).await;
+        }
         on_pool!(self, write pool => {
             let mut transaction = pool.begin().await?;
             sqlx::query(lock).execute(&mut *transaction).await?;
             let keys: Vec<(String, String)> = sqlx::query_as(KEYS).fetch_all(&mut *transaction).await?;
-            let ours: Vec<_> = keys.iter().filter(|(id, _)| ring.key(id).is_some()).collect();
-            if let Some((theirs, _)) = keys.last().filter(|_| ours.is_empty()) {
-                return Err(SealError::Wrong { theirs: theirs.clone(), ours: first.id().to_owned() });
-            }
-            for (id, known) in ours {
-                if ring.open(known_of(id), known).ok().is_none_or(|text| text.as_slice() != KNOWN) {
-                    return Err(SealError::Check(id.clone()));
-                }
-            }
-            if !keys.iter().any(|(id, _)| id == first.id()) {
+            if !check(ring, &keys)? {
                 sqlx::query(INSERT)
                     .bind(first.id())
                     .bind(first.seal(known_of(first.id()), KNOWN))
@@ -270,9 +266,32 @@ impl Unlocked<'_> {
             }
             transaction.commit().await?;
         });
+        self.unknown_to(ring).await
+    }
+
+    /// The keys that are not on the ring and the servers they seal.
+    async fn unknown_to(&self, ring: &Keyring) -> Result<Vec<(String, i64)>, SealError> {
         let sealed_by = self.sealed_by().await?;
         Ok(sealed_by.into_iter().filter(|(key, _)| ring.key(key).is_none()).collect())
     }
+}
+
+/// Whether a database with these keys knows the first one on the ring already.
+///
+/// # Errors
+/// [`SealError::Wrong`] when it knows others alone, [`SealError::Check`].
+fn check(ring: &Keyring, keys: &[(String, String)]) -> Result<bool, SealError> {
+    let first = ring.first();
+    let ours: Vec<_> = keys.iter().filter(|(id, _)| ring.key(id).is_some()).collect();
+    if let Some((theirs, _)) = keys.last().filter(|_| ours.is_empty()) {
+        return Err(SealError::Wrong { theirs: theirs.clone(), ours: first.id().to_owned() });
+    }
+    for (id, known) in ours {
+        if ring.open(known_of(id), known).ok().is_none_or(|text| text.as_slice() != KNOWN) {
+            return Err(SealError::Check(id.clone()));
+        }
+    }
+    Ok(keys.iter().any(|(id, _)| id == first.id()))
 }
 
 /// The sealed columns of a server.
