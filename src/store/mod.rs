@@ -42,7 +42,7 @@ pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};
 pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
-pub use tools::Listing;
+pub use tools::{Listing, Over};
 
 use known::{Known, SHARED_TRUST};
 use sealing::Seal;
