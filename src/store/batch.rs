@@ -2,6 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
+use sqlx::Connection;
 
 use crate::model::{Action, By, Connector, Offered, SignIn, State, definition_hash, sha256_hex};
 
@@ -58,7 +59,7 @@ impl Store {
         const REMOVE: &str = "DELETE FROM servers WHERE id = $1 AND revision = $2 RETURNING server_name";
         let now = now();
         let write = async {
-            on_db!(self, write pool => {
+            on_db!(self, long write pool => {
                 let mut transaction = pool.begin().await?;
                 let mut told = Vec::new();
                 for (done, step) in (1..).zip(steps) {
