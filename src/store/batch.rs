@@ -2,6 +2,7 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
+use sqlx::Connection;
 
 use crate::model::{Action, By, Connector, Offered, SignIn, State, definition_hash, sha256_hex};
 
@@ -71,7 +72,7 @@ impl Store {
         let mut ordered: Vec<&Step> = steps.iter().collect();
         ordered.sort_by_key(|step| step.turn());
         let write = async {
-            on_db!(self, write pool => {
+            on_db!(self, long write pool => {
                 let mut transaction = pool.begin().await?;
                 let mut told = Vec::new();
                 for (done, step) in (1..).zip(&ordered) {

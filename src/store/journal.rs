@@ -70,7 +70,7 @@ impl Store {
     pub async fn changes(&self, wanted: &ChangesWanted) -> Result<Vec<Change>, Error> {
         const SELECT: &str =
             "SELECT id, at, caller, action, mcp_server_id, server_name, details FROM changes WHERE 1 = 1";
-        Ok(on_db!(self, read pool => {
+        Ok(on_db!(self, long read pool => {
             let mut query = sqlx::QueryBuilder::new(SELECT);
             if let Some(server_id) = &wanted.mcp_server_id {
                 query.push(" AND mcp_server_id = ").push_bind(server_id);
@@ -105,7 +105,7 @@ impl Store {
                 "DELETE FROM changes WHERE id IN (SELECT id FROM changes WHERE at < $1 ORDER BY at LIMIT $2)"
             }
         };
-        Ok(on_db!(self, write pool => {
+        Ok(on_db!(self, long write pool => {
             sqlx::query(sql).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
         })?)
     }

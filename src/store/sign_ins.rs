@@ -6,7 +6,7 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use secrecy::zeroize::Zeroizing;
 use serde_json::json;
-use sqlx::FromRow;
+use sqlx::{Connection, FromRow};
 
 use crate::model::{Action, By, SignIn};
 

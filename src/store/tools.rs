@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
-use sqlx::FromRow;
+use sqlx::{Connection, FromRow};
 
 use crate::model::{Action, By, Era, Offered, ServerTool, State, Tool, ToolChanges, sha256_hex};
 
@@ -223,9 +223,10 @@ impl Store {
             "SELECT 1 FROM tools WHERE id = $1 AND server_id = $2 AND definition = $3 AND approved_hash IS NULL";
         let write = async {
             on_db!(self, write pool => {
-                let tool: Option<Tool> = sqlx::query_as(FIND).bind(tool_id).bind(server_id).fetch_optional(pool).await?;
-                let Some(tool) = tool.filter(|tool| hash.is_none_or(|hash| tool.hash() == hash)) else { return Ok(false) };
                 let mut transaction = pool.begin().await?;
+                let tool: Option<Tool> =
+                    sqlx::query_as(FIND).bind(tool_id).bind(server_id).fetch_optional(&mut *transaction).await?;
+                let Some(tool) = tool.filter(|tool| hash.is_none_or(|hash| tool.hash() == hash)) else { return Ok(false) };
                 let approve = sqlx::query_scalar(APPROVE).bind(tool_id).bind(server_id).bind(&tool.definition);
                 let name: Option<String> = approve.fetch_optional(&mut *transaction).await?;
                 let Some(name) = name else {
