@@ -26,7 +26,7 @@ use uuid::Uuid;
 use crate::config::Runs as Settings;
 use crate::error::Error;
 use crate::mcp;
-use crate::store::{self, Claim, Claimed, NewSharedRun, Question, Replica, SharedProgress as Progress, Store, now};
+use crate::store::{self, Claim, Claimed, NewSharedRun, Question, Replica, SharedProgress as Progress, Store, Topic, now};
 
 use super::drip::Ended;
 use super::repeats::{Call, Digest, key_taken};
@@ -44,10 +44,11 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 const MAX_UNWRITTEN: usize = 64 * 1024 * 1024;
 /// How long replicas that live have to answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
-/// Between two looks at a run elsewhere, at the replicas, and at their questions.
+/// Between two looks at a run elsewhere, at the replicas, and at what they ask.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 const LOOK_AT_REPLICAS_EVERY: Duration = Duration::from_secs(2);
-const QUESTIONS_EVERY: Duration = Duration::from_secs(1);
+/// Where the database has no NOTIFY, too, answers come in time.
+const QUESTIONS_EVERY: Duration = Duration::from_secs(2);
 /// How many beats there are in the time after which a replica without any is lost.
 const BEATS: u32 = 6;
 /// How much longer than a run may take one waits for its end elsewhere.
@@ -377,6 +378,7 @@ impl Elsewhere {
         let asked = self.0.store.ask(&identity, &call.server_id, &self.0.replica, expires_at);
         let question = timeout(RECORD_TIMEOUT, asked).await.map_err(|_| away())??;
         asking.number(question);
+        self.0.store.announce(Topic::Runs);
         let verdict = self.answer_to(question, &others, local, asking, is_repeated).await;
         self.forget(question);
         verdict
@@ -391,6 +393,7 @@ impl Elsewhere {
         is_repeated: &AtomicBool,
     ) -> Result<Verdict, Error> {
         let deadline = Instant::now() + ANSWER_TIMEOUT;
+        let mut heard = self.0.store.heard(Topic::Runs);
         let claims = loop {
             // First who has answered, then what: a replica writes them in the other order.
             let now = self.0.store.others(&self.0.replica).await?;
@@ -407,7 +410,7 @@ impl Elsewhere {
             if Instant::now() >= deadline {
                 return Err(Error::RunUnknown { replied: false });
             }
-            sleep(LOOK_EVERY / 2).await;
+            let _ = timeout(LOOK_EVERY, heard.changed()).await;
         };
         let ours = match &local {
             Recall::Refused(age) | Recall::Known(Known { age, .. }) => Some(before(*age)),
@@ -452,6 +455,7 @@ impl Elsewhere {
     async fn attend(self, recall: impl Fn(&Digest, i64) -> Recall) {
         let every = self.0.settings.replica_lost_after / BEATS;
         let (mut answered, mut beat_at, mut told) = (0, Instant::now(), false);
+        let mut heard = self.0.store.heard(Topic::Runs);
         loop {
             let questions = timeout(WRITE_TIMEOUT, self.0.store.questions_after(answered)).await;
             let mut up_to = answered;
@@ -472,9 +476,12 @@ impl Elsewhere {
                 _ => {}
             }
             if (up_to > answered || beat_at.elapsed() >= every) && self.beat(up_to).await {
+                if up_to > answered {
+                    self.0.store.announce(Topic::Runs);
+                }
                 (answered, beat_at) = (up_to, Instant::now());
             }
-            sleep(QUESTIONS_EVERY.min(every)).await;
+            let _ = timeout(QUESTIONS_EVERY.min(every), heard.changed()).await;
         }
     }
 

@@ -5,6 +5,7 @@
 
 mod batch;
 mod changes;
+mod feed;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod journal;
@@ -34,6 +35,7 @@ use sqlx::sqlite::{
 use sqlx::{ConnectOptions, Connection};
 
 pub use batch::{NewServer, Step};
+pub use feed::Topic;
 pub use journal::ChangesWanted;
 pub use keys::{KeyError, KeySource, new_key};
 pub use letta::{
@@ -48,6 +50,7 @@ pub use shared_runs::{Claim, Claimed, NewSharedRun, Progress as SharedProgress, 
 pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
 pub use tools::Listing;
 
+use feed::Feed;
 use known::{Known, SHARED_TRUST};
 use sealing::Seal;
 
@@ -74,6 +77,7 @@ const SEALING: &str = "SELECT 1 FROM sealing_keys";
 pub struct Store {
     pub database: Database,
     known: Arc<Known>,
+    feed: Arc<Feed>,
     seal: Arc<Seal>,
     operations: Operations,
 }
@@ -228,7 +232,8 @@ impl Store {
             Database::Sqlite { .. } => None,
         };
         let (known, seal) = (Arc::new(Known::new(trusted_for)), Arc::new(seal));
-        Ok(Self { database, known, seal, operations: Operations::default() })
+        let feed = Arc::new(Feed::new());
+        Ok(Self { database, known, feed, seal, operations: Operations::default() })
     }
 
     /// The same store, whose operations are counted in `operations` from now on.
@@ -259,6 +264,7 @@ impl Store {
 
     /// Ends all connections, after the statements that are running.
     pub async fn close(&self) {
+        self.feed.close().await;
         self.database.close().await;
     }
 
