@@ -46,6 +46,7 @@ const MAX_UNWRITTEN: usize = 64 * 1024 * 1024;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two looks at a run elsewhere, at the replicas, and at what they ask.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
+const LOOK_FOR_ANSWERS_EVERY: Duration = Duration::from_millis(100);
 const LOOK_AT_REPLICAS_EVERY: Duration = Duration::from_secs(2);
 /// Where the database has no NOTIFY, too, answers come in time.
 const QUESTIONS_EVERY: Duration = Duration::from_secs(2);
@@ -393,7 +394,6 @@ impl Elsewhere {
         is_repeated: &AtomicBool,
     ) -> Result<Verdict, Error> {
         let deadline = Instant::now() + ANSWER_TIMEOUT;
-        let mut heard = self.0.store.heard(Topic::Runs);
         let claims = loop {
             // First who has answered, then what: a replica writes them in the other order.
             let now = self.0.store.others(&self.0.replica).await?;
@@ -410,7 +410,8 @@ impl Elsewhere {
             if Instant::now() >= deadline {
                 return Err(Error::RunUnknown { replied: false });
             }
-            let _ = timeout(LOOK_EVERY, heard.changed()).await;
+            // Nobody is told of answers: all would have to hear of all.
+            sleep(LOOK_FOR_ANSWERS_EVERY).await;
         };
         let ours = match &local {
             Recall::Refused(age) | Recall::Known(Known { age, .. }) => Some(before(*age)),
@@ -476,9 +477,6 @@ impl Elsewhere {
                 _ => {}
             }
             if (up_to > answered || beat_at.elapsed() >= every) && self.beat(up_to).await {
-                if up_to > answered {
-                    self.0.store.announce(Topic::Runs);
-                }
                 (answered, beat_at) = (up_to, Instant::now());
             }
             let _ = timeout(QUESTIONS_EVERY.min(every), heard.changed()).await;
