@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::{Bodies, EveryPage, Origins, Runs, TokenError, Tokens};
+use crate::api::{Bodies, Elsewhere, EveryPage, Origins, Runs, TokenError, Tokens};
 use crate::config::{Entry, Settings};
 use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
@@ -140,7 +140,8 @@ impl App {
         let variables = VariablesFile::open(settings.variables.variables_file.clone())?;
         let upstream = settings.upstream.clone();
         let mcp = Mcp::new(store.clone(), upstream, egress, children, variables, metrics.clone(), tracker.clone());
-        let runs = Runs::new(settings.runs.clone(), tracker.clone());
+        let elsewhere = Elsewhere::new(store.clone(), settings.runs.clone(), settings.upstream.run_timeout);
+        let runs = Runs::new(settings.runs.clone(), elsewhere, tracker.clone());
         let run_log = RunLog::new(settings.run_log.clone(), store.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
         let (settings, load) = (Arc::new(settings), Arc::default());
@@ -157,6 +158,8 @@ impl App {
         if let Ok(address) = listener.local_addr() {
             self.mcp.egress.listens_on(address.port());
         }
+        // Before the first run, for which others may ask.
+        self.runs.open().await;
         let (router, load) = (api::router(self.clone()), self.load.clone());
         let serving = serve::serve(listener, router, &self.settings.entry, load, shutdown.clone());
         // A client whose connection is cut would ask for its run again, at a Portolan that knows nothing of it.
@@ -173,7 +176,7 @@ impl App {
         self.runs.end();
         let clean = self.mcp.close().await;
         // Nothing runs any more.
-        let (logged, ()) = tokio::join!(self.run_log.close(), self.traces.close());
+        let (logged, ..) = tokio::join!(self.run_log.close(), self.traces.close(), self.runs.close());
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
         match (clean, logged, closed) {
             (false, ..) => Err(Unclean::Session),

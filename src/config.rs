@@ -657,6 +657,9 @@ pub struct Runs {
     /// How long after it was last handed out the outcome of a run with a key is kept
     #[arg(long, env = "PORTOLAN_KEY_WINDOW", default_value = "24h", value_parser = duration, global = true, hide = true)]
     pub key_window: Duration,
+    /// How long after it last said that it lives a replica counts as lost; it says so six times as often
+    #[arg(long, env = "PORTOLAN_REPLICA_LOST_AFTER", default_value = "30s", value_parser = duration, global = true, hide = true)]
+    pub replica_lost_after: Duration,
     /// The largest outcome that is kept, in bytes
     #[arg(long, env = "PORTOLAN_MAX_KEPT_OUTCOME_BYTES", default_value_t = 4 * 1024 * 1024, global = true, hide = true)]
     pub max_kept_outcome_bytes: usize,

@@ -26,6 +26,7 @@ mod masking;
 mod metrics;
 mod misbehaviour;
 mod oauth;
+mod once;
 mod process;
 mod repeats;
 mod replicas;

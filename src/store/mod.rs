@@ -13,11 +13,13 @@ mod keys;
 mod known;
 mod letta;
 mod presence;
+mod replicas;
 mod runs;
 mod seal;
 mod schema;
 mod sealing;
 mod servers;
+mod shared_runs;
 mod sign_ins;
 mod tools;
 
@@ -40,10 +42,12 @@ pub use keys::{KeyError, KeySource, new_key};
 pub use letta::{
     LettaDatabase, LettaError, LettaMapping, LettaOrganization, LettaRows, LettaServer, LettaSignIn, LettaTool,
 };
+pub use replicas::{LONG_DEAD, Question, Replica};
 pub use runs::{ROWS_AT_ONCE as RUNS_AT_ONCE, RunsWanted, run_id, run_id_of};
 pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};
+pub use shared_runs::{Claim, Claimed, NewSharedRun, Progress as SharedProgress, SharedRun};
 pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
 pub use tools::{Listing, Over};
 
@@ -303,6 +307,11 @@ impl Store {
     /// Whether the database answers; for `/v1/ready`.
     pub async fn ping(&self) -> Result<(), Error> {
         Ok(on_db!(self, read pool => sqlx::query("SELECT 1").execute(pool).await.map(|_| ()))?)
+    }
+
+    /// Whether other Portolans may use the same database.
+    pub fn is_shared(&self) -> bool {
+        matches!(self.database, Database::Postgres(_))
     }
 
     /// Ends all connections, after the statements that are running.
