@@ -5,7 +5,7 @@ a request twice, nothing starts without a token. Where a container engine answer
 none does, the same steps are done in plain folders (`plain.py`) with the program that is built already, the same settings, PostgreSQL
 and the same HAProxy configuration; the output says which of the two was done.
 
-Usage: PORTOLAN_BIN=… PORTOLAN_TEST_POSTGRES_URL=… tests/containers/run.py; needs root, haproxy, Node, the packages of requirements.txt and
+Usage: PORTOLAN_BIN=… PORTOLAN_DATABASE_URL=… tests/containers/run.py, a new database of PostgreSQL; needs root, haproxy, Node, the packages of requirements.txt and
 package.json, and those of tests/published.
 """
 
