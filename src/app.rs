@@ -270,6 +270,7 @@ fn make_private(folder: &Path) -> std::io::Result<()> {
 fn own_files(settings: &Settings) -> Vec<PathBuf> {
     let mut own = vec![settings.storage.data_dir.clone()];
     own.extend(settings.secrets.key_file.clone());
+    own.extend(settings.storage.database_url_file.clone());
     own.extend(settings.variables.variables_file.clone());
     own.extend(settings.traces.otlp_headers_file.clone());
     own.extend([&settings.tokens.tokens_file, &settings.tokens.token_file].into_iter().flatten().cloned());

@@ -12,6 +12,7 @@ mod children;
 mod commands;
 mod confinement;
 mod console;
+mod containers;
 mod documents;
 mod egress;
 mod endurance;

@@ -549,6 +549,12 @@ impl Mcp {
         self.children.check_unfilled(connector)
     }
 
+    /// Takes note of the end of processes that are children of this one only because their parents are gone; see
+    /// [`Children::reap_orphans`]. Takes a moment.
+    pub fn reap_orphans(&self) {
+        self.children.reap_orphans();
+    }
+
     fn filled(&self, connector: &Connector, given: &Variables) -> Result<Filled, Error> {
         Filled::new(connector, &self.variables.choose_for(connector, given)?)
     }
