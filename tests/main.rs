@@ -16,6 +16,7 @@ mod documents;
 mod egress;
 mod endurance;
 mod entry;
+mod feed;
 mod headers;
 mod house;
 mod import;
