@@ -211,6 +211,11 @@ impl App {
             spans_dropped: self.traces.lost(),
             ..Readings::default()
         };
+        if let Some(standing) = self.store.standing() {
+            readings.changes_age = standing.age;
+            readings.changes_listening = standing.listens;
+            readings.changes_notifications = standing.notifications;
+        }
         self.mcp.read(&mut readings);
         readings
     }

@@ -17,6 +17,7 @@ mod documents;
 mod egress;
 mod endurance;
 mod entry;
+mod feed;
 mod headers;
 mod house;
 mod import;
