@@ -2,12 +2,13 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
+use sqlx::Connection;
 
 use crate::model::{Action, By, Connector, Offered, SignIn, State, definition_hash, sha256_hex};
 
 use super::journal;
 use super::servers::{FORGET, GIVE_UP, client};
-use super::{Error, Store, now, on_db};
+use super::{Error, Store, Topic, now, on_db};
 
 /// A server that comes with what is known of it elsewhere.
 pub struct NewServer {
@@ -71,7 +72,7 @@ impl Store {
         let mut ordered: Vec<&Step> = steps.iter().collect();
         ordered.sort_by_key(|step| step.turn());
         let write = async {
-            on_db!(self, write pool => {
+            on_db!(self, long write pool => {
                 let mut transaction = pool.begin().await?;
                 let mut told = Vec::new();
                 for (done, step) in (1..).zip(&ordered) {
@@ -168,9 +169,13 @@ impl Store {
                             .push_bind(server_name)
                             .push_bind(details.to_string());
                     });
-                    insert.build().persistent(false).execute(&mut *transaction).await?;
+                    insert.push(" RETURNING id");
+                    let ids: Vec<i64> =
+                        insert.build_query_scalar().persistent(false).fetch_all(&mut *transaction).await?;
+                    self.feed.wrote(ids);
                 }
                 transaction.commit().await?;
+                self.announce(Topic::Changes);
                 Ok(())
             })
         };

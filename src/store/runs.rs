@@ -81,7 +81,7 @@ impl Store {
                               tool_name, outcome, error_code, args_bytes, result_bytes, content, sealed_with) ";
         // Before the statement: sealing takes time, and SQLite has one writer.
         let rows: Vec<_> = runs.iter().map(|run| (run, self.sealed_content(run))).collect();
-        on_db!(self, write pool => {
+        on_db!(self, long write pool => {
             let mut insert = sqlx::QueryBuilder::new(INSERT);
             insert.push_values(&rows, |mut values, (run, content)| {
                 values
@@ -116,7 +116,7 @@ impl Store {
     pub async fn runs(&self, wanted: &RunsWanted) -> Result<Vec<Run>, Error> {
         const SELECT: &str = "SELECT id, started_at, duration_ms, caller, mcp_server_id, server_name, tool_id, tool_name, \
                               outcome, error_code, args_bytes, result_bytes, content FROM runs WHERE 1 = 1";
-        let rows: Vec<Row> = on_db!(self, read pool => {
+        let rows: Vec<Row> = on_db!(self, long read pool => {
             let mut query = sqlx::QueryBuilder::new(SELECT);
             if let Some(server_id) = &wanted.mcp_server_id {
                 query.push(" AND mcp_server_id = ").push_bind(server_id);
@@ -171,7 +171,7 @@ impl Store {
             }
         };
         let end = first_id_at(end);
-        Ok(on_db!(self, write pool => {
+        Ok(on_db!(self, long write pool => {
             sqlx::query(sql).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
         })?)
     }

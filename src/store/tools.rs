@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
-use sqlx::FromRow;
+use sqlx::{Connection, FromRow};
 
 use crate::model::{Action, By, Era, Offered, ServerTool, State, Tool, ToolChanges, sha256_hex};
 
 use super::changes::{Plan, Trust};
 use super::journal::{self, Note, note};
 use super::sealing::ServerRow;
-use super::{Error, Store, now, on_db};
+use super::{Error, Store, Topic, now, on_db};
 
 /// The columns of [`Tool`], as `tools` has them.
 macro_rules! columns {
@@ -66,7 +66,8 @@ impl Store {
     }
 
     /// A tool of this server, with the server; a tool of another one is not found (CONTRACT row 9). From memory when it
-    /// is known, because every run waits for it; what another Portolan wrote to the same database may be a second late.
+    /// is known, because every run waits for it; what another Portolan wrote to the same database may be a moment late, and
+    /// 15 s at most.
     pub async fn tool(&self, server_id: &str, tool_id: &str) -> Result<Option<Arc<ServerTool>>, Error> {
         const SQL: &str = concat!(
             "SELECT servers.id, server_name, type, config, revision, era, state, error, last_synced_at, created_at, \
@@ -196,11 +197,16 @@ impl Store {
                     });
                     insert.build().execute(&mut *transaction).await?;
                 }
-                if let Some(details) = journal::synced(&plan.changes, shown) {
+                let details = journal::synced(&plan.changes, shown);
+                let is_noted = details.is_some();
+                if let Some(details) = details {
                     let (server_id, server_name) = (Some(server_id), Some(server_name.as_str()));
-                    note!(transaction, Note { by, action: Action::ToolsChanged, server_id, server_name, details })?;
+                    note!(self, transaction, Note { by, action: Action::ToolsChanged, server_id, server_name, details })?;
                 }
                 transaction.commit().await?;
+                if is_noted {
+                    self.announce(Topic::Changes);
+                }
                 Ok::<_, Error>(Some(plan.changes))
             })
         };
@@ -223,9 +229,10 @@ impl Store {
             "SELECT 1 FROM tools WHERE id = $1 AND server_id = $2 AND definition = $3 AND approved_hash IS NULL";
         let write = async {
             on_db!(self, write pool => {
-                let tool: Option<Tool> = sqlx::query_as(FIND).bind(tool_id).bind(server_id).fetch_optional(pool).await?;
-                let Some(tool) = tool.filter(|tool| hash.is_none_or(|hash| tool.hash() == hash)) else { return Ok(false) };
                 let mut transaction = pool.begin().await?;
+                let tool: Option<Tool> =
+                    sqlx::query_as(FIND).bind(tool_id).bind(server_id).fetch_optional(&mut *transaction).await?;
+                let Some(tool) = tool.filter(|tool| hash.is_none_or(|hash| tool.hash() == hash)) else { return Ok(false) };
                 let approve = sqlx::query_scalar(APPROVE).bind(tool_id).bind(server_id).bind(&tool.definition);
                 let name: Option<String> = approve.fetch_optional(&mut *transaction).await?;
                 let Some(name) = name else {
@@ -235,8 +242,9 @@ impl Store {
                 };
                 let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
                 let details = json!({ "tool_id": tool_id, "definition_hash": tool.hash() });
-                note!(transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
+                note!(self, transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
                 transaction.commit().await?;
+                self.announce(Topic::Changes);
                 Ok::<_, sqlx::Error>(true)
             })
         };
