@@ -218,12 +218,12 @@ async def faults_of_postgres(world):
             require(portolan.runs, f"Portolan has ended in {make.__name__}")
     finally:
         await load.end()
-        await proxy.stop()
     told = f"{len(ledger.asked)} asked, {ledger.acknowledged} acknowledged writes, {ledger.unsure} unsure; " + tell(ledger.asked, faults)
     wrong = judge(ledger.asked, faults)
     # Whoever comes now comes by another way.
     portolan.env["DATABASE_URL"] = cluster.url()
     await portolan.stop()
+    await proxy.stop()
     await portolan.start()
     lost = None
     try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import struct
 
 CHUNK = 16 * 1024
@@ -44,6 +45,8 @@ class Proxy:
         """Resets every open connection."""
         for pair in list(self._pairs):
             for writer in pair:
+                # What was not sent is given up, and the peer is told so (RST), not that all was said (FIN).
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 writer.transport.abort()
         self.cuts += 1
 

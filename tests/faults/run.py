@@ -15,8 +15,14 @@ import tempfile
 import time
 import traceback
 
+import clock
 import database
+import descriptors
+import disk
 import kills
+import proxy_test
+import replicas
+import upstreams
 from world import Failed, World
 
 # Which databases a scenario is for. Those of one group run one after another, the groups at the same time.
@@ -24,6 +30,12 @@ BOTH = ("sqlite", "postgres")
 SCENARIOS = {
     "kills": (kills.kills, BOTH),
     "postgres": (database.faults_of_postgres, ("postgres",)),
+    "replicas": (replicas.replicas, ("postgres",)),
+    "upstreams": (upstreams.upstreams, BOTH),
+    "disk": (disk.full_disk, ("sqlite",)),
+    "clock": (clock.clock, BOTH),
+    "descriptors": (descriptors.few_descriptors, BOTH),
+    "proxy": (proxy_test.a_proxy_does_what_it_says, ("sqlite",)),
 }
 
 

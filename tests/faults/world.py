@@ -140,16 +140,16 @@ class Portolan(Process):
     def __init__(self, world, name, database_url=None, wrapper=(), **settings):
         self.world = world
         folder = world.folder / name
-        self.data = folder / "data"
         folder.mkdir()
         self.port = free_port()
         ours = ("PORTOLAN_", "LETTA_", "MCP_", "DATABASE_URL", "OTEL_")
         env = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
         # Commands get a fresh environment, their keepers this one.
-        env |= {"FAULTS_MARK": world.mark, "PORTOLAN_KEY": "5f" * 32} | settings
+        env |= {"FAULTS_MARK": world.mark, "PORTOLAN_KEY": "5f" * 32, "PORTOLAN_DATA_DIR": str(folder / "data")} | settings
         if database_url:
             env["DATABASE_URL"] = database_url
-        argv = [*WITH_US, *wrapper, os.environ["PORTOLAN_BIN"], "--listen", f"127.0.0.1:{self.port}", "--data-dir", str(self.data)]
+        env |= {"PORTOLAN_LISTEN": f"127.0.0.1:{self.port}"}
+        argv = [*WITH_US, *wrapper, os.environ["PORTOLAN_BIN"]]
         super().__init__(argv, folder / "log", env)
         self.client = Client(self.port)
         world.everything.append(self)
