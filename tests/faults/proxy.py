@@ -46,7 +46,8 @@ class Proxy:
         for pair in list(self._pairs):
             for writer in pair:
                 # What was not sent is given up, and the peer is told so (RST), not that all was said (FIN).
-                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                with contextlib.suppress(OSError):  # closed already
+                    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 writer.transport.abort()
         self.cuts += 1
 

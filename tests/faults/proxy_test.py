@@ -1,6 +1,7 @@
 """The proxy does to bytes what its fault says, and nothing to others."""
 
 import asyncio
+import contextlib
 import random
 import struct
 import time
@@ -12,9 +13,10 @@ TEXT = bytes(range(256)) * 64
 
 
 async def echo(reader, writer):
-    while data := await reader.read(4096):
-        writer.write(data)
-        await writer.drain()
+    with contextlib.suppress(OSError):  # cut
+        while data := await reader.read(4096):
+            writer.write(data)
+            await writer.drain()
     writer.close()
 
 

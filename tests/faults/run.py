@@ -22,6 +22,7 @@ import disk
 import kills
 import proxy_test
 import replicas
+import soak
 import upstreams
 from world import Failed, World
 
@@ -35,6 +36,7 @@ SCENARIOS = {
     "disk": (disk.full_disk, ("sqlite",)),
     "clock": (clock.clock, BOTH),
     "descriptors": (descriptors.few_descriptors, BOTH),
+    "soak": (soak.soak, BOTH),
     "proxy": (proxy_test.a_proxy_does_what_it_says, ("sqlite",)),
 }
 
