@@ -218,7 +218,9 @@ impl Slot {
         {
             return needs.clone();
         }
-        let needs: Arc<Needs> = Arc::new(server.config.0.as_ref().map(Needs::of).unwrap_or_default());
+        // One that cannot be opened now may be once its key has come, at the same revision.
+        let Ok(connector) = &server.config.0 else { return Arc::default() };
+        let needs = Arc::new(Needs::of(connector));
         *known = Some((server.revision, needs.clone()));
         needs
     }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use crate::model::{Action, By, Change, Connector, ToolChanges};
 
-use super::{Error, Store, on_db};
+use super::{Database, Error, Store, on_db};
 
 /// How many names of tools a row tells, and the characters of each: they are a server's own words.
 const MAX_NAMES: usize = 20;
@@ -70,7 +70,7 @@ impl Store {
     pub async fn changes(&self, wanted: &ChangesWanted) -> Result<Vec<Change>, Error> {
         const SELECT: &str =
             "SELECT id, at, caller, action, mcp_server_id, server_name, details FROM changes WHERE 1 = 1";
-        Ok(on_db!(self, read pool => {
+        Ok(on_db!(self, long read pool => {
             let mut query = sqlx::QueryBuilder::new(SELECT);
             if let Some(server_id) = &wanted.mcp_server_id {
                 query.push(" AND mcp_server_id = ").push_bind(server_id);
@@ -92,11 +92,21 @@ impl Store {
         })?)
     }
 
-    /// Removes some of the changes from before `end`; how many, 0 when there are no more.
+    /// Removes some of the changes from before `end`; how many, 0 when there are no more than what another Portolan removes
+    /// just now.
     pub async fn forget_changes(&self, end: DateTime<Utc>) -> Result<u64, Error> {
-        const SQL: &str = "DELETE FROM changes WHERE id IN (SELECT id FROM changes WHERE at < $1 ORDER BY at LIMIT $2)";
-        Ok(on_db!(self, write pool => {
-            sqlx::query(SQL).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
+        let sql = match self.database {
+            // Several sweep at once: none waits for another.
+            Database::Postgres(_) => {
+                "DELETE FROM changes WHERE id IN \
+                 (SELECT id FROM changes WHERE at < $1 ORDER BY at LIMIT $2 FOR UPDATE SKIP LOCKED)"
+            }
+            Database::Sqlite { .. } => {
+                "DELETE FROM changes WHERE id IN (SELECT id FROM changes WHERE at < $1 ORDER BY at LIMIT $2)"
+            }
+        };
+        Ok(on_db!(self, long write pool => {
+            sqlx::query(sql).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
         })?)
     }
 }

@@ -2,6 +2,7 @@
 
 use secrecy::zeroize::Zeroizing;
 use serde_json::{Value, json};
+use sqlx::Connection;
 
 use crate::model::{Action, By, Connector, Era, OauthClient, Server, State};
 
@@ -78,7 +79,7 @@ impl Store {
     /// All servers, oldest first. A row whose configuration cannot be read is among them (CONTRACT row 10).
     pub async fn servers(&self) -> Result<Vec<Server>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM servers ORDER BY created_at, id");
-        let rows: Vec<ServerRow> = on_db!(self, read pool => sqlx::query_as(SQL).fetch_all(pool).await)?;
+        let rows: Vec<ServerRow> = on_db!(self, long read pool => sqlx::query_as(SQL).fetch_all(pool).await)?;
         Ok(rows.into_iter().map(|row| self.opened(row)).collect())
     }
 
@@ -86,7 +87,7 @@ impl Store {
     pub async fn new_servers(&self) -> Result<Vec<String>, Error> {
         const SQL: &str = "SELECT id FROM servers WHERE state = $1 AND last_synced_at IS NULL ORDER BY created_at, id";
         let state = State::NeverConnected.as_str();
-        Ok(on_db!(self, read pool => sqlx::query_scalar(SQL).bind(state).fetch_all(pool).await)?)
+        Ok(on_db!(self, long read pool => sqlx::query_scalar(SQL).bind(state).fetch_all(pool).await)?)
     }
 
     /// The server with this id.

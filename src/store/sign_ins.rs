@@ -6,7 +6,7 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use secrecy::zeroize::Zeroizing;
 use serde_json::json;
-use sqlx::FromRow;
+use sqlx::{Connection, FromRow};
 
 use crate::model::{Action, By, SignIn};
 
@@ -167,7 +167,9 @@ impl Store {
         })
     }
 
-    /// Takes the lease of a sign-in for `time`; `false` when it is not at this version any more, or somebody else has it.
+    /// Takes the lease of a sign-in for `time`; `false` when it is not at this version any more, or somebody else has it. By the
+    /// clock of the database, because those of two machines may differ by more than a lease takes. One that ends later than
+    /// any that was given is from before that clock was set back, and holds nobody up.
     pub async fn lease_sign_in(
         &self,
         server_id: &str,
@@ -176,18 +178,27 @@ impl Store {
         time: TimeDelta,
     ) -> Result<bool, Error> {
         const SQL: &str = "UPDATE sign_ins SET refresher = $3, lease_until = $4 WHERE server_id = $1 AND version = $2 \
-                           AND (lease_until IS NULL OR lease_until < $5)";
-        let now = now();
+                           AND (lease_until IS NULL OR lease_until < $5 OR lease_until > $6)";
+        let now = self.shared_now().await?;
         let rows = on_db!(self, write pool => sqlx::query(SQL)
             .bind(server_id)
             .bind(version)
             .bind(refresher)
             .bind(now + time)
             .bind(now)
+            .bind(now + time * 2)
             .execute(pool)
             .await
             .map(|done| done.rows_affected()))?;
         Ok(rows > 0)
+    }
+
+    /// The time by the one clock that all Portolans on this database have.
+    async fn shared_now(&self) -> Result<DateTime<Utc>, Error> {
+        match &self.database {
+            Database::Postgres(pool) => Ok(sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(pool).await?),
+            Database::Sqlite { .. } => Ok(now()),
+        }
     }
 
     /// Gives the lease of a sign-in back that was taken and not used.
@@ -360,8 +371,15 @@ impl Store {
 
     /// Forgets those whose time is over.
     pub async fn forget_old_authorizations(&self) -> Result<(), Error> {
-        const SQL: &str = "DELETE FROM authorizations WHERE expires_at < $1";
-        on_db!(self, write pool => sqlx::query(SQL).bind(now()).execute(pool).await.map(|_| ()))?;
+        let sql = match self.database {
+            // Several forget at once: none waits for another.
+            Database::Postgres(_) => {
+                "DELETE FROM authorizations WHERE id IN \
+                 (SELECT id FROM authorizations WHERE expires_at < $1 FOR UPDATE SKIP LOCKED)"
+            }
+            Database::Sqlite { .. } => "DELETE FROM authorizations WHERE expires_at < $1",
+        };
+        on_db!(self, write pool => sqlx::query(sql).bind(now()).execute(pool).await.map(|_| ()))?;
         Ok(())
     }
 }
