@@ -38,7 +38,7 @@ async def run_as_sdk(client, path, body, key):
 
 
 async def upstreams(world):
-    seconds = 12 if world.long else 4
+    seconds = 10 if world.long else 3
     upstream = await Upstream(world, "upstream").start()
     proxy = await Proxy(upstream.port, world.rng).start()
     url = (await Cluster(world).make()).url() if world.database == "postgres" else None
