@@ -182,6 +182,8 @@ async def replicas(world):
         await deaf.stop()
         await refusing.stop()
     await first.stop()
+    if not cut_off or not dropped:
+        wrong.append("nobody listened, so that nobody was cut off: this has shown nothing")
     told.append(f"{cut_off} LISTEN refused, {dropped} notifications kept back")
     require(not wrong, "; ".join(wrong), "(" + "; ".join(told) + ")")
     return "; ".join(told)
