@@ -14,6 +14,7 @@ mod events;
 mod exchange;
 mod fields;
 mod first;
+mod follow;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod hidden;
@@ -203,6 +204,7 @@ impl Mcp {
             first,
         };
         mcp.tracker.spawn(watch(mcp.clone(), news));
+        mcp.follow();
         mcp.tidy();
         mcp.catch_up();
         mcp

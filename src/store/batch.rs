@@ -8,7 +8,7 @@ use crate::model::{Action, By, Connector, Offered, SignIn, State, definition_has
 
 use super::journal;
 use super::servers::{FORGET, GIVE_UP, client};
-use super::{Error, Store, now, on_db};
+use super::{Error, Store, Topic, now, on_db};
 
 /// A server that comes with what is known of it elsewhere.
 pub struct NewServer {
@@ -169,9 +169,13 @@ impl Store {
                             .push_bind(server_name)
                             .push_bind(details.to_string());
                     });
-                    insert.build().persistent(false).execute(&mut *transaction).await?;
+                    insert.push(" RETURNING id");
+                    let ids: Vec<i64> =
+                        insert.build_query_scalar().persistent(false).fetch_all(&mut *transaction).await?;
+                    self.feed.wrote(ids);
                 }
                 transaction.commit().await?;
+                self.announce(Topic::Changes);
                 Ok(())
             })
         };

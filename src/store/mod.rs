@@ -34,7 +34,7 @@ use sqlx::sqlite::{
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 pub use batch::{NewServer, Step};
-pub use feed::Topic;
+pub use feed::{Changed, News, Topic};
 pub use journal::ChangesWanted;
 pub use keys::{KeyError, KeySource, new_key};
 pub use letta::{
@@ -48,7 +48,7 @@ pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
 pub use tools::{Listing, Over};
 
 use feed::Feed;
-use known::{Known, SHARED_TRUST};
+use known::Known;
 use presence::{Lease, Patience, Presence};
 use seal::Keyring;
 use sealing::Seal;
@@ -266,13 +266,11 @@ impl Store {
         let (database, made) = Database::open(url, data_dir, Some(&keys)).await?;
         let seal = Seal::open(&database, keys, data_dir, made).await?;
         database.shorten_waits().await;
-        let (trusted_for, presence) = match &database {
-            Database::Postgres(pool) => {
-                (Some(SHARED_TRUST), Some(Presence::new(PgConnectOptions::clone(&pool.connect_options()))))
-            }
-            Database::Sqlite { .. } => (None, None),
+        let presence = match &database {
+            Database::Postgres(pool) => Some(Presence::new(PgConnectOptions::clone(&pool.connect_options()))),
+            Database::Sqlite { .. } => None,
         };
-        let (known, seal) = (Arc::new(Known::new(trusted_for)), Arc::new(seal));
+        let (known, seal) = (Arc::new(Known::new(presence.is_some())), Arc::new(seal));
         let feed = Arc::new(Feed::new());
         Ok(Self { database, known, feed, seal, operations: Operations::default(), presence })
     }

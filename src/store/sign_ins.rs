@@ -12,7 +12,7 @@ use crate::model::{Action, By, SignIn};
 
 use super::journal::{Note, note};
 use super::seal::Unopened;
-use super::{Database, Error, Place, Store, now, on_db};
+use super::{Database, Error, Place, Store, Topic, now, on_db};
 
 /// How many sign-ins to one server may be under way; one more, and the oldest is given up.
 const PENDING: i64 = 32;
@@ -161,8 +161,9 @@ impl Store {
                 .await?;
             let Some((version, name)) = put else { return Ok(None) };
             let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
-            note!(transaction, Note { by, action, server_id, server_name, details: json!({}) })?;
+            note!(self, transaction, Note { by, action, server_id, server_name, details: json!({}) })?;
             transaction.commit().await?;
+            self.announce(Topic::Changes);
             Ok(Some(version))
         })
     }
@@ -215,7 +216,9 @@ impl Store {
         Ok(())
     }
 
-    /// Writes new tokens over those of `version`, and ends the lease; `false` when somebody else has written meanwhile.
+    /// Writes new tokens over those of `version`, and ends the lease; `false` when somebody else has written meanwhile. No
+    /// change that is noted, and nobody is told: it is the same sign-in, the token of before is good until its end, and who
+    /// finds that it is not (401) looks here. A row for each hour of each server would bury the others.
     pub async fn renew_sign_in(&self, server_id: &str, version: i64, sign_in: &SignIn) -> Result<bool, Error> {
         const SQL: &str = "UPDATE sign_ins SET material = $3, version = version + 1, refresher = NULL, lease_until = NULL, \
                            updated_at = $4 WHERE server_id = $1 AND version = $2";
@@ -242,8 +245,9 @@ impl Store {
             let Some(name) = removed else { return Ok(false) };
             let (action, details) = (Action::SignInRemoved, json!({}));
             let (server_id, server_name) = (Some(server_id), name.as_deref());
-            note!(transaction, Note { by: &By::ITSELF, action, server_id, server_name, details })?;
+            note!(self, transaction, Note { by: &By::ITSELF, action, server_id, server_name, details })?;
             transaction.commit().await?;
+            self.announce(Topic::Changes);
             Ok(true)
         })
     }
@@ -338,9 +342,11 @@ impl Store {
             if let (Some((None, caller)), Progress::Done) = (ended, progress) {
                 let by = &By::caller(Some(&caller));
                 let (action, details) = (Action::SignInCompleted, json!({}));
-                note!(transaction, Note { by, action, server_id: None, server_name: None, details })?;
+                note!(self, transaction, Note { by, action, server_id: None, server_name: None, details })?;
             }
-            transaction.commit().await
+            transaction.commit().await?;
+            self.announce(Topic::Changes);
+            Ok::<_, sqlx::Error>(())
         })?;
         Ok(())
     }

@@ -11,7 +11,7 @@ use crate::model::{Action, By, Era, Offered, ServerTool, State, Tool, ToolChange
 use super::changes::{Plan, Trust};
 use super::journal::{self, Note, note};
 use super::sealing::ServerRow;
-use super::{Error, Store, now, on_db};
+use super::{Error, Store, Topic, now, on_db};
 
 /// The columns of [`Tool`], as `tools` has them.
 macro_rules! columns {
@@ -66,7 +66,8 @@ impl Store {
     }
 
     /// A tool of this server, with the server; a tool of another one is not found (CONTRACT row 9). From memory when it
-    /// is known, because every run waits for it; what another Portolan wrote to the same database may be a second late.
+    /// is known, because every run waits for it; what another Portolan wrote to the same database may be a moment late, and
+    /// 15 s at most.
     pub async fn tool(&self, server_id: &str, tool_id: &str) -> Result<Option<Arc<ServerTool>>, Error> {
         const SQL: &str = concat!(
             "SELECT servers.id, server_name, type, config, revision, era, state, error, last_synced_at, created_at, \
@@ -196,11 +197,16 @@ impl Store {
                     });
                     insert.build().execute(&mut *transaction).await?;
                 }
-                if let Some(details) = journal::synced(&plan.changes, shown) {
+                let details = journal::synced(&plan.changes, shown);
+                let is_noted = details.is_some();
+                if let Some(details) = details {
                     let (server_id, server_name) = (Some(server_id), Some(server_name.as_str()));
-                    note!(transaction, Note { by, action: Action::ToolsChanged, server_id, server_name, details })?;
+                    note!(self, transaction, Note { by, action: Action::ToolsChanged, server_id, server_name, details })?;
                 }
                 transaction.commit().await?;
+                if is_noted {
+                    self.announce(Topic::Changes);
+                }
                 Ok::<_, Error>(Some(plan.changes))
             })
         };
@@ -236,8 +242,9 @@ impl Store {
                 };
                 let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
                 let details = json!({ "tool_id": tool_id, "definition_hash": tool.hash() });
-                note!(transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
+                note!(self, transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
                 transaction.commit().await?;
+                self.announce(Topic::Changes);
                 Ok::<_, sqlx::Error>(true)
             })
         };
