@@ -8,7 +8,7 @@ import uuid
 from datetime import datetime
 
 from postgres import Cluster
-from world import Failed, Portolan, Upstream, require, run_body, run_path, until
+from world import Failed, Portolan, Upstream, require, run_body, until
 
 FAKETIME = "/usr/lib/*/faketime/libfaketimeMT.so.1"
 SETTLES_WITHIN = 3.0
@@ -22,8 +22,8 @@ class Clock:
         require(found, "libfaketime is missing: install it (Debian: apt-get install --no-install-recommends faketime)")
         self.file = world.folder / f"{name}.clock"
         self.settings = {
-            "LD_PRELOAD": found[0], "FAKETIME_TIMESTAMP_FILE": str(self.file), "FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1", "FAKETIME_FORCE_MONOTONIC_FIX": "0",
+            "LD_PRELOAD": found[0], "FAKETIME_TIMESTAMP_FILE": str(self.file), "FAKETIME_NO_CACHE": "1",
+            "DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1",
         }
         self.set(0)
 
@@ -49,11 +49,9 @@ async def clock(world):
     for field in ("auth_header", "auth_token"):
         del signed[field]
     signed["oauth"] = {"client_id": "faults", "client_secret": "faults-secret", "grant_type": "client_credentials"}
-    for name, config in (("http", world.http_config(upstream.port, "c", 1)), ("stdio", world.stdio_config(1)), ("signed", signed)):
-        answer = await client.ask("POST", "/v1/mcp-servers/", {"server_name": name, "config": config})
-        require(answer.status == 200 and answer.json()["status"]["state"] == "ready", f"{name} is not ready:", answer)
-        id = answer.json()["id"]
-        servers[name] = id, run_path(id, next(iter((await client.tools(id)).values())))
+    configs = {"http": world.http_config(upstream.port, "c", 1), "stdio": world.stdio_config(1), "signed": signed}
+    for name, config in configs.items():
+        servers[name] = await client.register(name, config)
     wrong, told = [], []
 
     async def well(what, replica=portolan):
@@ -61,9 +59,8 @@ async def clock(world):
         for name, (_, path) in servers.items():
             began = time.monotonic()
             while True:
-                call, body = run_body()
-                answer = await replica.client.ask("POST", path, body)
-                if answer.status == 200 and answer.json()["status"] == "success":
+                answer, fine = await replica.client.runs_well(path)
+                if fine:
                     break
                 if time.monotonic() - began > SETTLES_WITHIN:
                     wrong.append(f"{what}: a run of {name} is answered {answer}")
@@ -96,10 +93,12 @@ async def clock(world):
         what = f"{shift:+d} h"
         own.set(shift)
         # Shown by a write, or else the clock was not set at all.
-        made = await client.ask("POST", "/v1/mcp-servers/", {"server_name": what, "config": world.http_config(upstream.port, "shift", 1)})
+        config = world.http_config(upstream.port, "shift", 1)
+        made = await client.ask("POST", "/v1/mcp-servers/", {"server_name": what, "config": config})
         require(made.status == 200, "a create was answered", made)
         at = datetime.fromisoformat(made.json()["created_at"].replace("Z", "+00:00")).timestamp()
-        require(abs(at - time.time() - shift * 3600) < 60, f"the clock was not set by {what}: it is {at - time.time():.0f} s off")
+        ahead = at - time.time()
+        require(abs(ahead - shift * 3600) < 60, f"the clock was not set by {what}: it is {ahead:.0f} s ahead")
         await well(what)
         # A day is the whole of a key's life.
         if shift < 24:

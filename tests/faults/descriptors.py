@@ -4,7 +4,7 @@ import asyncio
 import time
 
 from postgres import Cluster
-from world import SLACK, Portolan, Upstream, require, run_body, run_path
+from world import SLACK, Portolan, Upstream, require, run_body
 
 FILES = 256
 CONNECTIONS = 1_000
@@ -19,9 +19,7 @@ async def few_descriptors(world):
     client = portolan.client
     runs = []
     for name, config in (("http", world.http_config(upstream.port, "d", 1)), ("stdio", world.stdio_config(1))):
-        server = (await client.ask("POST", "/v1/mcp-servers/", {"server_name": name, "config": config})).json()
-        require(server["status"]["state"] == "ready", "a server is not ready:", server)
-        runs.append(run_path(server["id"], next(iter((await client.tools(server["id"])).values()))))
+        runs.append((await client.register(name, config))[1])
     told, files = [], []
     for turn in range(5 if world.long else 2):
         answered, lost, statuses = 0, 0, {}
@@ -70,20 +68,15 @@ async def few_descriptors(world):
         # All is well again, the upstreams and new children too.
         for path in runs:
             while True:
-                try:
-                    answer = await client.ask("POST", path, run_body()[1], patience=5)
-                    if answer.status == 200 and answer.json()["status"] == "success":
-                        break
-                except OSError as error:
-                    answer = error
+                answer, well = await client.runs_well(path, 5)
+                if well:
+                    break
                 require(time.monotonic() - left < RECOVERS_WITHIN + SLACK, "a run after all have left:", answer)
                 await asyncio.sleep(0.05)
-        body = {"server_name": f"new {turn}", "config": world.stdio_config(2)}
-        answer = await client.ask("POST", "/v1/mcp-servers/", body)
-        require(answer.status == 200 and answer.json()["status"]["state"] == "ready", "a new command after all have left:", answer)
+        await client.register(f"new {turn}", world.stdio_config(2))
         told.append(
-            f"{answered} of {CONNECTIONS} connections answered in {took:.1f} s ({statuses}), {lost} not let in; {most} files at most; "
-            f"{served} runs made meanwhile, {refused} not; well {time.monotonic() - left:.2f} s after"
+            f"{answered} of {CONNECTIONS} connections answered in {took:.1f} s ({statuses}), {lost} not let in; "
+            f"{most} files at most; {served} runs made meanwhile, {refused} not; well {time.monotonic() - left:.2f} s after"
         )
         await asyncio.sleep(1)
         files.append(portolan.files())

@@ -1,11 +1,10 @@
 """SQLite on a disk of 8 MB until it is full, and emptied again."""
 
-import asyncio
 import os
 import subprocess
 import time
 
-from world import Portolan, Upstream, require, run_body, run_path, until
+from world import Portolan, Upstream, require, until
 
 FULL = (507, 503)
 WORKS_WITHIN = 3.0
@@ -53,19 +52,19 @@ async def full_disk(world):
     portolan = Portolan(world, "portolan", PORTOLAN_DATA_DIR=str(disk.folder / "data"))
     await portolan.start()
     client = portolan.client
-    server = (await client.ask("POST", "/v1/mcp-servers/", {"server_name": "it", "config": world.http_config(upstream.port, "it", 1)})).json()
-    run = run_path(server["id"], next(iter((await client.tools(server["id"])).values())))
-    reads = ["/v1/mcp-servers/", f"/v1/mcp-servers/{server['id']}", f"/v1/mcp-servers/{server['id']}/tools", "/v1/health", "/v1/ready"]
+    server, run = await client.register("it", world.http_config(upstream.port, "it", 1))
+    one = f"/v1/mcp-servers/{server}"
+    reads = ["/v1/mcp-servers/", one, f"{one}/tools", "/v1/health", "/v1/ready"]
     counts = {"writes": 0, "refused": {}, "reads": 0, "runs": 0}
-    kept = {server["id"]: "it"}
+    kept = {server: "it"}
 
     async def read_all():
         for path in reads:
             answer = await client.ask("GET", path)
             require(answer.status == 200, f"{path} of a full disk was answered", answer)
             counts["reads"] += 1
-        answer = await client.ask("POST", run, run_body()[1])
-        require(answer.status == 200 and answer.json()["status"] == "success", "a run with a full disk was answered", answer)
+        answer, well = await client.runs_well(run)
+        require(well, "a run with a full disk was answered", answer)
         counts["runs"] += 1
 
     async def write(size=58_000):
@@ -130,6 +129,6 @@ async def full_disk(world):
     require(max(back) <= WORKS_WITHIN, f"writes were made only {max(back):.1f} s after there was room")
     require(sum(counts["refused"].values()) > 10, "hardly a write was refused: this has shown nothing")
     return (
-        f"{counts['writes']} writes made, refused: {counts['refused']}; {counts['reads']} reads and {counts['runs']} runs, all well; "
-        f"writes again after {max(back):.2f} s"
+        f"{counts['writes']} writes made, refused: {counts['refused']}; {counts['reads']} reads and {counts['runs']} runs, "
+        f"all well; writes again after {max(back):.2f} s"
     )

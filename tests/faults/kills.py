@@ -37,9 +37,11 @@ async def kills(world):
         children_killed += len(children)
         began = time.monotonic()
         await asyncio.gather(*writing)
-        await until(
-            "all its children are gone", lambda: not (children & processes().keys() or marked(world.mark)), ORPHANS_GONE_WITHIN + SLACK
-        )
+
+        def are_gone():
+            return not (children & processes().keys() or marked(world.mark))
+
+        await until("all its children are gone", are_gone, ORPHANS_GONE_WITHIN + SLACK)
         orphaned.append(time.monotonic() - began)
     ready.append(await portolan.start())
     await ledger.check(portolan.client)

@@ -161,9 +161,8 @@ class Ledger:
         for key, entry in known.items():
             server, number = there.get(key, (None, None))
             if number not in entry.may_be:
-                raise Failed(
-                    f"an acknowledged write is lost: {key} ({entry.kind}) is {number}, and may be {sorted(entry.may_be, key=str)}"
-                )
+                may_be = sorted(entry.may_be, key=str)
+                raise Failed(f"an acknowledged write is lost: {key} ({entry.kind}) is {number}, and may be {may_be}")
             if server is None:
                 continue
             self._whole(entry, server, number)
@@ -196,5 +195,6 @@ class Ledger:
             return None
         number = int(names[0][1:].partition("_")[0])
         require(names == tools(number), f"{entry.key} has half a list of tools: {names}")
-        require((entry.listed or 0) <= number <= entry.last, f"{entry.key} has tools of {number}, not {entry.listed}…{entry.last}")
+        least = entry.listed or 0
+        require(least <= number <= entry.last, f"{entry.key} has tools of {number}, not {least}…{entry.last}")
         return number

@@ -23,8 +23,8 @@ def program(name):
 
 
 class Cluster(Process):
-    """A server with a database `portolan`, which belongs to a role of that name that is no superuser. It writes to the disk what it
-    has acknowledged, as tests of lost writes need it."""
+    """A server with a database `portolan`, which belongs to a role of that name that is no superuser. It writes to the disk
+    what it has acknowledged, as tests of lost writes need it."""
 
     MAX_CONNECTIONS = 60
 
@@ -40,8 +40,8 @@ class Cluster(Process):
             self.us += [f"--reuid={user.pw_name}", f"--regid={user.pw_gid}", "--clear-groups"]
             os.chown(self.folder, user.pw_uid, user.pw_gid)
         argv = [
-            *self.us, program("postgres"), "-D", str(self.folder / "cluster"), "-c", "listen_addresses=127.0.0.1", "-c",
-            f"port={self.port}", "-c", "unix_socket_directories=", "-c", f"max_connections={self.MAX_CONNECTIONS}",
+            *self.us, program("postgres"), "-D", str(self.folder / "cluster"), "-c", "listen_addresses=127.0.0.1",
+            "-c", f"port={self.port}", "-c", "unix_socket_directories=", "-c", f"max_connections={self.MAX_CONNECTIONS}",
         ]
         super().__init__(argv, world.folder / f"{name}.log", os.environ | {"LC_ALL": "C"})
         world.everything.append(self)
@@ -50,9 +50,9 @@ class Cluster(Process):
         return f"postgres://portolan@127.0.0.1:{port or self.port}/portolan"
 
     async def make(self):
-        initdb = [program("initdb"), "-D", str(self.folder / "cluster"), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-sync"]
         made = await asyncio.create_subprocess_exec(
-            *self.us, *initdb, cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            *self.us, program("initdb"), "-D", str(self.folder / "cluster"), "-U", "postgres", "-A", "trust", "-E", "UTF8",
+            "--no-sync", cwd=self.folder, env=self.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )
         _, wrong = await made.communicate()
         require(made.returncode == 0, "initdb:", wrong.decode())

@@ -1,4 +1,4 @@
-"""A TCP proxy that delays, stalls, cuts, drips and corrupts what passes through it, all of it settable while connections are open."""
+"""A TCP proxy that delays, stalls, cuts, drips and corrupts what passes through it, all of it set while connections are open."""
 
 import asyncio
 import contextlib
@@ -15,8 +15,8 @@ class Cut(Exception):
 class Proxy:
     """Leads from a port of its own to `target`, another port of this machine.
 
-    `looks` makes, for each connection, the pair of functions that see what goes to the target and what comes back: bytes in, the
-    bytes to pass on out; `Cut` ends the connection.
+    `looks` makes, for each connection, the pair of functions that see what goes to the target and what comes back: bytes in,
+    the bytes to pass on out; `Cut` ends the connection.
     """
 
     def __init__(self, target, rng, looks=None):

@@ -103,7 +103,8 @@ async def a_proxy_does_what_it_says(_world):
 
     dropping = await Proxy(port, random.Random(1), lambda: (None, Backend(lambda: seen.append("dropped")))).start()
     before, after = b"N" + message(b"R", b"\0\0\0\0"), message(b"Z", b"I")
-    require(await there_and_back(dropping.port, before + message(b"A", b"told") + after) == before + after, "a notification passes")
+    passed = await there_and_back(dropping.port, before + message(b"A", b"told") + after)
+    require(passed == before + after, "a notification passes")
     require(seen[2:] == ["dropped"], seen)
     await dropping.stop()
     target.close()

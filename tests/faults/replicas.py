@@ -29,10 +29,7 @@ class Change:
 
     async def create(self):
         self.number += 1
-        answer = await self.first.ask("POST", "/v1/mcp-servers/", {"server_name": f"{self.key} {self.number}", "config": self.config()})
-        require(answer.status == 200, "a create was answered", answer)
-        require(answer.json()["status"]["state"] == "ready", "a server is not ready:", answer)
-        self.id = answer.json()["id"]
+        self.id, _ = await self.first.register(f"{self.key} {self.number}", self.config())
 
     async def honoured(self, what, began, check):
         """Asks the second replica until `check` holds of its answer."""

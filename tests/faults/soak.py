@@ -10,7 +10,7 @@ from collections import Counter
 
 from postgres import Cluster
 from proxy import Proxy
-from world import PYTHON, Portolan, Upstream, below, percentile, read_proc, require, run_body, run_path
+from world import PYTHON, Portolan, Upstream, below, percentile, read_proc, require, run_body
 
 EVERY = 15.0
 STDIO, HTTP = 3, 4
@@ -44,17 +44,16 @@ class Load:
 
     async def look(self):
         while not self.stop.is_set():
-            path = self.world.rng.choice(("/v1/mcp-servers/", f"/v1/mcp-servers/{self.world.rng.choice(self.ids)}/tools", "/v1/ready"))
-            await self.ask("read", "GET", path)
+            one = f"/v1/mcp-servers/{self.world.rng.choice(self.ids)}"
+            await self.ask("read", "GET", self.world.rng.choice(("/v1/mcp-servers/", one, f"{one}/tools", "/v1/ready")))
             await asyncio.sleep(0.05)
 
     async def write(self, port):
         count = 0
         while not self.stop.is_set():
             count += 1
-            answer = await self.ask(
-                "write", "POST", "/v1/mcp-servers/", {"server_name": f"soak {count}", "config": self.world.http_config(port, f"s{count}", 1)}
-            )
+            body = {"server_name": f"soak {count}", "config": self.world.http_config(port, f"s{count}", 1)}
+            answer = await self.ask("write", "POST", "/v1/mcp-servers/", body)
             if answer is not None and answer.status == 200:
                 path = f"/v1/mcp-servers/{answer.json()['id']}"
                 await self.ask("write", "PATCH", f"{path}/refresh")
@@ -84,7 +83,8 @@ class Faults:
         self.world, self.portolan, self.upstream, self.way = world, portolan, upstream, way
         self.cluster, self.to_database = cluster, to_database
         self.all = [
-            self.child_killed, self.upstream_killed, self.upstream_stalled, self.upstream_cut, self.upstream_damaged, self.clients_cut,
+            self.child_killed, self.upstream_killed, self.upstream_stalled, self.upstream_cut, self.upstream_damaged,
+            self.clients_cut,
         ] + ([self.database_restarted, self.database_stalled, self.database_cut] if cluster else [self.database_locked])
 
     async def child_killed(self):
@@ -171,10 +171,9 @@ async def soak(world):
     paths, ids = [], []
     for index in range(STDIO + HTTP):
         config = world.stdio_config(index, grandchild=True) if index < STDIO else world.http_config(way.port, f"h{index}", index)
-        answer = await client.ask("POST", "/v1/mcp-servers/", {"server_name": f"it {index}", "config": config})
-        require(answer.status == 200 and answer.json()["status"]["state"] == "ready", "a server is not ready:", answer)
-        ids.append(answer.json()["id"])
-        paths.append(run_path(ids[-1], next(iter((await client.tools(ids[-1])).values()))))
+        id, path = await client.register(f"it {index}", config)
+        ids.append(id)
+        paths.append(path)
     load = Load(world, portolan, paths, ids)
     tasks = [
         asyncio.create_task(it)
@@ -189,8 +188,8 @@ async def soak(world):
         for path in paths:
             end = time.monotonic() + 60
             while True:
-                answer = await client.ask("POST", path, run_body()[1])
-                if answer.status == 200 and answer.json()["status"] == "success":
+                answer, well = await client.runs_well(path)
+                if well:
                     break
                 require(time.monotonic() < end, "a server does not work any more:", answer)
                 await asyncio.sleep(0.2)
@@ -230,8 +229,9 @@ async def soak(world):
     await asyncio.sleep(3)
     end = await quiet()
     told = "; ".join(f"{name} {warm[name]:.0f} -> {end[name]:.0f}" for name in warm)
-    told = f"{sum(met.values())} faults, {sum(load.statuses.values())} asked ({dict(sorted(load.statuses.items()))}), slowest {max(load.times):.1f} s; {told}"
-    wrong = [it for it in load.wrong]
+    asked = ", ".join(f"{count} x {what}" for what, count in sorted(load.statuses.items()))
+    told = f"{sum(met.values())} faults, asked: {asked}, slowest {max(load.times):.1f} s; {told}"
+    wrong = list(load.wrong)
     if end["memory"] > warm["memory"] * 1.3 + 10:
         wrong.append("memory grows")
     if end["files"] > warm["files"] + 30:

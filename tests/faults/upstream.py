@@ -3,9 +3,9 @@
     upstream.py stdio --log FILE --list N [--mark TEXT] [--grandchild]
     upstream.py http --log FILE --port PORT
 
-A server has one list of tools for each number: that of 7 is `v7_0`, `v7_1`, …, so that half a list, or one mixed of two, is seen.
-Over HTTP the path names server and list: /KEY/list/7. A path that begins with /signed wants a token of /token, which lives for an
-hour. `{"id", "ms"}` are the arguments of all tools.
+A server has one list of tools for each number: that of 7 is `v7_0`, `v7_1`, …, so that half a list, or one mixed of two, is
+seen. Over HTTP the path names server and list: /KEY/list/7. A path that begins with /signed wants a token of /token, which lives
+for an hour. `{"id", "ms"}` are the arguments of all tools.
 """
 
 import argparse
@@ -101,7 +101,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         here = f"http://127.0.0.1:{self.server.server_address[1]}"
         if self.path.startswith("/.well-known/oauth-protected-resource"):
-            about = {"resource": here + self.path.removeprefix("/.well-known/oauth-protected-resource"), "authorization_servers": [here]}
+            path = self.path.removeprefix("/.well-known/oauth-protected-resource")
+            about = {"resource": here + path, "authorization_servers": [here]}
         elif self.path.startswith("/.well-known/oauth-authorization-server"):
             about = {
                 "issuer": here, "token_endpoint": f"{here}/token", "authorization_endpoint": f"{here}/authorize",

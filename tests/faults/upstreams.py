@@ -7,7 +7,7 @@ from collections import Counter
 
 from postgres import Cluster
 from proxy import Proxy
-from world import SLACK, Portolan, Upstream, percentile, require, run_body, run_path
+from world import SLACK, Portolan, Upstream, require, run_body
 
 RUN_TIMEOUT = 4
 # A server that failed rests for up to 30 s, and then has to shake hands.
@@ -50,10 +50,7 @@ async def upstreams(world):
     client = portolan.client
     paths = []
     for index in range(3):
-        body = {"server_name": f"u{index}", "config": world.http_config(proxy.port, f"u{index}", 1)}
-        server = (await client.ask("POST", "/v1/mcp-servers/", body)).json()
-        require(server["status"]["state"] == "ready", "a server is not ready:", server)
-        paths.append(run_path(server["id"], next(iter((await client.tools(server["id"])).values()))))
+        paths.append((await client.register(f"u{index}", world.http_config(proxy.port, f"u{index}", 1)))[1])
     wrong, told, calls, back_again = [], [], {}, []
 
     async def runs(end, what):
@@ -76,8 +73,9 @@ async def upstreams(world):
             await asyncio.sleep(world.rng.uniform(0.05, 0.4))
 
     faults = {
-        "delay": lambda: setattr(proxy, "delay", 0.3), "stall": proxy.stall, "cut": cut, "drip": lambda: setattr(proxy, "rate", 300),
-        "corrupt there": lambda: setattr(proxy, "corrupt", (0.2, 0.0)), "corrupt back": lambda: setattr(proxy, "corrupt", (0.0, 0.2)),
+        "delay": lambda: setattr(proxy, "delay", 0.3), "stall": proxy.stall, "cut": cut,
+        "drip": lambda: setattr(proxy, "rate", 300), "corrupt there": lambda: setattr(proxy, "corrupt", (0.2, 0.0)),
+        "corrupt back": lambda: setattr(proxy, "corrupt", (0.0, 0.2)),
         "refuse": lambda: (setattr(proxy, "refuses", True), proxy.cut()),
     }
     for name, begin in faults.items():
@@ -94,16 +92,17 @@ async def upstreams(world):
         mended = time.monotonic()
         for path in paths:
             while True:
-                answer = await client.ask("POST", path, run_body()[1])
-                if answer.status == 200 and answer.json()["status"] == "success":
+                answer, well = await client.runs_well(path)
+                if well:
                     break
                 if time.monotonic() > mended + WORKS_WITHIN:
                     wrong.append(f"{name}: a server does not work {WORKS_WITHIN:.0f} s after: {answer}")
                     break
                 await asyncio.sleep(0.2)
         back_again.append(time.monotonic() - mended)
+        counts = ", ".join(f"{count} x {status}" for status, count in sorted(statuses.items(), key=str))
         told.append(
-            f"{name}: {len(times)} asked ({', '.join(f'{count} x {status}' for status, count in sorted(statuses.items(), key=str))}), "
+            f"{name}: {len(times)} asked ({counts}), "
             f"slowest {max(times):.1f} s, works after {back_again[-1]:.1f} s"
         )
         require(portolan.runs, f"Portolan has ended in {name}")

@@ -61,7 +61,7 @@ def figures(times):
     return f"p50 {percentile(times, 0.5):.2f} s, p99 {percentile(times, 0.99):.2f} s, max {max(times, default=0):.2f} s"
 
 
-# --- Processes -----------------------------------------------------------------------------------------------------------------
+# --- Processes --------------------------------------------------------------------------------------------------------------
 
 
 def read_proc(pid, name):
@@ -231,7 +231,7 @@ class Upstream(Process):
         return self._calls
 
 
-# --- The client ----------------------------------------------------------------------------------------------------------------
+# --- The client --------------------------------------------------------------------------------------------------------------
 
 
 class Answer:
@@ -246,7 +246,7 @@ class Answer:
 
 
 class Client:
-    """HTTP/1.1 for one Portolan. An OSError is a connection that was lost or not had, a TimeoutError (one of these) no answer."""
+    """HTTP/1.1 for one Portolan. An OSError is a connection that was lost or not had; a TimeoutError, one of these, no answer."""
 
     def __init__(self, port):
         self.port = port
@@ -299,11 +299,23 @@ class Client:
             body = await reader.readexactly(int(fields.get("content-length", 0)))
         return status, fields, body
 
-    async def tools(self, server_id):
-        """{name: id}."""
+    async def register(self, name, config):
+        """A server that is ready: its id, and the path that runs its first tool."""
+        answer = await self.ask("POST", "/v1/mcp-servers/", {"server_name": name, "config": config})
+        require(answer.status == 200, f"the create of {name} was answered", answer)
+        require(answer.json()["status"]["state"] == "ready", f"{name} is not ready:", answer)
+        server_id = answer.json()["id"]
         answer = await self.ask("GET", f"/v1/mcp-servers/{server_id}/tools")
-        require(answer.status == 200, "tools:", answer)
-        return {tool["name"]: tool["id"] for tool in answer.json()}
+        require(answer.status == 200 and answer.json(), f"the tools of {name} were answered", answer)
+        return server_id, run_path(server_id, answer.json()[0]["id"])
+
+    async def runs_well(self, path, patience=NEVER):
+        """A run's answer, and whether it is as it should be; that of a connection that is lost is its error."""
+        try:
+            answer = await self.ask("POST", path, run_body()[1], patience=patience)
+        except OSError as error:
+            return error, False
+        return answer, answer.status == 200 and answer.json()["status"] == "success"
 
 
 def run_path(server_id, tool_id):
@@ -316,7 +328,7 @@ def run_body(ms=0):
     return call, {"args": {"id": call, "ms": ms}}
 
 
-# --- A scenario's own world ----------------------------------------------------------------------------------------------------
+# --- A scenario's own world --------------------------------------------------------------------------------------------------
 
 
 class World:
