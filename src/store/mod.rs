@@ -417,6 +417,15 @@ impl Database {
                 .max_connections(1)
                 .test_before_acquire(false)
                 .acquire_timeout(WRITE_TIMEOUT)
+                // SQLite ends a transaction that it cannot commit, on a full disk for one; sqlx does not, and would take the
+                // next one for a part of it, whose commit is none.
+                .after_release(|connection, _| {
+                    Box::pin(async move {
+                        // Behind the rollback, which nobody waits for.
+                        connection.ping().await?;
+                        Ok(!connection.is_in_transaction())
+                    })
+                })
                 .connect_with(options.clone())
                 .await;
             match pool {
