@@ -211,6 +211,11 @@ impl App {
             spans_dropped: self.traces.lost(),
             ..Readings::default()
         };
+        if let Some(standing) = self.store.standing() {
+            readings.changes_age = standing.age;
+            readings.changes_listening = standing.listens;
+            readings.changes_notifications = standing.notifications;
+        }
         self.mcp.read(&mut readings);
         readings
     }
@@ -270,6 +275,7 @@ fn make_private(folder: &Path) -> std::io::Result<()> {
 fn own_files(settings: &Settings) -> Vec<PathBuf> {
     let mut own = vec![settings.storage.data_dir.clone()];
     own.extend(settings.secrets.key_file.clone());
+    own.extend(settings.storage.database_url_file.clone());
     own.extend(settings.variables.variables_file.clone());
     own.extend(settings.traces.otlp_headers_file.clone());
     own.extend([&settings.tokens.tokens_file, &settings.tokens.token_file].into_iter().flatten().cloned());

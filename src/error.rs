@@ -104,6 +104,9 @@ pub enum Error {
     RunUnknown { replied: bool },
     #[error("The database is not available; try again in a moment.")]
     Unavailable(#[source] store::Error),
+    /// Nothing was written, and a repetition would find no more room.
+    #[error("The database has no room left on its disk; nothing was changed. Make room there, then try again.")]
+    StorageFull(#[source] store::Error),
     #[error("Something went wrong inside Portolan; its log names this request id.")]
     Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
@@ -166,6 +169,7 @@ impl From<store::Error> for Error {
             store::Error::NameTaken => Self::NameTaken,
             store::Error::Overtaken => Self::Unavailable(error),
             store::Error::Unavailable(_) => Self::Unavailable(error),
+            store::Error::Full(_) => Self::StorageFull(error),
             store::Error::Refused(_) => Self::Internal(error.into()),
         }
     }
@@ -211,6 +215,7 @@ impl Error {
                 (StatusCode::SERVICE_UNAVAILABLE, "overloaded")
             }
             Self::Unavailable(_) | Self::NotSent => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+            Self::StorageFull(_) => (StatusCode::INSUFFICIENT_STORAGE, "storage_full"),
             Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         }
     }
@@ -288,6 +293,7 @@ impl Error {
             | Self::Connect(_)
             | Self::RunUnknown { .. }
             | Self::Variables(_)
+            | Self::StorageFull(_)
             | Self::Internal(_) => {
                 headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
             }
@@ -399,6 +405,7 @@ mod tests {
             Error::NotSent,
             Error::RunUnknown { replied: true },
             Error::Unavailable(store::Error::NameTaken),
+            Error::StorageFull(store::Error::NameTaken),
             Error::Internal("reason".into()),
         ];
         for error in every {
@@ -417,6 +424,7 @@ mod tests {
                 | Error::Invalid(_)
                 | Error::Refresh { .. }
                 | Error::Connect(_)
+                | Error::StorageFull(_)
                 | Error::Internal(_) => false,
                 Error::Unauthorized | Error::Guessing { .. } | Error::Variables(_) => false,
             };
