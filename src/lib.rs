@@ -49,7 +49,7 @@
 //! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
-//! | [`store`] | speaks SQL: a file for each table or two that belong together; `changes` (what a new list of tools means), `journal` (the table `changes`), `known` (tools that were read before, in memory), `batch` (several servers in one transaction), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
+//! | [`store`] | speaks SQL: a file for each table or two that belong together; `changes` (what a new list of tools means), `journal` (the table `changes`), `known` (tools that were read before, in memory), `batch` (several servers in one transaction), `schema` (brought up to date, by one of many), `presence` (whether PostgreSQL is there, and how long anybody waits), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
 //! | [`command`] | what the program does besides serving, one file per command; of `migrate_letta`, `plan` (what becomes of each server) and `unseal` (Letta's own sealing) |
 //!
 //! # Who may import whom

@@ -794,6 +794,7 @@ mod tests {
                 }
                 "internal" => (Error::Internal(internal()), &example["detail"]),
                 "unavailable" => (Error::Unavailable(sqlx::Error::PoolTimedOut.into()), &example["detail"]),
+                "storage_full" => (Error::StorageFull(sqlx::Error::PoolTimedOut.into()), &example["detail"]),
                 "overloaded" => (Error::Full { repeatable: true }, &example["detail"]),
                 "mcp_server_unavailable" => {
                     let server_name = "search".to_owned();
@@ -805,7 +806,7 @@ mod tests {
             assert_eq!(*text, error.to_string(), "{at}");
             codes.insert(code.to_owned());
         });
-        assert_eq!(codes.len(), 25, "{codes:?}");
+        assert_eq!(codes.len(), 26, "{codes:?}");
     }
 
     #[test]
