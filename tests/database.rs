@@ -341,7 +341,7 @@ async fn fill_up(portolan: &Portolan, fill: impl AsyncFn(), empty: impl AsyncFn(
     let http = fake::http::serve(Fake::new(Script::default()));
     let tooled = portolan.create("tooled", json!({ "server_url": http.url })).await;
     let tooled = tooled["id"].as_str().unwrap();
-    assert_eq!(portolan.run(tooled, "echo", json!({ "text": "before" })).await["status"], "success");
+    assert_eq!(portolan.run(tooled, "echo", json!({ "message": "before" })).await["status"], "success");
     fill().await;
     let body = |number: usize| {
         let token = "x".repeat(16 * 1024);
@@ -368,7 +368,7 @@ async fn fill_up(portolan: &Portolan, fill: impl AsyncFn(), empty: impl AsyncFn(
     has_all(&kept).await;
     portolan.get("/v1/ready").await.expect(200);
     for number in 0..3 {
-        let run = portolan.run(tooled, "echo", json!({ "text": number.to_string() })).await;
+        let run = portolan.run(tooled, "echo", json!({ "message": number.to_string() })).await;
         assert_eq!(run["status"], "success", "{run}");
     }
     for _ in 0..3 {

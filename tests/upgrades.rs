@@ -1,6 +1,7 @@
 //! The schema: what older versions left is taken over whole, whoever dies on the way, by one of those that start at once; what a
 //! newer version left is refused.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -58,6 +59,7 @@ impl Place {
     async fn new() -> Self {
         let place = Self { folder: tempfile::tempdir().unwrap(), database: Database::new().await };
         std::fs::create_dir(place.data()).unwrap();
+        std::fs::set_permissions(place.data(), PermissionsExt::from_mode(0o700)).unwrap();
         place
     }
 
@@ -119,7 +121,7 @@ impl Place {
     async fn filled(rows: usize) -> Self {
         let place = Self::new().await;
         let key = KeySource::new(Some(KEY.to_owned().into()), None).unwrap();
-        let store = Store::open(place.database.url().as_deref(), &place.data(), key).await.unwrap();
+        let store = Store::open(place.database.url().as_deref(), &place.data(), 4, key).await.unwrap();
         let definition = r#"{"name":"echo","inputSchema":{"type":"object"}}"#;
         let sign_in = json!({
             "server_url": DEAD, "issuer": null, "client_id": "portolan", "client_secret": null, "redirect_uri": null,

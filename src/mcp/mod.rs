@@ -14,6 +14,7 @@ mod events;
 mod exchange;
 mod fields;
 mod first;
+mod follow;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod hidden;
@@ -59,7 +60,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Upstream;
 use crate::model::{By, Connector, Era, Flagged, Offered, Server, Skipped, Tool, ToolChanges};
 use crate::secrets::scrub;
-use crate::store::{Listing, Store};
+use crate::store::{self, Listing, Over, Store};
 use crate::telemetry::Span;
 use crate::telemetry::metrics::{CallResult, Metrics, Readings};
 
@@ -95,6 +96,12 @@ use watch::{News, watch};
 /// How long the end of all sessions may take at a stop: a child has two periods of grace, a remote server a moment for
 /// the goodbye.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How often a sync asks for a list, if others go on storing different ones; the last one is stored whatever there is.
+const LISTS: u32 = 3;
+
+/// How many servers are looked through at a time for the owners of old folders.
+const IDS_AT_ONCE: i64 = 1_000;
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
@@ -200,6 +207,7 @@ impl Mcp {
             first,
         };
         mcp.tracker.spawn(watch(mcp.clone(), news));
+        mcp.follow();
         mcp.tidy();
         mcp.catch_up();
         mcp
@@ -286,8 +294,32 @@ impl Mcp {
         now: bool,
         by: &By,
     ) -> Result<ToolChanges, SyncError> {
-        let (listed, era) = self.list(server, agent, given, now).await?;
-        self.keep(server, given, &listed, era, by).await
+        Ok(self.list_and_keep(server, agent, given, now, by).await?.1)
+    }
+
+    /// As [`Mcp::sync`], with the list. Where another Portolan stores a list meanwhile, the server is asked again: an older
+    /// list never lands on a newer one, whoever got it.
+    async fn list_and_keep(
+        &self,
+        server: &Server,
+        agent: Option<&AgentId>,
+        given: &Variables,
+        now: bool,
+        by: &By,
+    ) -> Result<(Listed, ToolChanges), SyncError> {
+        let mut server = Cow::Borrowed(server);
+        let mut lists = 1;
+        loop {
+            let over = if lists < LISTS { Over::Of(server.last_synced_at) } else { Over::Any };
+            let (listed, era) = self.list(&server, agent, given, now).await?;
+            match self.keep(&server, given, &listed, era, over, by).await {
+                Err(SyncError::Store(store::Error::Overtaken)) => {
+                    server = Cow::Owned(self.store.server(&server.id).await?.ok_or(SyncError::Gone)?);
+                    lists += 1;
+                }
+                kept => return Ok((listed, kept?)),
+            }
+        }
     }
 
     /// Makes the stored tools of a server equal to what it listed.
@@ -297,6 +329,7 @@ impl Mcp {
         given: &Variables,
         listed: &Listed,
         era: Era,
+        over: Over,
         by: &By,
     ) -> Result<ToolChanges, SyncError> {
         let (offered, skipped) = accept(&listed.tools);
@@ -306,7 +339,7 @@ impl Mcp {
         let notice = notice(&skipped).map(|notice| scrub(&notice, &secrets));
         let hold = self.settings.tools.holds();
         let (notice, shown) = (notice.as_deref(), &|name: &str| scrub(name, &secrets));
-        let listing = Listing { era: Some(era), notice, offered: &offered, hold, shown };
+        let listing = Listing { era: Some(era), notice, offered: &offered, hold, shown, over };
         let synced = self.store.sync_tools(&server.id, server.revision, &listing, by).await?;
         let Some(mut changes) = synced else {
             let exists = self.store.server(&server.id).await?.is_some();
@@ -498,15 +531,20 @@ impl Mcp {
     fn tidy(&self) {
         let mcp = self.clone();
         self.tracker.spawn(async move {
-            let folders = mcp.children.folders();
-            if folders.is_empty() {
-                return;
+            let looking = mcp.children.clone();
+            let Ok(mut folders) = tokio::task::spawn_blocking(move || looking.folders()).await else { return };
+            let ids: Vec<String> = folders.known.values().cloned().collect();
+            let Ok(existing) = mcp.store.existing_servers(&ids).await else { return };
+            folders.known.retain(|_, id| !existing.contains(id));
+            let mut last = String::new();
+            while !folders.unknown.is_empty() {
+                let Ok(ids) = mcp.store.server_ids_after(&last, IDS_AT_ONCE).await else { return };
+                ids.iter().for_each(|id| folders.keep(id));
+                let Some(id) = ids.into_iter().next_back() else { break };
+                last = id;
             }
-            let Ok(servers) = mcp.store.servers().await else { return };
-            let _ = tokio::task::spawn_blocking(move || {
-                mcp.children.keep_only(folders, servers.iter().map(|server| &*server.id));
-            })
-            .await;
+            let gone = folders.known.into_keys().chain(folders.unknown);
+            let _ = tokio::task::spawn_blocking(move || mcp.children.remove_folders(gone)).await;
         });
     }
 
@@ -517,6 +555,12 @@ impl Mcp {
     /// [`Error::StdioOff`], [`Error::NoTemplate`]: the policy for commands forbids it.
     pub fn check(&self, connector: &Connector) -> Result<(), Error> {
         self.children.check_unfilled(connector)
+    }
+
+    /// Takes note of the end of processes that are children of this one only because their parents are gone; see
+    /// [`Children::reap_orphans`]. Takes a moment.
+    pub fn reap_orphans(&self) {
+        self.children.reap_orphans();
     }
 
     fn filled(&self, connector: &Connector, given: &Variables) -> Result<Filled, Error> {

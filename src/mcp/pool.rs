@@ -47,6 +47,8 @@ const CHILD_LEAVES: Duration = Duration::from_secs(5);
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long after its rest a server is remembered that will not come back by itself.
 const MEMORY: Duration = Duration::from_secs(600);
+/// How many servers that are away are remembered for longer, to be looked for; of others the next call finds out.
+const MAX_AWAY: usize = 10_000;
 
 pub struct Pool {
     context: Context,
@@ -196,8 +198,16 @@ impl Slot {
         (serves && !session.is_closed()).then(|| session.clone())
     }
 
-    /// Whether it has a session of this revision or a newer one, whatever the values.
+    /// Whether nothing in it is of before this revision, whatever the values. What is being opened may be: it began with a
+    /// row that is not looked at here.
     fn is_of(&self, revision: i64) -> bool {
+        let Ok(history) = self.history.try_lock() else { return self.has(revision) };
+        let failure = history.last.as_ref().is_none_or(|failure| failure.revision >= revision);
+        failure && (self.live().is_none() || self.has(revision))
+    }
+
+    /// Whether it has a session of this revision or a newer one.
+    fn has(&self, revision: i64) -> bool {
         self.live().as_ref().is_some_and(|live| live.revision >= revision && !live.session.is_closed())
     }
 
@@ -218,7 +228,9 @@ impl Slot {
         {
             return needs.clone();
         }
-        let needs: Arc<Needs> = Arc::new(server.config.0.as_ref().map(Needs::of).unwrap_or_default());
+        // One that cannot be opened now may be once its key has come, at the same revision.
+        let Ok(connector) = &server.config.0 else { return Arc::default() };
+        let needs = Arc::new(Needs::of(connector));
         *known = Some((server.revision, needs.clone()));
         needs
     }
@@ -653,7 +665,7 @@ impl Pool {
     pub fn sweep(&self) -> Vec<String> {
         let now = Instant::now();
         let settings = &self.context.settings;
-        let mut rested = Vec::new();
+        let (mut rested, mut away) = (Vec::new(), 0);
         self.slots().by_server.retain(|server_id, slot| {
             slot.sweep(settings.idle_timeout);
             let idle = slot.take_idle(settings.idle_timeout);
@@ -673,10 +685,21 @@ impl Pool {
             if failure.may_return && failure.until <= now {
                 rested.push((failure.until, server_id.clone()));
             }
-            failure.may_return || now < failure.until + MEMORY
+            away += usize::from(failure.may_return);
+            (failure.may_return && away <= MAX_AWAY) || now < failure.until + MEMORY
         });
         rested.sort();
         rested.into_iter().map(|(_, server_id)| server_id).collect()
+    }
+
+    /// The servers that have a session, had one, or have been tried.
+    pub fn servers(&self) -> Vec<String> {
+        self.slots().by_server.keys().cloned().collect()
+    }
+
+    /// Whether this server is among [`Pool::servers`].
+    pub fn has(&self, server_id: &str) -> bool {
+        self.slots().by_server.contains_key(server_id)
     }
 
     /// Lets go of whatever session this server has.

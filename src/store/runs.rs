@@ -8,7 +8,7 @@ use uuid::{Builder, Uuid};
 use crate::model::{Run, RunContent, RunOutcome};
 
 use super::seal::{KEY_ID_CHARS, VERSION};
-use super::{Error, Place, Store, on_db};
+use super::{Database, Error, Place, Store, on_db};
 
 /// How many rows one statement inserts, fourteen values each, of which SQLite takes 32,766. Few enough that a change which
 /// waits for its turn to write to SQLite does not wait long.
@@ -18,7 +18,7 @@ const SWEPT_AT_ONCE: i64 = 500;
 
 const PREFIX: &str = "run-";
 /// How much of an envelope says its version and its key.
-const SEALED_WITH: usize = VERSION.len() + 1 + KEY_ID_CHARS;
+pub(super) const SEALED_WITH: usize = VERSION.len() + 1 + KEY_ID_CHARS;
 
 pub(super) fn content_of(id: &str) -> Place<'_> {
     Place { table: "runs", column: "content", id }
@@ -157,12 +157,22 @@ impl Store {
         serde_json::from_slice(&text).ok()
     }
 
-    /// Removes some of the runs that started before `end`; how many, 0 when there are no more.
+    /// Removes some of the runs that started before `end`; how many, 0 when there are no more than what another Portolan
+    /// removes just now.
     pub async fn forget_runs(&self, end: DateTime<Utc>) -> Result<u64, Error> {
-        const SQL: &str = "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE id < $1 ORDER BY id LIMIT $2)";
+        let sql = match self.database {
+            // Several sweep at once: none waits for another.
+            Database::Postgres(_) => {
+                "DELETE FROM runs WHERE id IN \
+                 (SELECT id FROM runs WHERE id < $1 ORDER BY id LIMIT $2 FOR UPDATE SKIP LOCKED)"
+            }
+            Database::Sqlite { .. } => {
+                "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE id < $1 ORDER BY id LIMIT $2)"
+            }
+        };
         let end = first_id_at(end);
         Ok(on_db!(self, long write pool => {
-            sqlx::query(SQL).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
+            sqlx::query(sql).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
         })?)
     }
 }

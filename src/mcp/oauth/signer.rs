@@ -4,6 +4,9 @@
 //! turn of the server, among several Portolans by the lease of the row ([`Store::lease_sign_in`]); who comes second reads
 //! what the first has written. A fetch goes on when its caller leaves: a refresh token that was used and not stored is
 //! lost.
+//!
+//! The token in memory is the one that is stored as far as is known: the feed of changes tells of a new sign-in, and while
+//! that is interrupted ([`Store::epoch`]) each request looks into the database.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -36,6 +39,9 @@ const WAIT: Duration = Duration::from_secs(45);
 const LOOK: Duration = Duration::from_millis(200);
 /// How long a token that is still good is used after a fetch for a new one failed, before the next try.
 const REST: Duration = Duration::from_secs(5);
+/// How many other tokens a request gets that is refused: what another Portolan has fetched meanwhile, which may be as old as
+/// the first one, and a new one.
+const OTHERS: u32 = 2;
 /// How often new tokens are tried to be stored.
 const WRITES: u32 = 5;
 
@@ -59,6 +65,17 @@ struct Memory {
     rest_until: Option<Instant>,
     /// There has been a token.
     has_signed: bool,
+    /// How often somebody said that what is stored may be another one.
+    looks: u64,
+    /// When the last look into the database began.
+    look: Look,
+}
+
+/// A time among those who said so, and among the times in which the feed of changes was not interrupted.
+#[derive(Clone, Copy, Default)]
+struct Look {
+    looks: u64,
+    epoch: Option<u64>,
 }
 
 #[derive(Clone)]
@@ -75,13 +92,20 @@ pub struct Token {
     version: i64,
     received_at: DateTime<Utc>,
     expires_at: Option<DateTime<Utc>>,
+    /// This Portolan has fetched it; another one may have read it when it was old already.
+    is_own: bool,
 }
 
 impl Token {
     fn new(sign_in: &SignIn, version: i64, received_at: DateTime<Utc>) -> Option<Self> {
         let mut header = HeaderValue::try_from(format!("Bearer {}", sign_in.access_token.expose())).ok()?;
         header.set_sensitive(true);
-        Some(Self { header, version, received_at, expires_at: sign_in.expires_at })
+        Some(Self { header, version, received_at, expires_at: sign_in.expires_at, is_own: false })
+    }
+
+    /// One that has just come.
+    fn fetched(sign_in: &SignIn, version: i64) -> Option<Arc<Self>> {
+        Self::new(sign_in, version, now()).map(|token| Arc::new(Self { is_own: true, ..token }))
     }
 
     fn is_over(&self) -> bool {
@@ -114,7 +138,7 @@ fn place(url: &str) -> Option<(Url, Vec<(String, String)>)> {
 impl Signer {
     pub(super) fn new(ins: SignIns, server_id: Option<String>, remote: &Remote) -> Self {
         let known = if server_id.is_some() { Known::Unread } else { Known::None };
-        let memory = Memory { known, rest_until: None, has_signed: false };
+        let memory = Memory { known, rest_until: None, has_signed: false, looks: 0, look: Look::default() };
         Self(Arc::new(Source {
             ins,
             server_id,
@@ -127,8 +151,8 @@ impl Signer {
 
     /// Of a server that is not registered, to which somebody has just signed in.
     pub(super) fn signed_in(self, sign_in: &SignIn) -> Self {
-        if let Some(token) = Token::new(sign_in, 1, now()) {
-            self.0.know(Some(Arc::new(token)));
+        if let Some(token) = Token::fetched(sign_in, 1) {
+            self.0.know(Some(token));
         }
         self
     }
@@ -167,20 +191,26 @@ impl Signer {
         request: reqwest::RequestBuilder,
         mut sent: impl FnMut(bool),
     ) -> Result<reqwest::Response, HttpError> {
-        let again = request.try_clone();
-        let token = self.token().await?;
-        sent(true);
-        let response = signed(request, token.as_deref()).send().await?;
-        let Some(again) = again.filter(|_| response.status() == StatusCode::UNAUTHORIZED) else { return Ok(response) };
-        sent(false);
-        let Some(token) = self.another(token.as_deref()).await? else { return Ok(response) };
-        read_over(response).await;
-        sent(true);
-        Ok(signed(again, Some(&token)).send().await?)
+        let (mut request, mut token) = (request, self.token().await?);
+        let mut others = OTHERS;
+        loop {
+            let again = if others > 0 { request.try_clone() } else { None };
+            sent(true);
+            let response = signed(request, token.as_deref()).send().await?;
+            let Some(again) = again.filter(|_| response.status() == StatusCode::UNAUTHORIZED) else {
+                return Ok(response);
+            };
+            sent(false);
+            let Some(other) = self.another(token.as_deref()).await? else { return Ok(response) };
+            read_over(response).await;
+            others = if other.is_own { 0 } else { others - 1 };
+            (request, token) = (again, Some(other));
+        }
     }
 
     async fn token(&self) -> Result<Option<Arc<Token>>, Problem> {
         let fresh = match &*self.0.memory() {
+            memory if !self.0.is_told_of_others(memory) => None,
             Memory { known: Known::None, .. } => Some(None),
             Memory { known: Known::Token(token), rest_until, .. }
                 if !token.is_due() || is_resting(*rest_until, token) =>
@@ -239,16 +269,38 @@ impl Source {
 
     /// What is stored may be another one by now.
     pub fn look_again(&self) {
-        self.memory().known = Known::Unread;
+        let mut memory = self.memory();
+        memory.known = Known::Unread;
+        memory.looks += 1;
+    }
+
+    /// Whether a sign-in by others would be known by now. Of a server that is not registered there are none.
+    fn is_told_of_others(&self, memory: &Memory) -> bool {
+        self.server_id.is_none() || memory.look.epoch.is_some_and(|epoch| self.store().epoch() == Some(epoch))
+    }
+
+    /// Before the database is asked.
+    fn look(&self) {
+        let epoch = self.store().epoch();
+        let mut memory = self.memory();
+        memory.look = Look { looks: memory.looks, epoch };
     }
 
     fn know(&self, token: Option<Arc<Token>>) -> Option<Arc<Token>> {
-        let known = token.clone().map_or(Known::None, Known::Token);
-        let mut memory = self.memory();
-        let has_signed = memory.has_signed || token.is_some();
-        *memory = Memory { known, rest_until: None, has_signed };
-        drop(memory);
+        self.keep(token.clone(), None);
         token
+    }
+
+    /// Remembers what the last look has led to, unless there may be something else by now.
+    fn keep(&self, token: Option<Arc<Token>>, rest_until: Option<Instant>) {
+        let mut memory = self.memory();
+        memory.has_signed |= token.is_some();
+        memory.rest_until = rest_until;
+        memory.known = match token {
+            _ if memory.look.looks != memory.looks => Known::Unread,
+            Some(token) => Known::Token(token),
+            None => Known::None,
+        };
     }
 
     /// The token to use: one that is neither due nor of the refused version or one before it.
@@ -256,14 +308,18 @@ impl Source {
         let turn = timeout(WAIT, self.turn.lock()).await;
         let _turn = turn.map_err(|_| Problem::TimedOut)?;
         let is_wanted = |token: &Token| !token.is_due() && refused.is_none_or(|refused| token.version > refused);
-        if let Known::Token(token) = self.memory().known.clone()
-            && is_wanted(&token)
-        {
+        let settled = match &*self.memory() {
+            memory if !self.is_told_of_others(memory) => None,
+            Memory { known: Known::Token(token), .. } => Some(token.clone()),
+            _ => None,
+        };
+        if let Some(token) = settled.filter(|token| is_wanted(token)) {
             return Ok(Some(token));
         }
         let Some(server_id) = &self.server_id else { return self.settle_unregistered(refused).await };
         let deadline = Instant::now() + WAIT;
         loop {
+            self.look();
             let stored = self.store().sign_in(server_id).await.map_err(|_| Problem::Store)?;
             let Some((sign_in, version, token)) = self.usable(server_id, stored).await else {
                 return if self.is_machine() { self.fetch_first(server_id).await } else { Ok(self.know(None)) };
@@ -321,9 +377,7 @@ impl Source {
                     if is_refused || token.is_over() {
                         return Err(problem);
                     }
-                    let mut memory = self.memory();
-                    memory.known = Known::Token(token.clone());
-                    memory.rest_until = Some(Instant::now() + REST);
+                    self.keep(Some(token.clone()), Some(Instant::now() + REST));
                     return Ok(Some(token));
                 }
             }
@@ -378,7 +432,7 @@ impl Source {
                 Err(_) => sleep(LOOK * attempt).await,
             }
         }
-        Token::new(new, version + 1, now()).map(Arc::new)
+        Token::fetched(new, version + 1)
     }
 
     /// The first token of a client that signs in as itself.
@@ -393,8 +447,7 @@ impl Source {
             Ok(new) => {
                 let put = self.store().put_sign_in(server_id, &new, None, Action::SignInCompleted, &By::ITSELF).await;
                 let version = put.map_err(|_| Problem::Store)?;
-                let token = version.and_then(|version| Token::new(&new, version, now()));
-                Ok(self.know(token.map(Arc::new)))
+                Ok(self.know(version.and_then(|version| Token::fetched(&new, version))))
             }
             Err(problem @ Problem::Refused(_)) => {
                 tracing::warn!(server.id = server_id, reason = %problem, "no token for a server");
@@ -409,7 +462,7 @@ impl Source {
             return Ok(self.know(None));
         }
         match self.fetch_in_time(None).await {
-            Ok(new) => Ok(self.know(Token::new(&new, refused.unwrap_or(0) + 1, now()).map(Arc::new))),
+            Ok(new) => Ok(self.know(Token::fetched(&new, refused.unwrap_or(0) + 1))),
             Err(Problem::Refused(_)) => Ok(self.know(None)),
             Err(problem) => Err(problem),
         }
@@ -503,7 +556,7 @@ mod tests {
         let token = |age: i64, lifetime: Option<i64>| {
             let received_at = Utc::now() - TimeDelta::seconds(age);
             let expires_at = lifetime.map(|lifetime| received_at + TimeDelta::seconds(lifetime));
-            Token { header: HeaderValue::from_static("Bearer a"), version: 1, received_at, expires_at }
+            Token { header: HeaderValue::from_static("Bearer a"), version: 1, received_at, expires_at, is_own: true }
         };
         for (age, lifetime, due) in [
             (0, Some(3600), false),
