@@ -14,8 +14,8 @@ mod known;
 mod letta;
 mod presence;
 mod runs;
-mod seal;
 mod schema;
+mod seal;
 mod sealing;
 mod servers;
 mod sign_ins;
@@ -190,7 +190,9 @@ impl From<sqlx::Error> for Error {
         const UNUSABLE: [u32; 3] = [8, 10, 14];
         const SQLITE_FULL: u32 = 13;
         let (full, away) = match &error {
-            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => (false, true),
+            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => {
+                (false, true)
+            }
             // What came was not what PostgreSQL says: the connection is broken.
             sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => (false, true),
             sqlx::Error::Database(refusal) => match sqlite_code(&error) {

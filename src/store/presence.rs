@@ -149,7 +149,10 @@ impl Presence {
                 None => {
                     away_since = Some(Instant::now());
                     shared.away.send_replace(true);
-                    tracing::error!(reason, "the database is away; what needs it is answered with 503 until it is back");
+                    tracing::error!(
+                        reason,
+                        "the database is away; what needs it is answered with 503 until it is back"
+                    );
                 }
                 Some(_) => {}
             }
