@@ -100,6 +100,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How often a sync asks for a list, if others go on storing different ones; the last one is stored whatever there is.
 const LISTS: u32 = 3;
 
+/// How many servers are looked through at a time for the owners of old folders.
+const IDS_AT_ONCE: i64 = 1_000;
+
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
 pub struct AgentId(HeaderValue);
@@ -528,15 +531,20 @@ impl Mcp {
     fn tidy(&self) {
         let mcp = self.clone();
         self.tracker.spawn(async move {
-            let folders = mcp.children.folders();
-            if folders.is_empty() {
-                return;
+            let looking = mcp.children.clone();
+            let Ok(mut folders) = tokio::task::spawn_blocking(move || looking.folders()).await else { return };
+            let ids: Vec<String> = folders.known.values().cloned().collect();
+            let Ok(existing) = mcp.store.existing_servers(&ids).await else { return };
+            folders.known.retain(|_, id| !existing.contains(id));
+            let mut last = String::new();
+            while !folders.unknown.is_empty() {
+                let Ok(ids) = mcp.store.server_ids_after(&last, IDS_AT_ONCE).await else { return };
+                ids.iter().for_each(|id| folders.keep(id));
+                let Some(id) = ids.into_iter().next_back() else { break };
+                last = id;
             }
-            let Ok(servers) = mcp.store.servers().await else { return };
-            let _ = tokio::task::spawn_blocking(move || {
-                mcp.children.keep_only(folders, servers.iter().map(|server| &*server.id));
-            })
-            .await;
+            let gone = folders.known.into_keys().chain(folders.unknown);
+            let _ = tokio::task::spawn_blocking(move || mcp.children.remove_folders(gone)).await;
         });
     }
 
@@ -547,6 +555,12 @@ impl Mcp {
     /// [`Error::StdioOff`], [`Error::NoTemplate`]: the policy for commands forbids it.
     pub fn check(&self, connector: &Connector) -> Result<(), Error> {
         self.children.check_unfilled(connector)
+    }
+
+    /// Takes note of the end of processes that are children of this one only because their parents are gone; see
+    /// [`Children::reap_orphans`]. Takes a moment.
+    pub fn reap_orphans(&self) {
+        self.children.reap_orphans();
     }
 
     fn filled(&self, connector: &Connector, given: &Variables) -> Result<Filled, Error> {

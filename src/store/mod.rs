@@ -13,11 +13,13 @@ mod keys;
 mod known;
 mod letta;
 mod presence;
+mod replicas;
 mod runs;
 mod schema;
 mod seal;
 mod sealing;
 mod servers;
+mod shared_runs;
 mod sign_ins;
 mod tools;
 
@@ -40,10 +42,12 @@ pub use keys::{KeyError, KeySource, new_key};
 pub use letta::{
     LettaDatabase, LettaError, LettaMapping, LettaOrganization, LettaRows, LettaServer, LettaSignIn, LettaTool,
 };
+pub use replicas::{LONG_DEAD, Question, Replica};
 pub use runs::{ROWS_AT_ONCE as RUNS_AT_ONCE, RunsWanted, run_id, run_id_of};
 pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};
+pub use shared_runs::{Claim, Claimed, NewSharedRun, Progress as SharedProgress, SharedRun};
 pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
 pub use tools::{Listing, Over};
 
@@ -251,11 +255,17 @@ pub fn sqlite_file(url: &str) -> Option<PathBuf> {
 
 impl Store {
     /// Opens the database that `url` names, or `portolan.db` in `data_dir` without one, and brings its schema up to date.
-    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`.
+    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`. PostgreSQL is given `connections`
+    /// at most.
     ///
     /// # Errors
     /// One sentence for the person who starts Portolan, without credentials.
-    pub async fn open(url: Option<&str>, data_dir: &Path, keys: KeySource) -> Result<Self, OpenError> {
+    pub async fn open(
+        url: Option<&str>,
+        data_dir: &Path,
+        connections: usize,
+        keys: KeySource,
+    ) -> Result<Self, OpenError> {
         if let (Some(url), KeySource::Unset) = (url, &keys)
             && is_postgres(url)
         {
@@ -265,7 +275,7 @@ impl Store {
             // Before the schema changes: it may have to be sealed what was stored in clear.
             keys.read().map_err(SealError::from)?;
         }
-        let (database, made) = Database::open(url, data_dir, Some(&keys)).await?;
+        let (database, made) = Database::open(url, data_dir, connections, Some(&keys)).await?;
         let seal = Seal::open(&database, keys, data_dir, made).await?;
         database.shorten_waits().await;
         let presence = match &database {
@@ -305,6 +315,11 @@ impl Store {
     /// Whether the database answers; for `/v1/ready`.
     pub async fn ping(&self) -> Result<(), Error> {
         Ok(on_db!(self, read pool => sqlx::query("SELECT 1").execute(pool).await.map(|_| ()))?)
+    }
+
+    /// Whether other Portolans may use the same database.
+    pub fn is_shared(&self) -> bool {
+        matches!(self.database, Database::Postgres(_))
     }
 
     /// Ends all connections, after the statements that are running.
@@ -360,6 +375,7 @@ impl Database {
     async fn open(
         url: Option<&str>,
         data_dir: &Path,
+        connections: usize,
         keys: Option<&KeySource>,
     ) -> Result<(Self, Option<PathBuf>), OpenError> {
         let keys = keys.map(|source| Wanted { source, data_dir });
@@ -374,7 +390,7 @@ impl Database {
             }
             Some(url) if is_postgres(url) => {
                 let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
-                Self::open_postgres(options, keys).await
+                Self::open_postgres(options, connections, keys).await
             }
             Some(_) => Err(OpenError::Scheme),
         }
@@ -401,6 +417,15 @@ impl Database {
                 .max_connections(1)
                 .test_before_acquire(false)
                 .acquire_timeout(WRITE_TIMEOUT)
+                // SQLite ends a transaction that it cannot commit, on a full disk for one; sqlx does not, and would take the
+                // next one for a part of it, whose commit is none.
+                .after_release(|connection, _| {
+                    Box::pin(async move {
+                        // Behind the rollback, which nobody waits for.
+                        connection.ping().await?;
+                        Ok(!connection.is_in_transaction())
+                    })
+                })
                 .connect_with(options.clone())
                 .await;
             match pool {
@@ -428,6 +453,7 @@ impl Database {
 
     async fn open_postgres(
         options: PgConnectOptions,
+        connections: usize,
         keys: Option<Wanted<'_>>,
     ) -> Result<(Self, Option<PathBuf>), OpenError> {
         let place = format!(
@@ -454,7 +480,7 @@ impl Database {
         }
         // Best effort: the connection worked, how it ends changes nothing.
         let _ = first.close().await;
-        Ok((Self::Postgres(presence::pool(options)), made))
+        Ok((Self::Postgres(presence::pool(options, connections)), made))
     }
 
     /// Whether its schema knows of keys.
