@@ -260,6 +260,9 @@ pub struct Storage {
     /// Database, postgres://… or sqlite:FILE; without it, SQLite in the data folder
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_parser = secret, global = true, value_name = "URL")]
     pub database_url: Option<Secret>,
+    /// How many connections to PostgreSQL this Portolan holds at most; those of all replicas must fit into its max_connections
+    #[arg(long, env = "PORTOLAN_DATABASE_CONNECTIONS", default_value_t = 16, value_parser = at_least_one, global = true, value_name = "NUMBER")]
+    pub database_connections: usize,
 }
 
 /// Secrets that Portolan keeps, and who sees them.

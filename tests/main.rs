@@ -31,6 +31,7 @@ mod repeats;
 mod replicas;
 mod run_log;
 mod runs;
+mod scale;
 mod sealing;
 mod secrets;
 mod servers;

@@ -61,7 +61,6 @@ const POSTGRES_WAITS: [(&str, &str); 2] = [("lock_timeout", "5s"), ("idle_in_tra
 /// How long to leave a SQLite file alone that another process is about to open or close.
 const OPEN_PAUSE: Duration = Duration::from_millis(50);
 const SQLITE_READERS: u32 = 8;
-const POSTGRES_CONNECTIONS: u32 = 16;
 /// Fails in a database of before there was sealing.
 const SEALING: &str = "SELECT 1 FROM sealing_keys";
 
@@ -203,11 +202,17 @@ pub fn sqlite_file(url: &str) -> Option<PathBuf> {
 
 impl Store {
     /// Opens the database that `url` names, or `portolan.db` in `data_dir` without one, and brings its schema up to date.
-    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`.
+    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`. PostgreSQL is given `connections`
+    /// at most.
     ///
     /// # Errors
     /// One sentence for the person who starts Portolan, without credentials.
-    pub async fn open(url: Option<&str>, data_dir: &Path, keys: KeySource) -> Result<Self, OpenError> {
+    pub async fn open(
+        url: Option<&str>,
+        data_dir: &Path,
+        connections: usize,
+        keys: KeySource,
+    ) -> Result<Self, OpenError> {
         if let (Some(url), KeySource::Unset) = (url, &keys)
             && is_postgres(url)
         {
@@ -217,7 +222,7 @@ impl Store {
             // Before the schema changes: only the start that brings in sealing takes over what was stored in clear.
             keys.read().map_err(SealError::from)?;
         }
-        let (database, adopt) = Database::open(url, data_dir).await?;
+        let (database, adopt) = Database::open(url, data_dir, connections).await?;
         let seal = Seal::open(&database, keys, data_dir, adopt).await?;
         let trusted_for = match database {
             Database::Postgres(_) => Some(SHARED_TRUST),
@@ -294,7 +299,7 @@ impl Database {
     }
 
     /// Opens it and brings its schema up to date; also whether it was of before there was sealing.
-    async fn open(url: Option<&str>, data_dir: &Path) -> Result<(Self, bool), OpenError> {
+    async fn open(url: Option<&str>, data_dir: &Path, connections: usize) -> Result<(Self, bool), OpenError> {
         match url {
             None => Self::open_sqlite(SqliteConnectOptions::new().filename(data_dir.join("portolan.db"))).await,
             Some(url) if url.starts_with("sqlite:") => {
@@ -306,7 +311,7 @@ impl Database {
             }
             Some(url) if is_postgres(url) => {
                 let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
-                Self::open_postgres(options).await
+                Self::open_postgres(options, connections).await
             }
             Some(_) => Err(OpenError::Scheme),
         }
@@ -353,7 +358,7 @@ impl Database {
         Ok((Self::Sqlite { read, write }, adopt))
     }
 
-    async fn open_postgres(options: PgConnectOptions) -> Result<(Self, bool), OpenError> {
+    async fn open_postgres(options: PgConnectOptions, connections: usize) -> Result<(Self, bool), OpenError> {
         let place = format!(
             "the PostgreSQL database {:?} at {}:{}",
             options.get_database().unwrap_or("(default)"),
@@ -373,7 +378,7 @@ impl Database {
         // Best effort: the connection worked, how it ends changes nothing.
         let _ = first.close().await;
         let pool = PgPoolOptions::new()
-            .max_connections(POSTGRES_CONNECTIONS)
+            .max_connections(u32::try_from(connections).unwrap_or(u32::MAX))
             .acquire_timeout(ACQUIRE_TIMEOUT)
             // A look at a connection costs a round trip: only for one that was idle long enough to have been cut.
             .test_before_acquire(false)
