@@ -131,6 +131,7 @@ impl App {
         let routes = api::routes();
         let metrics = Metrics::new(routes.iter().map(|route| (route.method.as_str(), route.path)));
         let store = open_store(&settings).await?.counted_in(metrics.operations.clone());
+        store.follow();
         let tracker = TaskTracker::new();
         let egress = Egress::new(&settings.egress, settings.upstream.connect_timeout, store.address())?;
         let traces = Traces::open(&settings.traces, &egress).await?;

@@ -97,6 +97,9 @@ pub enum Error {
     Crowded,
     #[error("The database is not available; try again in a moment.")]
     Unavailable(#[source] store::Error),
+    /// Nothing was written, and a repetition would find no more room.
+    #[error("The database has no room left on its disk; nothing was changed. Make room there, then try again.")]
+    StorageFull(#[source] store::Error),
     #[error("Something went wrong inside Portolan; its log names this request id.")]
     Internal(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
@@ -146,6 +149,7 @@ impl From<store::Error> for Error {
             store::Error::NameTaken => Self::NameTaken,
             store::Error::Overtaken => Self::Unavailable(error),
             store::Error::Unavailable(_) => Self::Unavailable(error),
+            store::Error::Full(_) => Self::StorageFull(error),
             store::Error::Refused(_) => Self::Internal(error.into()),
         }
     }
@@ -190,6 +194,7 @@ impl Error {
                 (StatusCode::SERVICE_UNAVAILABLE, "overloaded")
             }
             Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+            Self::StorageFull(_) => (StatusCode::INSUFFICIENT_STORAGE, "storage_full"),
             Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         }
     }
@@ -261,6 +266,7 @@ impl Error {
             | Self::Refresh { .. }
             | Self::Connect(_)
             | Self::Variables(_)
+            | Self::StorageFull(_)
             | Self::Internal(_) => {
                 headers.insert(X_SHOULD_RETRY, HeaderValue::from_static("false"));
             }
@@ -363,6 +369,7 @@ mod tests {
             Error::Full { repeatable: false },
             Error::Crowded,
             Error::Unavailable(store::Error::NameTaken),
+            Error::StorageFull(store::Error::NameTaken),
             Error::Internal("reason".into()),
         ];
         for error in every {
@@ -381,6 +388,7 @@ mod tests {
                 | Error::Invalid(_)
                 | Error::Refresh { .. }
                 | Error::Connect(_)
+                | Error::StorageFull(_)
                 | Error::Internal(_) => false,
                 Error::Unauthorized | Error::Guessing { .. } | Error::Variables(_) => false,
             };

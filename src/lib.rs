@@ -31,6 +31,7 @@
 //! | [`interchange`] | the files of other programs: `read` and `write` (what they say of servers), `text` (from bytes to JSON), `placeholders` (theirs, and templates), `left_out` (secrets that a file does not show) |
 //! | [`mcp`] | speaks MCP; its files are: |
 //! | `pool`, `watch` | one live session per server; what happens between calls |
+//! | `follow` | what other Portolans on the same database have changed |
 //! | `first` | the first syncs of servers, of many that came together, too |
 //! | `session` | handshake, list, call |
 //! | `stdio`, `http`, `sse` | the transports; `remote` is what the last two have in common |
@@ -49,7 +50,7 @@
 //! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
-//! | [`store`] | speaks SQL: a file for each table or two that belong together; `changes` (what a new list of tools means), `journal` (the table `changes`), `known` (tools that were read before, in memory), `batch` (several servers in one transaction), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
+//! | [`store`] | speaks SQL: a file for each table or two that belong together; `changes` (what a new list of tools means), `journal` (the table `changes`), `known` (tools that were read before, in memory), `feed` (what Portolans on one database tell each other, and whether what is known is still so), `batch` (several servers in one transaction), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
 //! | [`command`] | what the program does besides serving, one file per command; of `migrate_letta`, `plan` (what becomes of each server) and `unseal` (Letta's own sealing) |
 //!
 //! # Who may import whom

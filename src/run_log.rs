@@ -277,11 +277,11 @@ impl RunLog {
                         }
                     }
                 }
-                Ok(Err(store::Error::Unavailable(_))) | Err(_) if !told => {
+                Ok(Err(store::Error::Unavailable(_) | store::Error::Full(_))) | Err(_) if !told => {
                     told = true;
                     tracing::warn!(runs = self.depth(), "the database does not take the run log; it is tried again");
                 }
-                Ok(Err(store::Error::Unavailable(_))) | Err(_) => {}
+                Ok(Err(store::Error::Unavailable(_) | store::Error::Full(_))) | Err(_) => {}
             }
             let closing = &self.0.closing;
             tokio::select! {

@@ -113,23 +113,25 @@ impl Error {
 
     /// It is about Portolan, and says nothing about the server.
     pub(super) fn is_ours(&self) -> bool {
-        matches!(
-            self,
-            Self::StdioOff
-                | Self::NoTemplate
-                | Self::NoValue { .. }
-                | Self::BadValue { .. }
-                | Self::NoVariantFree
-                | Self::Reconfigured
-                | Self::Deleted
-                | Self::Stopping
-                | Self::Store
-                | Self::QueueFull
-                | Self::QueueTimeout
-                | Self::NoChildFree
-                | Self::NotReady
-                | Self::Resting { .. }
-        )
+        // Another Portolan on the same database may have the key.
+        matches!(self, Self::Config(unreadable) if unreadable.is_sealed())
+            || matches!(
+                self,
+                Self::StdioOff
+                    | Self::NoTemplate
+                    | Self::NoValue { .. }
+                    | Self::BadValue { .. }
+                    | Self::NoVariantFree
+                    | Self::Reconfigured
+                    | Self::Deleted
+                    | Self::Stopping
+                    | Self::Store
+                    | Self::QueueFull
+                    | Self::QueueTimeout
+                    | Self::NoChildFree
+                    | Self::NotReady
+                    | Self::Resting { .. }
+            )
     }
 
     /// It is about the values of variables.

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use crate::model::Remote;
+use crate::store::Store;
 
 use super::budget::{Held, Oversize, Share};
 use super::egress::{Destination, Trust};
@@ -70,6 +71,7 @@ struct Shared {
     handshake_timeout: Duration,
     /// Why the server is known to be gone.
     gone: OnceLock<HttpError>,
+    store: Store,
 }
 
 struct Agreed {
@@ -104,6 +106,7 @@ impl HttpWire {
             tracker: context.tracker.clone(),
             handshake_timeout: context.settings.handshake_timeout,
             gone: OnceLock::new(),
+            store: context.sign_ins.store().clone(),
         })))
     }
 
@@ -331,6 +334,19 @@ impl HttpWire {
         }
     }
 
+    /// Waits while nobody could have told that the server was given another address or token: what nobody has asked for is
+    /// not sent to where it may not go any more.
+    async fn wait_for_news(&self) {
+        if self.0.store.epoch().is_some() {
+            return;
+        }
+        while self.0.store.epoch().is_none() {
+            sleep(LISTEN_AGAIN.0).await;
+        }
+        // What has changed meanwhile ends this session now.
+        sleep(LISTEN_AGAIN.0).await;
+    }
+
     /// Asks now and then whether the server is there; returns when nobody listens at its address any more.
     async fn look(&self, greeted: &Greeted) -> HttpError {
         let params = if greeted.is_modern() { greeted.plain_params() } else { "{}".to_owned() };
@@ -338,6 +354,7 @@ impl HttpWire {
         let ask = Ask::new(method, &params);
         loop {
             sleep(LOOK).await;
+            self.wait_for_news().await;
             if let Err(CallError::NotSent(Error::Http(gone))) =
                 self.request(&ask, Instant::now() + self.0.handshake_timeout).await
                 && gone.is_gone()
@@ -353,6 +370,9 @@ impl HttpWire {
         let mut delay = LISTEN_AGAIN.0;
         let mut first = true;
         loop {
+            if !first {
+                self.wait_for_news().await;
+            }
             let opened = Instant::now();
             let request = if greeted.is_modern() {
                 let id = self.0.last_id.fetch_add(1, Ordering::Relaxed) + 1;

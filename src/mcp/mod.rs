@@ -14,6 +14,7 @@ mod events;
 mod exchange;
 mod fields;
 mod first;
+mod follow;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod hidden;
@@ -59,7 +60,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Upstream;
 use crate::model::{By, Connector, Era, Flagged, Offered, Server, Skipped, Tool, ToolChanges};
 use crate::secrets::scrub;
-use crate::store::{Listing, Store};
+use crate::store::{self, Listing, Over, Store};
 use crate::telemetry::Span;
 use crate::telemetry::metrics::{CallResult, Metrics, Readings};
 
@@ -98,6 +99,9 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How many servers are looked through at a time for the owners of old folders.
 const IDS_AT_ONCE: i64 = 1_000;
+
+/// How often a sync asks for a list, if others go on storing different ones; the last one is stored whatever there is.
+const LISTS: u32 = 3;
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
@@ -203,6 +207,7 @@ impl Mcp {
             first,
         };
         mcp.tracker.spawn(watch(mcp.clone(), news));
+        mcp.follow();
         mcp.tidy();
         mcp.catch_up();
         mcp
@@ -289,8 +294,32 @@ impl Mcp {
         now: bool,
         by: &By,
     ) -> Result<ToolChanges, SyncError> {
-        let (listed, era) = self.list(server, agent, given, now).await?;
-        self.keep(server, given, &listed, era, by).await
+        Ok(self.list_and_keep(server, agent, given, now, by).await?.1)
+    }
+
+    /// As [`Mcp::sync`], with the list. Where another Portolan stores a list meanwhile, the server is asked again: an older
+    /// list never lands on a newer one, whoever got it.
+    async fn list_and_keep(
+        &self,
+        server: &Server,
+        agent: Option<&AgentId>,
+        given: &Variables,
+        now: bool,
+        by: &By,
+    ) -> Result<(Listed, ToolChanges), SyncError> {
+        let mut server = Cow::Borrowed(server);
+        let mut lists = 1;
+        loop {
+            let over = if lists < LISTS { Over::Of(server.last_synced_at) } else { Over::Any };
+            let (listed, era) = self.list(&server, agent, given, now).await?;
+            match self.keep(&server, given, &listed, era, over, by).await {
+                Err(SyncError::Store(store::Error::Overtaken)) => {
+                    server = Cow::Owned(self.store.server(&server.id).await?.ok_or(SyncError::Gone)?);
+                    lists += 1;
+                }
+                kept => return Ok((listed, kept?)),
+            }
+        }
     }
 
     /// Makes the stored tools of a server equal to what it listed.
@@ -300,6 +329,7 @@ impl Mcp {
         given: &Variables,
         listed: &Listed,
         era: Era,
+        over: Over,
         by: &By,
     ) -> Result<ToolChanges, SyncError> {
         let (offered, skipped) = accept(&listed.tools);
@@ -309,7 +339,7 @@ impl Mcp {
         let notice = notice(&skipped).map(|notice| scrub(&notice, &secrets));
         let hold = self.settings.tools.holds();
         let (notice, shown) = (notice.as_deref(), &|name: &str| scrub(name, &secrets));
-        let listing = Listing { era: Some(era), notice, offered: &offered, hold, shown };
+        let listing = Listing { era: Some(era), notice, offered: &offered, hold, shown, over };
         let synced = self.store.sync_tools(&server.id, server.revision, &listing, by).await?;
         let Some(mut changes) = synced else {
             let exists = self.store.server(&server.id).await?.is_some();

@@ -198,8 +198,16 @@ impl Slot {
         (serves && !session.is_closed()).then(|| session.clone())
     }
 
-    /// Whether it has a session of this revision or a newer one, whatever the values.
+    /// Whether nothing in it is of before this revision, whatever the values. What is being opened may be: it began with a
+    /// row that is not looked at here.
     fn is_of(&self, revision: i64) -> bool {
+        let Ok(history) = self.history.try_lock() else { return self.has(revision) };
+        let failure = history.last.as_ref().is_none_or(|failure| failure.revision >= revision);
+        failure && (self.live().is_none() || self.has(revision))
+    }
+
+    /// Whether it has a session of this revision or a newer one.
+    fn has(&self, revision: i64) -> bool {
         self.live().as_ref().is_some_and(|live| live.revision >= revision && !live.session.is_closed())
     }
 
@@ -220,7 +228,9 @@ impl Slot {
         {
             return needs.clone();
         }
-        let needs: Arc<Needs> = Arc::new(server.config.0.as_ref().map(Needs::of).unwrap_or_default());
+        // One that cannot be opened now may be once its key has come, at the same revision.
+        let Ok(connector) = &server.config.0 else { return Arc::default() };
+        let needs = Arc::new(Needs::of(connector));
         *known = Some((server.revision, needs.clone()));
         needs
     }
@@ -680,6 +690,16 @@ impl Pool {
         });
         rested.sort();
         rested.into_iter().map(|(_, server_id)| server_id).collect()
+    }
+
+    /// The servers that have a session, had one, or have been tried.
+    pub fn servers(&self) -> Vec<String> {
+        self.slots().by_server.keys().cloned().collect()
+    }
+
+    /// Whether this server is among [`Pool::servers`].
+    pub fn has(&self, server_id: &str) -> bool {
+        self.slots().by_server.contains_key(server_id)
     }
 
     /// Lets go of whatever session this server has.

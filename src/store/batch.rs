@@ -2,12 +2,13 @@
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
+use sqlx::Connection;
 
 use crate::model::{Action, By, Connector, Offered, SignIn, State, definition_hash, sha256_hex};
 
 use super::journal;
 use super::servers::{FORGET, GIVE_UP, client};
-use super::{Error, Store, now, on_db};
+use super::{Error, Store, Topic, now, on_db};
 
 /// A server that comes with what is known of it elsewhere.
 pub struct NewServer {
@@ -39,8 +40,19 @@ pub enum Step {
     },
 }
 
+impl Step {
+    /// Where it stands among others: rows that are there, and then new names.
+    fn turn(&self) -> (bool, &str) {
+        match self {
+            Self::Configure { id, .. } | Self::Remove { id, .. } => (false, id),
+            Self::Add(server) => (true, &server.server_name),
+        }
+    }
+}
+
 impl Store {
-    /// Does all steps in their order, in one transaction. `progress` hears after each how many are done.
+    /// Does all steps in one transaction. `progress` hears after each how many are done. They are done in an order that all
+    /// Portolans have in common: of two that wait for each other's rows one would fail.
     ///
     /// # Errors
     /// [`Error::NameTaken`] when another server has one of the names or ids, [`Error::Overtaken`] when a server is not at the
@@ -57,11 +69,13 @@ impl Store {
         const LOCK: &str = "UPDATE servers SET revision = revision WHERE id = $1 AND revision = $2 RETURNING config";
         const REMOVE: &str = "DELETE FROM servers WHERE id = $1 AND revision = $2 RETURNING server_name";
         let now = now();
+        let mut ordered: Vec<&Step> = steps.iter().collect();
+        ordered.sort_by_key(|step| step.turn());
         let write = async {
-            on_db!(self, write pool => {
+            on_db!(self, long write pool => {
                 let mut transaction = pool.begin().await?;
                 let mut told = Vec::new();
-                for (done, step) in (1..).zip(steps) {
+                for (done, step) in (1..).zip(&ordered) {
                     match step {
                         Step::Add(server) => {
                             sqlx::query(ADD)
@@ -155,9 +169,13 @@ impl Store {
                             .push_bind(server_name)
                             .push_bind(details.to_string());
                     });
-                    insert.build().persistent(false).execute(&mut *transaction).await?;
+                    insert.push(" RETURNING id");
+                    let ids: Vec<i64> =
+                        insert.build_query_scalar().persistent(false).fetch_all(&mut *transaction).await?;
+                    self.feed.wrote(ids);
                 }
                 transaction.commit().await?;
+                self.announce(Topic::Changes);
                 Ok(())
             })
         };

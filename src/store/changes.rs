@@ -75,6 +75,11 @@ impl<'a> Plan<'a> {
         plan
     }
 
+    /// Nothing but the time of the sync is written.
+    pub fn is_empty(&self) -> bool {
+        self.delete.is_empty() && self.update.is_empty() && self.insert.is_empty()
+    }
+
     /// Whether the tool waits for an approval.
     fn keep(&mut self, tool: &'a Tool, position: i64, offered: &'a Offered, trust: Trust, now: DateTime<Utc>) -> bool {
         let old = tool.hash();
@@ -213,7 +218,7 @@ mod tests {
         let current = [tool("a", 0, "{}", None), tool("b", 1, "{}", Some("x"))];
         let listing = [offered("a", "{}"), offered("b", "{}")];
         let plan = Plan::new(&current, vec![], &listing, HOLDING, Utc::now());
-        assert!(plan.update.is_empty() && plan.insert.is_empty() && plan.delete.is_empty());
+        assert!(plan.is_empty());
         assert_eq!((plan.changes.unchanged, plan.changes.held), (2, vec!["b".to_owned()]));
         let unhashed = [Tool { definition_hash: None, ..tool("a", 0, "{}", None) }];
         let plan = Plan::new(&unhashed, vec![], &listing[..1], HOLDING, Utc::now());

@@ -1,15 +1,15 @@
 //! The table `changes`: who changed what of servers, tools and sign-ins. A row is written in the transaction of its change,
 //! so that there is one of each change that happened and none of one that did not.
 //!
-//! Ids grow in the order in which changes become visible (the migration says how), so that another Portolan on the same
-//! database may one day read what is new after the last id that it has seen.
+//! Ids grow in the order in which changes become visible (the migration says how), so that other Portolans on the same
+//! database read what is new after the last id that they have seen.
 
 use chrono::{DateTime, Utc};
 use serde_json::{Map, Value, json};
 
 use crate::model::{Action, By, Change, Connector, ToolChanges};
 
-use super::{Error, Store, on_db};
+use super::{Database, Error, Store, on_db};
 
 /// How many names of tools a row tells, and the characters of each: they are a server's own words.
 const MAX_NAMES: usize = 20;
@@ -32,13 +32,14 @@ pub(super) struct Note<'a> {
     pub details: Value,
 }
 
-/// Writes a [`Note`] in a transaction. The last thing that happens there: on PostgreSQL those who note something wait for
-/// each other.
+/// Writes a [`Note`] in a transaction of this store. The last thing that happens there: on PostgreSQL those who note
+/// something wait for each other. After the commit the others are to be told ([`Store::announce`]).
 macro_rules! note {
-    ($transaction:expr, $note:expr) => {{
+    ($store:expr, $transaction:expr, $note:expr) => {{
         let note: $crate::store::journal::Note<'_> = $note;
-        sqlx::query(
-            "INSERT INTO changes (at, caller, action, mcp_server_id, server_name, details) VALUES ($1, $2, $3, $4, $5, $6)",
+        sqlx::query_scalar::<_, i64>(
+            "INSERT INTO changes (at, caller, action, mcp_server_id, server_name, details) VALUES ($1, $2, $3, $4, $5, $6) \
+             RETURNING id",
         )
         .bind($crate::store::now())
         .bind(note.by.name())
@@ -46,8 +47,9 @@ macro_rules! note {
         .bind(note.server_id)
         .bind(note.server_name)
         .bind(note.details.to_string())
-        .execute(&mut *$transaction)
+        .fetch_one(&mut *$transaction)
         .await
+        .map(|id| $store.feed.wrote([id]))
     }};
 }
 pub(super) use note;
@@ -70,7 +72,7 @@ impl Store {
     pub async fn changes(&self, wanted: &ChangesWanted) -> Result<Vec<Change>, Error> {
         const SELECT: &str =
             "SELECT id, at, caller, action, mcp_server_id, server_name, details FROM changes WHERE 1 = 1";
-        Ok(on_db!(self, read pool => {
+        Ok(on_db!(self, long read pool => {
             let mut query = sqlx::QueryBuilder::new(SELECT);
             if let Some(server_id) = &wanted.mcp_server_id {
                 query.push(" AND mcp_server_id = ").push_bind(server_id);
@@ -92,11 +94,21 @@ impl Store {
         })?)
     }
 
-    /// Removes some of the changes from before `end`; how many, 0 when there are no more.
+    /// Removes some of the changes from before `end`; how many, 0 when there are no more than what another Portolan removes
+    /// just now.
     pub async fn forget_changes(&self, end: DateTime<Utc>) -> Result<u64, Error> {
-        const SQL: &str = "DELETE FROM changes WHERE id IN (SELECT id FROM changes WHERE at < $1 ORDER BY at LIMIT $2)";
-        Ok(on_db!(self, write pool => {
-            sqlx::query(SQL).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
+        let sql = match self.database {
+            // Several sweep at once: none waits for another.
+            Database::Postgres(_) => {
+                "DELETE FROM changes WHERE id IN \
+                 (SELECT id FROM changes WHERE at < $1 ORDER BY at LIMIT $2 FOR UPDATE SKIP LOCKED)"
+            }
+            Database::Sqlite { .. } => {
+                "DELETE FROM changes WHERE id IN (SELECT id FROM changes WHERE at < $1 ORDER BY at LIMIT $2)"
+            }
+        };
+        Ok(on_db!(self, long write pool => {
+            sqlx::query(sql).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
         })?)
     }
 }

@@ -3,8 +3,10 @@
 //! What is answered from here never contradicts a change that was acknowledged. A write drops what is known of its server
 //! when it ends, however it ends, and before its caller hears of it ([`Known::during`]); and nothing is remembered that
 //! was read while a write ended ([`Reading`]), because it may have been read before that write and arrive after it.
-//! Writes of other processes on the same database are not seen: what is shared with them is trusted for
-//! [`SHARED_TRUST`] only.
+//!
+//! Writes of other Portolans on the same database are told by the feed, which drops what they concern in the same way. On
+//! such a database anything is known only while the feed is current ([`Currency`]): who cannot be told of a change asks
+//! the database.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -16,11 +18,10 @@ use crate::model::ServerTool;
 
 use super::servers::to_text;
 
-/// How long what was read from a database that other processes may write to is taken to be still so.
-pub(super) const SHARED_TRUST: Duration = Duration::from_secs(1);
 /// A write whose caller left half-way may still be done by the thread or the server that has it. Until that has long
-/// ended, everything is trusted for [`SHARED_TRUST`] only.
+/// ended, everything is trusted for [`DOUBTED_TRUST`] only.
 const DOUBT: Duration = Duration::from_secs(60);
+const DOUBTED_TRUST: Duration = Duration::from_secs(1);
 /// How many bytes may be remembered; beyond it, the server whose tools were not run for the longest time is forgotten.
 const LIMIT: usize = 64 * 1024 * 1024;
 /// What a tool counts for, beside its texts.
@@ -28,19 +29,41 @@ const OVERHEAD: usize = 1024;
 
 pub(super) struct Known {
     memory: Mutex<Memory>,
-    /// `None`: until a write drops it.
-    trusted_for: Option<Duration>,
     limit: usize,
 }
 
 #[derive(Default)]
 struct Memory {
-    /// How many writes have ended.
+    currency: Currency,
+    /// How often everything was forgotten because something may have been missed.
+    epoch: u64,
+    /// How many writes have ended, here, or elsewhere as far as is known.
     generation: u64,
     /// The tools of a server by its id, least recently used first.
     servers: LinkedHashMap<String, Tools>,
     bytes: usize,
     doubted_until: Option<Instant>,
+}
+
+/// Until when every change by others is known that was acknowledged some time ago.
+#[derive(Default)]
+enum Currency {
+    /// There are no others.
+    #[default]
+    Always,
+    Until(Instant),
+    /// Nobody has told anything yet.
+    Never,
+}
+
+impl Currency {
+    fn holds(&self) -> bool {
+        match self {
+            Self::Always => true,
+            Self::Until(end) => Instant::now() < *end,
+            Self::Never => false,
+        }
+    }
 }
 
 #[derive(Default)]
@@ -63,13 +86,57 @@ pub(super) struct Reading {
 }
 
 impl Known {
-    /// Knows nothing yet. What it learns is trusted for that long after it was read, with `None` until a write drops it.
-    pub(super) fn new(trusted_for: Option<Duration>) -> Self {
-        Self { memory: Mutex::default(), trusted_for, limit: LIMIT }
+    /// Knows nothing yet. Of a database that others write to, too, it learns nothing before [`Known::begin`].
+    pub(super) fn new(is_shared: bool) -> Self {
+        let currency = if is_shared { Currency::Never } else { Currency::Always };
+        Self { memory: Mutex::new(Memory { currency, ..Memory::default() }), limit: LIMIT }
+    }
+
+    /// Forgets everything: changes of others may have been missed. Those from now on will be told until `end`.
+    pub(super) fn begin(&self, end: Instant) {
+        let mut memory = self.lock();
+        memory.currency = Currency::Until(end);
+        memory.epoch += 1;
+        memory.generation += 1;
+        memory.servers.clear();
+        memory.bytes = 0;
+    }
+
+    /// Forgets these servers, which others have changed.
+    pub(super) fn forget<'a>(&self, server_ids: impl Iterator<Item = &'a str>) {
+        self.lock().forget(server_ids);
+    }
+
+    /// All changes are told until `end`; `false`, and nothing happens, when there was a time without that since the last.
+    pub(super) fn go_on(&self, end: Instant) -> bool {
+        let mut memory = self.lock();
+        let holds = memory.currency.holds();
+        if holds {
+            memory.currency = Currency::Until(end);
+        }
+        holds
+    }
+
+    /// Names the time without a gap in which all changes of others have been told, if that goes on: what was read in it,
+    /// and no told change concerns, is so still.
+    pub(super) fn epoch(&self) -> Option<u64> {
+        let memory = self.lock();
+        memory.currency.holds().then_some(memory.epoch)
+    }
+
+    /// When it stops to be current; `None` where there are no others, or before the first time.
+    pub(super) fn end(&self) -> Option<Instant> {
+        match self.lock().currency {
+            Currency::Until(end) => Some(end),
+            Currency::Always | Currency::Never => None,
+        }
     }
 
     pub(super) fn find(&self, server_id: &str, tool_id: &str) -> Option<Arc<ServerTool>> {
         let mut memory = self.lock();
+        if !memory.currency.holds() {
+            return None;
+        }
         let entry = memory.servers.to_back(server_id)?.by_id.get(tool_id)?;
         entry.trusted_until.is_none_or(|until| Instant::now() < until).then(|| entry.row.clone())
     }
@@ -82,12 +149,11 @@ impl Known {
     pub(super) fn remember(&self, reading: Reading, row: &Arc<ServerTool>) {
         let bytes = size(row);
         let memory = &mut *self.lock();
-        if memory.generation != reading.generation {
+        if memory.generation != reading.generation || matches!(memory.currency, Currency::Never) {
             return;
         }
         let doubted = memory.doubted_until.is_some_and(|until| reading.began < until);
-        let trusted_for = if doubted { Some(SHARED_TRUST) } else { self.trusted_for };
-        let trusted_until = trusted_for.map(|time| reading.began + time);
+        let trusted_until = doubted.then(|| reading.began + DOUBTED_TRUST);
         let tools = memory.servers.entry(row.server.id.clone()).or_insert_with(Tools::default);
         let before = tools.bytes;
         if let Some(old) = tools.by_id.insert(row.tool.id.clone(), Entry { row: row.clone(), trusted_until, bytes }) {
@@ -122,6 +188,17 @@ impl Known {
     }
 }
 
+impl Memory {
+    fn forget<'a>(&mut self, server_ids: impl Iterator<Item = &'a str>) {
+        self.generation += 1;
+        for server_id in server_ids {
+            if let Some(tools) = self.servers.remove(server_id) {
+                self.bytes -= tools.bytes;
+            }
+        }
+    }
+}
+
 struct Change<'a> {
     known: &'a Known,
     server_ids: &'a [&'a str],
@@ -132,12 +209,7 @@ struct Change<'a> {
 impl Drop for Change<'_> {
     fn drop(&mut self) {
         let mut memory = self.known.lock();
-        memory.generation += 1;
-        for server_id in self.server_ids {
-            if let Some(tools) = memory.servers.remove(*server_id) {
-                memory.bytes -= tools.bytes;
-            }
-        }
+        memory.forget(self.server_ids.iter().copied());
         if self.left {
             memory.doubted_until = Some(Instant::now() + DOUBT);
         }
@@ -192,7 +264,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_was_read_before_a_write_ended_is_not_remembered_after_it() {
-        let known = Known::new(None);
+        let known = Known::new(false);
         known.remember(known.reading(), &row("s", "t", "old"));
         assert_eq!(definition(&known, "s", "t").as_deref(), Some("old"));
 
@@ -217,7 +289,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_write_drops_its_own_server_alone() {
-        let known = Known::new(None);
+        let known = Known::new(false);
         for (server, tool) in [("a", "1"), ("a", "2"), ("b", "1")] {
             known.remember(known.reading(), &row(server, tool, "{}"));
         }
@@ -229,7 +301,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_write_that_is_left_half_way_drops_too_and_leaves_a_doubt() {
-        let known = Known::new(None);
+        let known = Known::new(false);
         known.remember(known.reading(), &row("s", "t", "old"));
         drop(Box::pin(known.during("s", async {})));
         assert!(known.find("s", "t").is_some(), "it had not begun");
@@ -243,26 +315,50 @@ mod tests {
         assert!(known.find("s", "t").is_none());
         let trusted = |tool: &str| known.lock().servers["s"].by_id[tool].trusted_until;
         known.remember(known.reading(), &row("s", "t", "old"));
-        assert!(trusted("t").is_some_and(|until| until <= Instant::now() + SHARED_TRUST));
+        assert!(trusted("t").is_some_and(|until| until <= Instant::now() + DOUBTED_TRUST));
         let after = Reading { generation: known.lock().generation, began: Instant::now() + 2 * DOUBT };
         known.remember(after, &row("s", "later", "new"));
         assert_eq!(trusted("later"), None);
     }
 
     #[test]
-    fn what_others_may_change_is_trusted_for_a_time() {
-        let known = Known::new(Some(SHARED_TRUST));
+    fn what_others_may_change_is_known_while_they_tell() {
+        let known = Known::new(true);
+        let in_a_while = || Instant::now() + Duration::from_secs(60);
         known.remember(known.reading(), &row("s", "t", "{}"));
-        assert!(known.find("s", "t").is_some());
-        let began = Instant::now().checked_sub(SHARED_TRUST).expect("the machine has run for longer");
-        known.remember(Reading { began, ..known.reading() }, &row("s", "t", "{}"));
+        assert!(known.epoch().is_none() && known.find("s", "t").is_none(), "nobody tells");
+        assert!(!known.go_on(in_a_while()), "nobody has begun");
+
+        let before = known.reading();
+        known.begin(in_a_while());
+        let first = known.epoch().expect("it has begun");
         assert!(known.find("s", "t").is_none());
+        known.remember(before, &row("s", "t", "old"));
+        assert!(known.find("s", "t").is_none(), "it was read before that");
+        for server in ["s", "other"] {
+            known.remember(known.reading(), &row(server, "t", "{}"));
+        }
+        assert!(known.find("s", "t").is_some() && known.go_on(in_a_while()));
+
+        let before = known.reading();
+        known.forget(["s"].into_iter());
+        known.remember(before, &row("s", "t", "old"));
+        assert!(known.find("s", "t").is_none() && known.find("other", "t").is_some());
+        assert_eq!(known.epoch(), Some(first));
+
+        assert!(known.go_on(Instant::now()));
+        assert!(known.find("other", "t").is_none() && known.epoch().is_none(), "its time is over");
+        assert!(!known.go_on(in_a_while()), "something may have been missed");
+        assert!(known.epoch().is_none());
+        known.begin(in_a_while());
+        assert!(known.find("other", "t").is_none() && known.epoch().is_some_and(|epoch| epoch > first));
+        assert_eq!(known.lock().bytes, 0);
     }
 
     #[test]
     fn the_least_recently_used_server_makes_room() {
         let one = size(&row("a", "t", ""));
-        let known = Known { limit: 2 * one, ..Known::new(None) };
+        let known = Known { limit: 2 * one, ..Known::new(false) };
         for server in ["a", "b", "a", "c"] {
             known.remember(known.reading(), &row(server, "t", ""));
         }

@@ -5,14 +5,17 @@
 
 mod batch;
 mod changes;
+mod feed;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod journal;
 mod keys;
 mod known;
 mod letta;
+mod presence;
 mod runs;
 mod seal;
+mod schema;
 mod sealing;
 mod servers;
 mod sign_ins;
@@ -24,14 +27,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, SubsecRound, Utc};
-use sqlx::migrate::MigrateError;
-use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgPool};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteError, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
 };
-use sqlx::{ConnectOptions, Connection};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 pub use batch::{NewServer, Step};
+pub use feed::{Changed, News, Topic};
 pub use journal::ChangesWanted;
 pub use keys::{KeyError, KeySource, new_key};
 pub use letta::{
@@ -42,22 +45,25 @@ pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};
 pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
-pub use tools::Listing;
+pub use tools::{Listing, Over};
 
-use known::{Known, SHARED_TRUST};
+use feed::Feed;
+use known::Known;
+use presence::{Lease, Patience, Presence};
+use seal::Keyring;
 use sealing::Seal;
 
 use crate::telemetry::metrics::{Operation, Operations};
 
-/// How long a connection to PostgreSQL may have been idle to be used without a look at it.
-const TRUSTED_IDLE: Duration = Duration::from_secs(1);
-/// How long a statement may wait for a connection, and a connection for the database.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long a change may wait for its turn to write to SQLite.
-const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Settings of each connection to PostgreSQL: how long a statement waits for a lock, and how long a transaction may pause.
-/// One whose process has stopped would hold up all others for ever.
-const POSTGRES_WAITS: [(&str, &str); 2] = [("lock_timeout", "5s"), ("idle_in_transaction_session_timeout", "15s")];
+/// How long the first connection to a database may take.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a read of SQLite may wait for a connection, and a change for its turn to write, of which each may be long.
+const READ_TIMEOUT: Duration = Duration::from_secs(5);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a statement may wait for another process that has locked the file.
+const BUSY_TIMEOUT: Duration = Duration::from_millis(2500);
+/// The same at a start, when several may write for the first time.
+const START_BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long to leave a SQLite file alone that another process is about to open or close.
 const OPEN_PAUSE: Duration = Duration::from_millis(50);
 const SQLITE_READERS: u32 = 8;
@@ -69,8 +75,11 @@ const SEALING: &str = "SELECT 1 FROM sealing_keys";
 pub struct Store {
     pub database: Database,
     known: Arc<Known>,
+    feed: Arc<Feed>,
     seal: Arc<Seal>,
     operations: Operations,
+    /// Of a database that is another process.
+    presence: Option<Presence>,
 }
 
 /// Connections to the one or the other.
@@ -100,14 +109,36 @@ macro_rules! on_pool {
 }
 use on_pool;
 
-/// As [`on_pool`], counted. The code is a future of its own, whose value is a `Result`: `?` and `return` end it alone.
+/// As [`on_pool`], counted, and within its time: `long` for what reads or writes very much. The code is a future of its own,
+/// whose value is a `Result`: `?` and `return` end it alone. It may name the pool once, which on PostgreSQL is one connection.
 macro_rules! on_db {
     ($store:expr, read $pool:ident => $body:expr) => {
-        $store.counted($crate::telemetry::metrics::Operation::Read, async { $crate::store::on_pool!($store, read $pool => $body) }).await
+        $crate::store::on_db!(@ $store, Read, read, Short, $pool => $body)
     };
     ($store:expr, write $pool:ident => $body:expr) => {
-        $store.counted($crate::telemetry::metrics::Operation::Write, async { $crate::store::on_pool!($store, write $pool => $body) }).await
+        $crate::store::on_db!(@ $store, Write, write, Short, $pool => $body)
     };
+    ($store:expr, long read $pool:ident => $body:expr) => {
+        $crate::store::on_db!(@ $store, Read, read, Long, $pool => $body)
+    };
+    ($store:expr, long write $pool:ident => $body:expr) => {
+        $crate::store::on_db!(@ $store, Write, write, Long, $pool => $body)
+    };
+    (@ $store:expr, $kind:ident, $side:ident, $patience:ident, $pool:ident => $body:expr) => {{
+        let operation = async {
+            match &$store.database {
+                $crate::store::Database::Postgres(pool) => {
+                    let mut lease = $store.lease(pool).await?;
+                    let $pool = &mut *lease;
+                    $body
+                }
+                $crate::store::Database::Sqlite { $side: $pool, .. } => $body,
+            }
+        };
+        let (kind, patience) =
+            ($crate::telemetry::metrics::Operation::$kind, $crate::store::presence::Patience::$patience);
+        $store.counted(kind, patience, operation).await
+    }};
 }
 use on_db;
 
@@ -125,7 +156,7 @@ impl Blame for sqlx::Error {
 
 impl Blame for Error {
     fn is_of_database(&self) -> bool {
-        matches!(self, Self::Unavailable(_) | Self::Refused(_))
+        matches!(self, Self::Unavailable(_) | Self::Full(_) | Self::Refused(_))
     }
 }
 
@@ -141,32 +172,48 @@ pub enum Error {
     /// The database cannot be reached or is too busy; nothing is known to be wrong with the statement.
     #[error("the database is not available")]
     Unavailable(#[source] sqlx::Error),
+    /// There is no room on its disk; nothing was written.
+    #[error("the database has no room left")]
+    Full(#[source] sqlx::Error),
     #[error("the database refused a statement")]
     Refused(#[source] sqlx::Error),
 }
 
 impl From<sqlx::Error> for Error {
     fn from(error: sqlx::Error) -> Self {
-        /// PostgreSQL, classes of SQLSTATE: connection, transaction rollback (a deadlock, say), resources, operator
-        /// intervention; and of others: a standby that takes no writes, a transaction that was idle for too long, a lock
-        /// that was not had in time.
-        const AWAY: [&str; 7] = ["08", "40", "53", "57", "25006", "25P03", "55P03"];
-        /// SQLite: what is locked, and SQLITE_READONLY, SQLITE_IOERR and SQLITE_FULL.
-        const UNWRITABLE: [u32; 3] = [8, 10, 13];
-        let away = match &error {
-            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => true,
+        /// PostgreSQL, classes of SQLSTATE: connection, authorization and database, as when one is replaced; transaction
+        /// rollback (a deadlock, say), resources, operator intervention, the system; and of others: a standby that takes no
+        /// writes, a transaction that was idle for too long, a lock that was not had in time.
+        const AWAY: [&str; 10] = ["08", "28", "3D", "40", "53", "57", "58", "25006", "25P03", "55P03"];
+        const DISK_FULL: &str = "53100";
+        /// SQLite: what is locked, and SQLITE_READONLY, SQLITE_IOERR and SQLITE_CANTOPEN.
+        const UNUSABLE: [u32; 3] = [8, 10, 14];
+        const SQLITE_FULL: u32 = 13;
+        let (full, away) = match &error {
+            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => (false, true),
+            // What came was not what PostgreSQL says: the connection is broken.
+            sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => (false, true),
             sqlx::Error::Database(refusal) => match sqlite_code(&error) {
-                Some(code) => LOCKED.contains(&code) || UNWRITABLE.contains(&code),
-                None => refusal.code().is_some_and(|code| AWAY.iter().any(|class| code.starts_with(class))),
+                Some(code) => (code == SQLITE_FULL, is_locked(&error) || UNUSABLE.contains(&code)),
+                None => {
+                    let code = refusal.code().unwrap_or_default();
+                    (code == DISK_FULL, AWAY.iter().any(|class| code.starts_with(class)))
+                }
             },
-            _ => false,
+            _ => (false, false),
         };
-        if away { Self::Unavailable(error) } else { Self::Refused(error) }
+        match (full, away) {
+            (true, _) => Self::Full(error),
+            (_, true) => Self::Unavailable(error),
+            _ => Self::Refused(error),
+        }
     }
 }
 
-/// SQLITE_BUSY and SQLITE_LOCKED.
-const LOCKED: [u32; 2] = [5, 6];
+/// Another process has the SQLite file: SQLITE_BUSY and SQLITE_LOCKED.
+fn is_locked(error: &sqlx::Error) -> bool {
+    sqlite_code(error).is_some_and(|code| matches!(code, 5 | 6))
+}
 
 /// What SQLite answered: the low byte of whatever extended code says more.
 fn sqlite_code(error: &sqlx::Error) -> Option<u32> {
@@ -202,8 +249,8 @@ pub fn sqlite_file(url: &str) -> Option<PathBuf> {
 
 impl Store {
     /// Opens the database that `url` names, or `portolan.db` in `data_dir` without one, and brings its schema up to date.
-    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`. PostgreSQL is given `connections`
-    /// at most.
+    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`. PostgreSQL is given so many
+    /// `connections` at most.
     ///
     /// # Errors
     /// One sentence for the person who starts Portolan, without credentials.
@@ -219,17 +266,19 @@ impl Store {
             return Err(SealError::from(KeyError::Unset).into());
         }
         if !matches!(keys, KeySource::Unset) {
-            // Before the schema changes: only the start that brings in sealing takes over what was stored in clear.
+            // Before the schema changes: it may have to be sealed what was stored in clear.
             keys.read().map_err(SealError::from)?;
         }
-        let (database, adopt) = Database::open(url, data_dir, connections).await?;
-        let seal = Seal::open(&database, keys, data_dir, adopt).await?;
-        let trusted_for = match database {
-            Database::Postgres(_) => Some(SHARED_TRUST),
+        let (database, made) = Database::open(url, data_dir, connections, Some(&keys)).await?;
+        let seal = Seal::open(&database, keys, data_dir, made).await?;
+        database.shorten_waits().await;
+        let presence = match &database {
+            Database::Postgres(pool) => Some(Presence::new(PgConnectOptions::clone(&pool.connect_options()))),
             Database::Sqlite { .. } => None,
         };
-        let (known, seal) = (Arc::new(Known::new(trusted_for)), Arc::new(seal));
-        Ok(Self { database, known, seal, operations: Operations::default() })
+        let (known, seal) = (Arc::new(Known::new(presence.is_some())), Arc::new(seal));
+        let feed = Arc::new(Feed::new());
+        Ok(Self { database, known, feed, seal, operations: Operations::default(), presence })
     }
 
     /// The same store, whose operations are counted in `operations` from now on.
@@ -237,15 +286,24 @@ impl Store {
         Self { operations, ..self }
     }
 
-    async fn counted<T, E: Blame>(
+    async fn counted<T, E: Blame + From<sqlx::Error>>(
         &self,
         kind: Operation,
+        patience: Patience,
         operation: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
         let began = Instant::now();
-        let done = operation.await;
+        let done = match &self.presence {
+            Some(presence) => presence.during(patience, operation).await,
+            // SQLite ends each wait of its own.
+            None => operation.await,
+        };
         self.operations.done(kind, began, done.as_ref().is_err_and(Blame::is_of_database));
         done
+    }
+
+    async fn lease(&self, pool: &PgPool) -> sqlx::Result<Lease> {
+        self.presence.as_ref().expect("PostgreSQL has one").lease(pool).await
     }
 
     /// Whether the database answers; for `/v1/ready`.
@@ -255,6 +313,10 @@ impl Store {
 
     /// Ends all connections, after the statements that are running.
     pub async fn close(&self) {
+        self.feed.close().await;
+        if let Some(presence) = &self.presence {
+            presence.close().await;
+        }
         self.database.close().await;
     }
 
@@ -298,26 +360,35 @@ impl Database {
         }
     }
 
-    /// Opens it and brings its schema up to date; also whether it was of before there was sealing.
-    async fn open(url: Option<&str>, data_dir: &Path, connections: usize) -> Result<(Self, bool), OpenError> {
+    /// Opens it. With `keys` its schema is brought up to date; also the file of a key that was made for that.
+    async fn open(
+        url: Option<&str>,
+        data_dir: &Path,
+        connections: usize,
+        keys: Option<&KeySource>,
+    ) -> Result<(Self, Option<PathBuf>), OpenError> {
+        let keys = keys.map(|source| Wanted { source, data_dir });
         match url {
-            None => Self::open_sqlite(SqliteConnectOptions::new().filename(data_dir.join("portolan.db"))).await,
+            None => Self::open_sqlite(SqliteConnectOptions::new().filename(data_dir.join("portolan.db")), keys).await,
             Some(url) if url.starts_with("sqlite:") => {
                 if url.contains(":memory:") || url.contains("mode=memory") {
                     return Err(OpenError::InMemory);
                 }
                 let options = SqliteConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
-                Self::open_sqlite(options).await
+                Self::open_sqlite(options, keys).await
             }
             Some(url) if is_postgres(url) => {
                 let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
-                Self::open_postgres(options, connections).await
+                Self::open_postgres(options, connections, keys).await
             }
             Some(_) => Err(OpenError::Scheme),
         }
     }
 
-    async fn open_sqlite(options: SqliteConnectOptions) -> Result<(Self, bool), OpenError> {
+    async fn open_sqlite(
+        options: SqliteConnectOptions,
+        keys: Option<Wanted<'_>>,
+    ) -> Result<(Self, Option<PathBuf>), OpenError> {
         let place = format!("the SQLite database {}", options.get_filename().display());
         make_private(options.get_filename());
         let options = options
@@ -327,9 +398,9 @@ impl Database {
             .foreign_keys(true)
             // What was secret does not stay in pages that are free.
             .pragma("secure_delete", "ON")
-            .busy_timeout(ACQUIRE_TIMEOUT)
+            .busy_timeout(BUSY_TIMEOUT)
             .disable_statement_logging();
-        let deadline = Instant::now() + ACQUIRE_TIMEOUT;
+        let deadline = Instant::now() + CONNECT_TIMEOUT;
         let write = loop {
             let pool = SqlitePoolOptions::new()
                 .max_connections(1)
@@ -340,58 +411,105 @@ impl Database {
             match pool {
                 Ok(pool) => break pool,
                 // The busy timeout does not cover the switch to WAL, which waits for nobody: another process is at it.
-                Err(error)
-                    if sqlite_code(&error).is_some_and(|code| LOCKED.contains(&code)) && Instant::now() < deadline =>
-                {
+                Err(error) if is_locked(&error) && Instant::now() < deadline => {
                     tokio::time::sleep(OPEN_PAUSE).await;
                 }
                 Err(error) => return Err(OpenError::Connect { place, reason: one_line(&error) }),
             }
         };
-        let adopt = sqlx::query(SEALING).execute(&write).await.is_err();
-        migrated(place, sqlx::migrate!("migrations/sqlite").run(&write).await)?;
         let read = SqlitePoolOptions::new()
             .max_connections(SQLITE_READERS)
             .test_before_acquire(false)
-            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .acquire_timeout(READ_TIMEOUT)
             .connect_lazy_with(options);
-        Ok((Self::Sqlite { read, write }, adopt))
+        let database = Self::Sqlite { read, write: write.clone() };
+        let Some(keys) = keys else { return Ok((database, None)) };
+        set_busy_timeout(&write, START_BUSY_TIMEOUT).await;
+        let (ring, made) = keys.of_new(sqlx::query(SEALING).execute(&write).await.is_err())?;
+        let done = schema::bring_up_sqlite(&write, ring.as_ref()).await;
+        done.map_err(|error| OpenError::Migrate { place, reason: error.to_string() })?;
+        Ok((database, made))
     }
 
-    async fn open_postgres(options: PgConnectOptions, connections: usize) -> Result<(Self, bool), OpenError> {
+    async fn open_postgres(
+        options: PgConnectOptions,
+        connections: usize,
+        keys: Option<Wanted<'_>>,
+    ) -> Result<(Self, Option<PathBuf>), OpenError> {
         let place = format!(
             "the PostgreSQL database {:?} at {}:{}",
             options.get_database().unwrap_or("(default)"),
             options.get_host(),
             options.get_port()
         );
-        let options = options.application_name("portolan").disable_statement_logging();
+        // Poolers refuse what they do not know, and nothing here is a float.
+        let options = options.application_name("portolan").extra_float_digits(None).disable_statement_logging();
         // A pool retries a refused connection until its time is up and then says only that; one connection says why.
         let refused = |reason| OpenError::Connect { place: place.clone(), reason };
-        let mut first = tokio::time::timeout(ACQUIRE_TIMEOUT, sqlx::PgConnection::connect_with(&options))
+        let mut first = tokio::time::timeout(CONNECT_TIMEOUT, sqlx::PgConnection::connect_with(&options))
             .await
-            .map_err(|_| refused(format!("it did not answer within {} s", ACQUIRE_TIMEOUT.as_secs())))?
+            .map_err(|_| refused(format!("it did not answer within {} s", CONNECT_TIMEOUT.as_secs())))?
             .map_err(|error| refused(one_line(&error)))?;
-        let adopt = sqlx::query(SEALING).execute(&mut first).await.is_err();
-        // Without limits to its waits: another Portolan may be at the same for long.
-        migrated(place, sqlx::migrate!("migrations/postgres").run(&mut first).await)?;
+        let mut made = None;
+        if let Some(keys) = keys {
+            let ring;
+            (ring, made) = keys.of_new(sqlx::query(SEALING).execute(&mut first).await.is_err())?;
+            // Without the limits of operations: a schema may take its time.
+            let done = schema::bring_up_postgres(&mut first, ring.as_ref()).await;
+            done.map_err(|error| OpenError::Migrate { place, reason: error.to_string() })?;
+        }
         // Best effort: the connection worked, how it ends changes nothing.
         let _ = first.close().await;
-        let pool = PgPoolOptions::new()
-            .max_connections(u32::try_from(connections).unwrap_or(u32::MAX))
-            .acquire_timeout(ACQUIRE_TIMEOUT)
-            // A look at a connection costs a round trip: only for one that was idle long enough to have been cut.
-            .test_before_acquire(false)
-            .before_acquire(|connection, meta| {
-                Box::pin(async move {
-                    if meta.idle_for > TRUSTED_IDLE {
-                        connection.ping().await?;
-                    }
-                    Ok(true)
-                })
-            })
-            .connect_lazy_with(options.options(POSTGRES_WAITS));
-        Ok((Self::Postgres(pool), adopt))
+        Ok((Self::Postgres(presence::pool(options, connections)), made))
+    }
+
+    /// Whether its schema knows of keys.
+    async fn has_sealing(&self) -> bool {
+        match self {
+            Self::Postgres(pool) => sqlx::query(SEALING).execute(pool).await.is_ok(),
+            Self::Sqlite { read, .. } => sqlx::query(SEALING).execute(read).await.is_ok(),
+        }
+    }
+
+    /// From now on requests wait.
+    async fn shorten_waits(&self) {
+        if let Self::Sqlite { write, .. } = self {
+            set_busy_timeout(write, BUSY_TIMEOUT).await;
+        }
+    }
+}
+
+/// Of a SQLite database, on the connection that there is.
+async fn set_busy_timeout(pool: &SqlitePool, time: Duration) {
+    let set = format!("PRAGMA busy_timeout = {}", time.as_millis());
+    // What goes wrong here goes wrong again with what is done next, which says so.
+    let _ = sqlx::query(AssertSqlSafe(set)).execute(pool).await;
+}
+
+/// The keys of a database, and where one may be made.
+struct Wanted<'a> {
+    source: &'a KeySource,
+    data_dir: &'a Path,
+}
+
+impl Wanted<'_> {
+    /// The keys of a database in which nothing was ever sealed, if it is one; one is made where none is set, and its file
+    /// given.
+    fn of_new(&self, is_new: bool) -> Result<(Option<Keyring>, Option<PathBuf>), SealError> {
+        if !is_new {
+            return Ok((None, None));
+        }
+        if !matches!(self.source, KeySource::Unset) {
+            return Ok((Some(self.source.read()?), None));
+        }
+        let source = KeySource::in_folder(self.data_dir);
+        match source.read() {
+            Err(KeyError::Missing(file)) => {
+                let made = source.make()?.then_some(file);
+                Ok((Some(source.read()?), made))
+            }
+            read => Ok((Some(read?), None)),
+        }
     }
 }
 
@@ -411,18 +529,6 @@ fn make_private(file: &Path) {
 /// The time as both databases keep it: UTC, whole microseconds.
 pub fn now() -> DateTime<Utc> {
     Utc::now().trunc_subsecs(6)
-}
-
-fn migrated(place: String, result: Result<(), MigrateError>) -> Result<(), OpenError> {
-    result.map_err(|error| OpenError::Migrate {
-        place,
-        reason: match error {
-            MigrateError::VersionMissing(_) | MigrateError::VersionMismatch(_) => {
-                "it was written by another version of Portolan; start that version or a newer one".to_owned()
-            }
-            other => one_line(&other),
-        },
-    })
 }
 
 fn one_line(error: &dyn std::error::Error) -> String {

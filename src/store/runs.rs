@@ -8,7 +8,7 @@ use uuid::{Builder, Uuid};
 use crate::model::{Run, RunContent, RunOutcome};
 
 use super::seal::{KEY_ID_CHARS, VERSION};
-use super::{Error, Place, Store, on_db};
+use super::{Database, Error, Place, Store, on_db};
 
 /// How many rows one statement inserts, fourteen values each, of which SQLite takes 32,766. Few enough that a change which
 /// waits for its turn to write to SQLite does not wait long.
@@ -81,7 +81,7 @@ impl Store {
                               tool_name, outcome, error_code, args_bytes, result_bytes, content, sealed_with) ";
         // Before the statement: sealing takes time, and SQLite has one writer.
         let rows: Vec<_> = runs.iter().map(|run| (run, self.sealed_content(run))).collect();
-        on_db!(self, write pool => {
+        on_db!(self, long write pool => {
             let mut insert = sqlx::QueryBuilder::new(INSERT);
             insert.push_values(&rows, |mut values, (run, content)| {
                 values
@@ -116,7 +116,7 @@ impl Store {
     pub async fn runs(&self, wanted: &RunsWanted) -> Result<Vec<Run>, Error> {
         const SELECT: &str = "SELECT id, started_at, duration_ms, caller, mcp_server_id, server_name, tool_id, tool_name, \
                               outcome, error_code, args_bytes, result_bytes, content FROM runs WHERE 1 = 1";
-        let rows: Vec<Row> = on_db!(self, read pool => {
+        let rows: Vec<Row> = on_db!(self, long read pool => {
             let mut query = sqlx::QueryBuilder::new(SELECT);
             if let Some(server_id) = &wanted.mcp_server_id {
                 query.push(" AND mcp_server_id = ").push_bind(server_id);
@@ -157,12 +157,22 @@ impl Store {
         serde_json::from_slice(&text).ok()
     }
 
-    /// Removes some of the runs that started before `end`; how many, 0 when there are no more.
+    /// Removes some of the runs that started before `end`; how many, 0 when there are no more than what another Portolan
+    /// removes just now.
     pub async fn forget_runs(&self, end: DateTime<Utc>) -> Result<u64, Error> {
-        const SQL: &str = "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE id < $1 ORDER BY id LIMIT $2)";
+        let sql = match self.database {
+            // Several sweep at once: none waits for another.
+            Database::Postgres(_) => {
+                "DELETE FROM runs WHERE id IN \
+                 (SELECT id FROM runs WHERE id < $1 ORDER BY id LIMIT $2 FOR UPDATE SKIP LOCKED)"
+            }
+            Database::Sqlite { .. } => {
+                "DELETE FROM runs WHERE id IN (SELECT id FROM runs WHERE id < $1 ORDER BY id LIMIT $2)"
+            }
+        };
         let end = first_id_at(end);
-        Ok(on_db!(self, write pool => {
-            sqlx::query(SQL).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
+        Ok(on_db!(self, long write pool => {
+            sqlx::query(sql).bind(end).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
         })?)
     }
 }

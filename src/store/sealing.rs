@@ -9,18 +9,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 
 use secrecy::zeroize::Zeroizing;
-use sqlx::FromRow;
+use sqlx::{Connection, FromRow};
 
 use crate::model::{Config, Connector, Server, Unreadable};
 
 use super::keys::{KeyError, KeySource};
 use super::runs::content_of;
-use super::seal::{Keyring, Place, Unopened, key_id};
+use super::seal::{Key, Keyring, Place, Unopened, key_id};
 use super::sign_ins::{authorization_of, sign_in_of};
-use super::{Database, Error, OpenError, Store, now, on_db, on_pool};
+use super::{Database, Error, OpenError, Store, on_db, on_pool};
 
 /// What each key seals in `sealing_keys`.
-const KNOWN: &[u8] = b"portolan";
+pub(super) const KNOWN: &[u8] = b"portolan";
 /// Rows that one step of a rotation reads, and seals again in one transaction.
 const ROWS_AT_ONCE: i64 = 50;
 /// How often a rotation goes through all rows, if others go on changing them.
@@ -34,19 +34,19 @@ pub(super) struct Seal {
 }
 
 impl Seal {
-    /// Gets the keys of a database that is up to date, and makes one for a SQLite database that is to have one. What is
-    /// stored in clear is sealed where `adopt` says so.
+    /// Gets the keys of a database that is up to date, and makes one for a SQLite database that is to have one. `made` is the
+    /// file of one that was made for it already.
     pub(super) async fn open(
         database: &Database,
         source: KeySource,
         data_dir: &Path,
-        adopt: bool,
+        made: Option<PathBuf>,
     ) -> Result<Self, SealError> {
         let unlocked = Unlocked { database };
         let (ring, source, made) = match (source, database) {
             (KeySource::Unset, Database::Sqlite { .. }) => {
                 let source = KeySource::in_folder(data_dir);
-                let mut made = None;
+                let mut made = made;
                 let ring = match source.read() {
                     Err(KeyError::Missing(file)) if unlocked.is_unsealed().await? => {
                         made = source.make()?.then_some(file);
@@ -59,7 +59,7 @@ impl Seal {
             }
             (source, _) => (source.read()?, source, None),
         };
-        for (key, rows) in unlocked.admit(&ring, adopt).await? {
+        for (key, rows) in unlocked.admit(&ring).await? {
             tracing::warn!(key, rows, "servers are sealed with a key that is not among the keys; they cannot be used");
         }
         if let Database::Sqlite { write, .. } = database
@@ -107,7 +107,7 @@ fn error_of(id: &str) -> Place<'_> {
     Place { table: "servers", column: "error", id }
 }
 
-fn known_of(key_id: &str) -> Place<'_> {
+pub(super) fn known_of(key_id: &str) -> Place<'_> {
     Place { table: "sealing_keys", column: "known", id: key_id }
 }
 
@@ -175,7 +175,7 @@ impl Store {
         let store = self.clone();
         let read = tokio::task::spawn_blocking(move || store.seal.source.read()).await;
         let ring = read.unwrap_or_else(|broken| std::panic::resume_unwind(broken.into_panic()))?;
-        let lost = Unlocked { database: &self.database }.admit(&ring, false).await?;
+        let lost = Unlocked { database: &self.database }.admit(&ring).await?;
         let known = self.seal.ring();
         if let Some((key, rows)) = lost.into_iter().find(|(key, _)| known.key(key).is_some()) {
             return Err(SealError::Needed { key, rows });
@@ -185,6 +185,41 @@ impl Store {
         Ok(keys)
     }
 }
+
+/// Makes a key known to a database, on a connection.
+macro_rules! make_known {
+    ($connection:expr, $key:expr) => {{
+        let key = $key;
+        sqlx::query("INSERT INTO sealing_keys (id, known, created_at) VALUES ($1, $2, $3)")
+            .bind(key.id())
+            .bind(key.seal($crate::store::sealing::known_of(key.id()), $crate::store::sealing::KNOWN))
+            .bind($crate::store::now())
+            .execute($connection)
+            .await?;
+    }};
+}
+pub(super) use make_known;
+
+/// Seals in the transaction that brings sealing what older versions wrote in clear, with the first key of a ring, which it
+/// makes known. Later, what is in clear was not written by Portolan, whatever else somebody removed.
+macro_rules! adopt {
+    ($connection:expr, $ring:expr) => {{
+        let (connection, first) = ($connection, $ring.first());
+        let rows: Vec<$crate::store::sealing::Stored> =
+            sqlx::query_as("SELECT id, config, error FROM servers").fetch_all(&mut *connection).await?;
+        for row in &rows {
+            let (config, error) = row.sealed_with(first);
+            sqlx::query("UPDATE servers SET config = $2, error = $3 WHERE id = $1")
+                .bind(&row.id)
+                .bind(config)
+                .bind(error)
+                .execute(&mut *connection)
+                .await?;
+        }
+        $crate::store::sealing::make_known!(&mut *connection, first);
+    }};
+}
+pub(super) use adopt;
 
 /// A database whose keys are not known yet.
 pub(super) struct Unlocked<'a> {
@@ -247,57 +282,35 @@ impl Unlocked<'_> {
         Ok(rows > 0)
     }
 
-    /// Checks that these are keys of this database, and makes the first one known there; in a database in which nothing
-    /// was sealed, what older versions wrote in clear is sealed. One at a time: of two that start on a new database with
-    /// different keys, the second is refused. Returns the keys that are not on the ring and the servers they seal.
-    async fn admit(&self, ring: &Keyring, adopt: bool) -> Result<Vec<(String, i64)>, SealError> {
+    /// Checks that these are keys of this database, and makes the first one known there. One at a time: of two that start on
+    /// a new database with different keys, the second is refused. Where there is nothing to write nobody waits, however many
+    /// start. Returns the keys that are not on the ring and the servers they seal.
+    async fn admit(&self, ring: &Keyring) -> Result<Vec<(String, i64)>, SealError> {
         const KEYS: &str = "SELECT id, known FROM sealing_keys ORDER BY created_at, id";
-        const INSERT: &str = "INSERT INTO sealing_keys (id, known, created_at) VALUES ($1, $2, $3)";
-        const ROWS: &str = "SELECT id, config, error FROM servers";
-        const SEAL: &str = "UPDATE servers SET config = $2, error = $3 WHERE id = $1";
         // What changes nothing takes the write lock on SQLite.
         let lock = match self.database {
             Database::Postgres(_) => "LOCK TABLE sealing_keys IN EXCLUSIVE MODE",
             Database::Sqlite { .. } => "DELETE FROM sealing_keys WHERE 1 = 0",
         };
         let first = ring.first();
+        let known: Vec<(String, String)> = on_pool!(self, write pool => sqlx::query_as(KEYS).fetch_all(pool).await?);
+        if check(ring, &known)? {
+            return self.unknown_to(ring).await;
+        }
         on_pool!(self, write pool => {
             let mut transaction = pool.begin().await?;
             sqlx::query(lock).execute(&mut *transaction).await?;
             let keys: Vec<(String, String)> = sqlx::query_as(KEYS).fetch_all(&mut *transaction).await?;
-            let ours: Vec<_> = keys.iter().filter(|(id, _)| ring.key(id).is_some()).collect();
-            if let Some((theirs, _)) = keys.last().filter(|_| ours.is_empty()) {
-                return Err(SealError::Wrong { theirs: theirs.clone(), ours: first.id().to_owned() });
-            }
-            for (id, known) in ours {
-                if ring.open(known_of(id), known).ok().is_none_or(|text| text.as_slice() != KNOWN) {
-                    return Err(SealError::Check(id.clone()));
-                }
-            }
-            if !keys.iter().any(|(id, _)| id == first.id()) {
-                sqlx::query(INSERT)
-                    .bind(first.id())
-                    .bind(first.seal(known_of(first.id()), KNOWN))
-                    .bind(now())
-                    .execute(&mut *transaction)
-                    .await?;
-            }
-            // Later, what is in clear was not written by Portolan, whatever else somebody removed.
-            if adopt && keys.is_empty() {
-                let rows: Vec<Stored> = sqlx::query_as(ROWS).fetch_all(&mut *transaction).await?;
-                // Among sealed rows, one in clear was not written by Portolan, and is not made to look so.
-                let unsealed = rows.iter().all(|row| key_id(&row.config).is_none());
-                for row in rows.iter().filter(|_| unsealed) {
-                    sqlx::query(SEAL)
-                        .bind(&row.id)
-                        .bind(first.seal(config_of(&row.id), row.config.as_bytes()))
-                        .bind(row.error.as_ref().map(|error| first.seal(error_of(&row.id), error.as_bytes())))
-                        .execute(&mut *transaction)
-                        .await?;
-                }
+            if !check(ring, &keys)? {
+                make_known!(&mut *transaction, first);
             }
             transaction.commit().await?;
         });
+        self.unknown_to(ring).await
+    }
+
+    /// The keys that are not on the ring and the servers they seal. Looks at all servers only where there is such a key.
+    async fn unknown_to(&self, ring: &Keyring) -> Result<Vec<(String, i64)>, SealError> {
         if self.keys_in_use().await?.iter().all(|key| ring.key(key).is_some()) {
             return Ok(vec![]);
         }
@@ -306,12 +319,38 @@ impl Unlocked<'_> {
     }
 }
 
+/// Whether a database with these keys knows the first one on the ring already.
+///
+/// # Errors
+/// [`SealError::Wrong`] when it knows others alone, [`SealError::Check`].
+fn check(ring: &Keyring, keys: &[(String, String)]) -> Result<bool, SealError> {
+    let first = ring.first();
+    let ours: Vec<_> = keys.iter().filter(|(id, _)| ring.key(id).is_some()).collect();
+    if let Some((theirs, _)) = keys.last().filter(|_| ours.is_empty()) {
+        return Err(SealError::Wrong { theirs: theirs.clone(), ours: first.id().to_owned() });
+    }
+    for (id, known) in ours {
+        if ring.open(known_of(id), known).ok().is_none_or(|text| text.as_slice() != KNOWN) {
+            return Err(SealError::Check(id.clone()));
+        }
+    }
+    Ok(keys.iter().any(|(id, _)| id == first.id()))
+}
+
 /// The sealed columns of a server.
 #[derive(FromRow)]
-struct Stored {
-    id: String,
+pub(super) struct Stored {
+    pub(super) id: String,
     config: String,
     error: Option<String>,
+}
+
+impl Stored {
+    /// What is in clear here, in envelopes of this key.
+    pub(super) fn sealed_with(&self, key: &Key) -> (String, Option<String>) {
+        let error = self.error.as_ref().map(|error| key.seal(error_of(&self.id), error.as_bytes()));
+        (key.seal(config_of(&self.id), self.config.as_bytes()), error)
+    }
 }
 
 /// Leaves nothing in a SQLite file of what was there before its secrets were sealed: pages that are not in use, and the
@@ -358,7 +397,7 @@ impl Store {
         let ring = self.seal.ring();
         let mut rotated = Rotated::default();
         for _ in 0..PASSES {
-            let all: i64 = on_db!(self, read pool => sqlx::query_scalar(COUNT).fetch_one(pool).await)?;
+            let all: i64 = on_db!(self, long read pool => sqlx::query_scalar(COUNT).fetch_one(pool).await)?;
             // Some may come meanwhile.
             let pass = self.rotate_once(&ring, &mut rotated, |seen| progress(seen, all.max(seen))).await?;
             rotated.unopened = pass.unopened;
@@ -388,14 +427,14 @@ impl Store {
         let mut seen = 0;
         loop {
             progress(seen);
-            let rows: Vec<Stored> = on_db!(self, read pool => sqlx::query_as(READ)
+            let rows: Vec<Stored> = on_db!(self, long read pool => sqlx::query_as(READ)
                 .bind(&after)
                 .bind(ROWS_AT_ONCE)
                 .fetch_all(pool)
                 .await)?;
             let Some(last) = rows.last() else { break };
             after.clone_from(&last.id);
-            on_db!(self, write pool => {
+            on_db!(self, long write pool => {
                 let mut transaction = pool.begin().await?;
                 for row in &rows {
                     let Some((config, error)) = sealed_again(ring, row, &mut pass) else { continue };
@@ -446,14 +485,14 @@ impl Store {
         for (read, seal, place_of) in TABLES {
             let mut after = String::new();
             loop {
-                let rows: Vec<(String, String)> = on_db!(self, read pool => sqlx::query_as(read)
+                let rows: Vec<(String, String)> = on_db!(self, long read pool => sqlx::query_as(read)
                     .bind(&after)
                     .bind(ROWS_AT_ONCE)
                     .fetch_all(pool)
                     .await)?;
                 let Some((last, _)) = rows.last() else { break };
                 after.clone_from(last);
-                on_db!(self, write pool => {
+                on_db!(self, long write pool => {
                     let mut transaction = pool.begin().await?;
                     for (id, material) in rows.iter().filter(|(_, material)| key_id(material) != Some(first.id())) {
                         let Ok(text) = ring.open(place_of(id), material) else {
@@ -482,8 +521,13 @@ impl Store {
     /// # Errors
     /// One sentence for the person who has lost it.
     pub async fn forget_lost_key(url: Option<&str>, data_dir: &Path, id: &str) -> Result<bool, OpenError> {
-        let (database, _) = Database::open(url, data_dir, 1).await?;
-        let forgotten = Unlocked { database: &database }.forget_key(id).await.map_err(SealError::from);
+        // Its schema stays as it is: what was never sealed could not be sealed without a key.
+        let (database, _) = Database::open(url, data_dir, 1, None).await?;
+        let unlocked = Unlocked { database: &database };
+        let forgotten = match database.has_sealing().await {
+            true => unlocked.forget_key(id).await.map_err(SealError::from),
+            false => Ok(false),
+        };
         database.close().await;
         Ok(forgotten?)
     }

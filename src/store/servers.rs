@@ -1,16 +1,17 @@
 //! The table `servers`.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use chrono::{DateTime, Utc};
 use secrecy::zeroize::Zeroizing;
 use serde_json::{Value, json};
+use sqlx::Connection;
 
 use crate::model::{Action, By, Connector, Era, OauthClient, Server, State};
 
 use super::journal::{self, Note, note};
 use super::sealing::ServerRow;
-use super::{Error, Store, now, on_db};
+use super::{Error, Store, Topic, now, on_db};
 
 /// The columns of [`Server`], after `SELECT` or `RETURNING`.
 macro_rules! columns {
@@ -82,8 +83,9 @@ impl Store {
                 .map_err(taken)?;
             let (server_id, server_name) = (Some(id), Some(server_name));
             let details = journal::registered(connector);
-            note!(transaction, Note { by, action: Action::ServerCreated, server_id, server_name, details })?;
+            note!(self, transaction, Note { by, action: Action::ServerCreated, server_id, server_name, details })?;
             transaction.commit().await?;
+            self.announce(Topic::Changes);
             Ok(self.opened(server))
         })
     }
@@ -91,7 +93,7 @@ impl Store {
     /// All servers, oldest first. A row whose configuration cannot be read is among them (CONTRACT row 10).
     pub async fn servers(&self) -> Result<Vec<Server>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM servers ORDER BY created_at, id");
-        let rows: Vec<ServerRow> = on_db!(self, read pool => sqlx::query_as(SQL).fetch_all(pool).await)?;
+        let rows: Vec<ServerRow> = on_db!(self, long read pool => sqlx::query_as(SQL).fetch_all(pool).await)?;
         Ok(rows.into_iter().map(|row| self.opened(row)).collect())
     }
 
@@ -179,6 +181,22 @@ impl Store {
         Ok(row.map(|row| self.opened(row)))
     }
 
+    /// The revisions of the configurations of those of these servers that there are, at most 10,000.
+    pub async fn revisions(&self, ids: &[&str]) -> Result<HashMap<String, i64>, Error> {
+        let rows: Vec<(String, i64)> = on_db!(self, read pool => {
+            let mut query = sqlx::QueryBuilder::new("SELECT id, revision FROM servers WHERE id IN (");
+            let mut separated = query.separated(", ");
+            for id in ids {
+                separated.push_bind(*id);
+            }
+            // Nothing is in an empty list on SQLite, and PostgreSQL takes none.
+            separated.push("NULL");
+            query.push(")");
+            query.build_query_as().persistent(false).fetch_all(pool).await
+        })?;
+        Ok(rows.into_iter().collect())
+    }
+
     /// The server with this name.
     pub async fn server_by_name(&self, server_name: &str) -> Result<Option<Server>, Error> {
         const SQL: &str = concat!("SELECT ", columns!(), " FROM servers WHERE server_name = $1");
@@ -248,14 +266,15 @@ impl Store {
                 }
                 let (server_id, server_name) = (Some(id), Some(update.server_name.as_str()));
                 let details = updated(&current, &update);
-                note!(transaction, Note { by, action: Action::ServerUpdated, server_id, server_name, details })
+                note!(self, transaction, Note { by, action: Action::ServerUpdated, server_id, server_name, details })
                     .map_err(Error::from)?;
                 if forgotten > 0 {
                     let details = json!({});
-                    note!(transaction, Note { by, action: Action::SignInRemoved, server_id, server_name, details })
+                    note!(self, transaction, Note { by, action: Action::SignInRemoved, server_id, server_name, details })
                         .map_err(Error::from)?;
                 }
                 transaction.commit().await.map_err(Error::from)?;
+                self.announce(Topic::Changes);
                 Ok::<_, Error>(Ok(Some(self.opened(changed))))
             })
         };
@@ -272,8 +291,9 @@ impl Store {
                 let Some(name) = name else { return Ok(false) };
                 let (server_id, server_name) = (Some(id), Some(name.as_str()));
                 let details = json!({});
-                note!(transaction, Note { by, action: Action::ServerDeleted, server_id, server_name, details })?;
+                note!(self, transaction, Note { by, action: Action::ServerDeleted, server_id, server_name, details })?;
                 transaction.commit().await?;
+                self.announce(Topic::Changes);
                 Ok(true)
             })
         };

@@ -6,13 +6,13 @@
 use chrono::{DateTime, TimeDelta, Utc};
 use secrecy::zeroize::Zeroizing;
 use serde_json::json;
-use sqlx::FromRow;
+use sqlx::{Connection, FromRow};
 
 use crate::model::{Action, By, SignIn};
 
 use super::journal::{Note, note};
 use super::seal::Unopened;
-use super::{Database, Error, Place, Store, now, on_db};
+use super::{Database, Error, Place, Store, Topic, now, on_db};
 
 /// How many sign-ins to one server may be under way; one more, and the oldest is given up.
 const PENDING: i64 = 32;
@@ -161,13 +161,16 @@ impl Store {
                 .await?;
             let Some((version, name)) = put else { return Ok(None) };
             let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
-            note!(transaction, Note { by, action, server_id, server_name, details: json!({}) })?;
+            note!(self, transaction, Note { by, action, server_id, server_name, details: json!({}) })?;
             transaction.commit().await?;
+            self.announce(Topic::Changes);
             Ok(Some(version))
         })
     }
 
-    /// Takes the lease of a sign-in for `time`; `false` when it is not at this version any more, or somebody else has it.
+    /// Takes the lease of a sign-in for `time`; `false` when it is not at this version any more, or somebody else has it. By the
+    /// clock of the database, because those of two machines may differ by more than a lease takes. One that ends later than
+    /// any that was given is from before that clock was set back, and holds nobody up.
     pub async fn lease_sign_in(
         &self,
         server_id: &str,
@@ -176,18 +179,27 @@ impl Store {
         time: TimeDelta,
     ) -> Result<bool, Error> {
         const SQL: &str = "UPDATE sign_ins SET refresher = $3, lease_until = $4 WHERE server_id = $1 AND version = $2 \
-                           AND (lease_until IS NULL OR lease_until < $5)";
-        let now = now();
+                           AND (lease_until IS NULL OR lease_until < $5 OR lease_until > $6)";
+        let now = self.shared_now().await?;
         let rows = on_db!(self, write pool => sqlx::query(SQL)
             .bind(server_id)
             .bind(version)
             .bind(refresher)
             .bind(now + time)
             .bind(now)
+            .bind(now + time * 2)
             .execute(pool)
             .await
             .map(|done| done.rows_affected()))?;
         Ok(rows > 0)
+    }
+
+    /// The time by the one clock that all Portolans on this database have.
+    async fn shared_now(&self) -> Result<DateTime<Utc>, Error> {
+        match &self.database {
+            Database::Postgres(pool) => Ok(sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(pool).await?),
+            Database::Sqlite { .. } => Ok(now()),
+        }
     }
 
     /// Gives the lease of a sign-in back that was taken and not used.
@@ -204,7 +216,9 @@ impl Store {
         Ok(())
     }
 
-    /// Writes new tokens over those of `version`, and ends the lease; `false` when somebody else has written meanwhile.
+    /// Writes new tokens over those of `version`, and ends the lease; `false` when somebody else has written meanwhile. No
+    /// change that is noted, and nobody is told: it is the same sign-in, the token of before is good until its end, and who
+    /// finds that it is not (401) looks here. A row for each hour of each server would bury the others.
     pub async fn renew_sign_in(&self, server_id: &str, version: i64, sign_in: &SignIn) -> Result<bool, Error> {
         const SQL: &str = "UPDATE sign_ins SET material = $3, version = version + 1, refresher = NULL, lease_until = NULL, \
                            updated_at = $4 WHERE server_id = $1 AND version = $2";
@@ -231,8 +245,9 @@ impl Store {
             let Some(name) = removed else { return Ok(false) };
             let (action, details) = (Action::SignInRemoved, json!({}));
             let (server_id, server_name) = (Some(server_id), name.as_deref());
-            note!(transaction, Note { by: &By::ITSELF, action, server_id, server_name, details })?;
+            note!(self, transaction, Note { by: &By::ITSELF, action, server_id, server_name, details })?;
             transaction.commit().await?;
+            self.announce(Topic::Changes);
             Ok(true)
         })
     }
@@ -327,9 +342,11 @@ impl Store {
             if let (Some((None, caller)), Progress::Done) = (ended, progress) {
                 let by = &By::caller(Some(&caller));
                 let (action, details) = (Action::SignInCompleted, json!({}));
-                note!(transaction, Note { by, action, server_id: None, server_name: None, details })?;
+                note!(self, transaction, Note { by, action, server_id: None, server_name: None, details })?;
             }
-            transaction.commit().await
+            transaction.commit().await?;
+            self.announce(Topic::Changes);
+            Ok::<_, sqlx::Error>(())
         })?;
         Ok(())
     }
@@ -360,8 +377,15 @@ impl Store {
 
     /// Forgets those whose time is over.
     pub async fn forget_old_authorizations(&self) -> Result<(), Error> {
-        const SQL: &str = "DELETE FROM authorizations WHERE expires_at < $1";
-        on_db!(self, write pool => sqlx::query(SQL).bind(now()).execute(pool).await.map(|_| ()))?;
+        let sql = match self.database {
+            // Several forget at once: none waits for another.
+            Database::Postgres(_) => {
+                "DELETE FROM authorizations WHERE id IN \
+                 (SELECT id FROM authorizations WHERE expires_at < $1 FOR UPDATE SKIP LOCKED)"
+            }
+            Database::Sqlite { .. } => "DELETE FROM authorizations WHERE expires_at < $1",
+        };
+        on_db!(self, write pool => sqlx::query(sql).bind(now()).execute(pool).await.map(|_| ()))?;
         Ok(())
     }
 }

@@ -4,14 +4,14 @@ use std::sync::Arc;
 
 use chrono::{DateTime, Utc};
 use serde_json::json;
-use sqlx::FromRow;
+use sqlx::{Connection, FromRow};
 
 use crate::model::{Action, By, Era, Offered, ServerTool, State, Tool, ToolChanges, sha256_hex};
 
 use super::changes::{Plan, Trust};
 use super::journal::{self, Note, note};
 use super::sealing::ServerRow;
-use super::{Error, Store, now, on_db};
+use super::{Error, Store, Topic, now, on_db};
 
 /// The columns of [`Tool`], as `tools` has them.
 macro_rules! columns {
@@ -38,6 +38,16 @@ pub struct Listing<'a> {
     pub hold: bool,
     /// The name of a tool as the log of changes may show it.
     pub shown: &'a (dyn Fn(&str) -> String + Sync),
+    pub over: Over,
+}
+
+/// Over which stored list this one may be written.
+#[derive(Clone, Copy)]
+pub enum Over {
+    /// That of then, when the server was synced last before this list was asked for, or an equal one. What another Portolan
+    /// has stored since may be newer than what is at hand.
+    Of(Option<DateTime<Utc>>),
+    Any,
 }
 
 /// A tool and its server, as they are stored.
@@ -56,7 +66,8 @@ impl Store {
     }
 
     /// A tool of this server, with the server; a tool of another one is not found (CONTRACT row 9). From memory when it
-    /// is known, because every run waits for it; what another Portolan wrote to the same database may be a second late.
+    /// is known, because every run waits for it; what another Portolan wrote to the same database may be a moment late, and
+    /// 15 s at most.
     pub async fn tool(&self, server_id: &str, tool_id: &str) -> Result<Option<Arc<ServerTool>>, Error> {
         const SQL: &str = concat!(
             "SELECT servers.id, server_name, type, config, revision, era, state, error, last_synced_at, created_at, \
@@ -93,7 +104,7 @@ impl Store {
 
     /// Makes the tools of a server equal to what it offers and notes that it is ready, in one transaction. A tool keeps its
     /// id as long as its name is offered. `None` when the server is gone or its configuration is no longer `revision`; then
-    /// nothing is changed.
+    /// nothing is changed, nor on [`Error::Overtaken`], when it would be written over another list than [`Over`] allows.
     pub async fn sync_tools(
         &self,
         server_id: &str,
@@ -101,7 +112,7 @@ impl Store {
         listing: &Listing<'_>,
         by: &By,
     ) -> Result<Option<ToolChanges>, Error> {
-        let Listing { era, notice, offered, hold, shown } = *listing;
+        let Listing { era, notice, offered, hold, shown, over } = *listing;
         // The first statement also takes the server's row lock (on SQLite: the write lock) against a second sync.
         const LOCK: &str = "UPDATE servers SET revision = revision WHERE id = $1 AND revision = $2 RETURNING last_synced_at, server_name";
         const READY: &str = "UPDATE servers SET state = $3, error = $6, era = $4, last_synced_at = $5 \
@@ -138,6 +149,9 @@ impl Store {
                 let gone = sqlx::query_as(GONE).bind(server_id).fetch_all(&mut *transaction).await?;
                 let trust = Trust { is_first: last_synced_at.is_none(), hold };
                 let plan = Plan::new(&current, gone, offered, trust, now);
+                if matches!(over, Over::Of(before) if before != last_synced_at) && !plan.is_empty() {
+                    return Err(Error::Overtaken);
+                }
                 for digest in &plan.returned {
                     sqlx::query(RETURN).bind(server_id).bind(digest).execute(&mut *transaction).await?;
                 }
@@ -183,12 +197,17 @@ impl Store {
                     });
                     insert.build().execute(&mut *transaction).await?;
                 }
-                if let Some(details) = journal::synced(&plan.changes, shown) {
+                let details = journal::synced(&plan.changes, shown);
+                let is_noted = details.is_some();
+                if let Some(details) = details {
                     let (server_id, server_name) = (Some(server_id), Some(server_name.as_str()));
-                    note!(transaction, Note { by, action: Action::ToolsChanged, server_id, server_name, details })?;
+                    note!(self, transaction, Note { by, action: Action::ToolsChanged, server_id, server_name, details })?;
                 }
                 transaction.commit().await?;
-                Ok(Some(plan.changes))
+                if is_noted {
+                    self.announce(Topic::Changes);
+                }
+                Ok::<_, Error>(Some(plan.changes))
             })
         };
         self.known.during(server_id, write).await
@@ -210,9 +229,10 @@ impl Store {
             "SELECT 1 FROM tools WHERE id = $1 AND server_id = $2 AND definition = $3 AND approved_hash IS NULL";
         let write = async {
             on_db!(self, write pool => {
-                let tool: Option<Tool> = sqlx::query_as(FIND).bind(tool_id).bind(server_id).fetch_optional(pool).await?;
-                let Some(tool) = tool.filter(|tool| hash.is_none_or(|hash| tool.hash() == hash)) else { return Ok(false) };
                 let mut transaction = pool.begin().await?;
+                let tool: Option<Tool> =
+                    sqlx::query_as(FIND).bind(tool_id).bind(server_id).fetch_optional(&mut *transaction).await?;
+                let Some(tool) = tool.filter(|tool| hash.is_none_or(|hash| tool.hash() == hash)) else { return Ok(false) };
                 let approve = sqlx::query_scalar(APPROVE).bind(tool_id).bind(server_id).bind(&tool.definition);
                 let name: Option<String> = approve.fetch_optional(&mut *transaction).await?;
                 let Some(name) = name else {
@@ -222,8 +242,9 @@ impl Store {
                 };
                 let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
                 let details = json!({ "tool_id": tool_id, "definition_hash": tool.hash() });
-                note!(transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
+                note!(self, transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
                 transaction.commit().await?;
+                self.announce(Topic::Changes);
                 Ok::<_, sqlx::Error>(true)
             })
         };

@@ -381,9 +381,7 @@ impl Mcp {
         let turn = self.turn(&server.id);
         let _turn = turn.lock().await;
         let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
-        let (listed, era) = self.list(&server, None, given, true).await?;
-        self.keep(&server, given, &listed, era, by).await?;
-        Ok(listed.tools)
+        Ok(self.list_and_keep(&server, None, given, true, by).await?.0.tools)
     }
 }
 

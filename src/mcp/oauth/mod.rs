@@ -129,7 +129,7 @@ impl SignIns {
         }))
     }
 
-    fn store(&self) -> &Store {
+    pub fn store(&self) -> &Store {
         &self.0.store
     }
 
@@ -182,6 +182,16 @@ impl SignIns {
                 signer
             }
         })
+    }
+
+    /// Somebody has signed in elsewhere, or a sign-in is gone: to this server, or to one that is not registered.
+    pub fn changed(&self, server_id: Option<&str>) {
+        let sources = self.0.sources.lock().expect("no code panics while it holds the sources");
+        if let Some(source) = server_id.and_then(|server_id| sources.get(server_id)?.upgrade()) {
+            source.look_again();
+        }
+        drop(sources);
+        self.0.finished.notify_waiters();
     }
 
     /// As [`SignIns::of`], of a connector that is not registered.

@@ -4,6 +4,9 @@
 //! turn of the server, among several Portolans by the lease of the row ([`Store::lease_sign_in`]); who comes second reads
 //! what the first has written. A fetch goes on when its caller leaves: a refresh token that was used and not stored is
 //! lost.
+//!
+//! The token in memory is the one that is stored as far as is known: the feed of changes tells of a new sign-in, and while
+//! that is interrupted ([`Store::epoch`]) each request looks into the database.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -59,6 +62,17 @@ struct Memory {
     rest_until: Option<Instant>,
     /// There has been a token.
     has_signed: bool,
+    /// How often somebody said that what is stored may be another one.
+    looks: u64,
+    /// When the last look into the database began.
+    look: Look,
+}
+
+/// A time among those who said so, and among the times in which the feed of changes was not interrupted.
+#[derive(Clone, Copy, Default)]
+struct Look {
+    looks: u64,
+    epoch: Option<u64>,
 }
 
 #[derive(Clone)]
@@ -114,7 +128,7 @@ fn place(url: &str) -> Option<(Url, Vec<(String, String)>)> {
 impl Signer {
     pub(super) fn new(ins: SignIns, server_id: Option<String>, remote: &Remote) -> Self {
         let known = if server_id.is_some() { Known::Unread } else { Known::None };
-        let memory = Memory { known, rest_until: None, has_signed: false };
+        let memory = Memory { known, rest_until: None, has_signed: false, looks: 0, look: Look::default() };
         Self(Arc::new(Source {
             ins,
             server_id,
@@ -181,6 +195,7 @@ impl Signer {
 
     async fn token(&self) -> Result<Option<Arc<Token>>, Problem> {
         let fresh = match &*self.0.memory() {
+            memory if !self.0.is_told_of_others(memory) => None,
             Memory { known: Known::None, .. } => Some(None),
             Memory { known: Known::Token(token), rest_until, .. }
                 if !token.is_due() || is_resting(*rest_until, token) =>
@@ -239,16 +254,38 @@ impl Source {
 
     /// What is stored may be another one by now.
     pub fn look_again(&self) {
-        self.memory().known = Known::Unread;
+        let mut memory = self.memory();
+        memory.known = Known::Unread;
+        memory.looks += 1;
+    }
+
+    /// Whether a sign-in by others would be known by now. Of a server that is not registered there are none.
+    fn is_told_of_others(&self, memory: &Memory) -> bool {
+        self.server_id.is_none() || memory.look.epoch.is_some_and(|epoch| self.store().epoch() == Some(epoch))
+    }
+
+    /// Before the database is asked.
+    fn look(&self) {
+        let epoch = self.store().epoch();
+        let mut memory = self.memory();
+        memory.look = Look { looks: memory.looks, epoch };
     }
 
     fn know(&self, token: Option<Arc<Token>>) -> Option<Arc<Token>> {
-        let known = token.clone().map_or(Known::None, Known::Token);
-        let mut memory = self.memory();
-        let has_signed = memory.has_signed || token.is_some();
-        *memory = Memory { known, rest_until: None, has_signed };
-        drop(memory);
+        self.keep(token.clone(), None);
         token
+    }
+
+    /// Remembers what the last look has led to, unless there may be something else by now.
+    fn keep(&self, token: Option<Arc<Token>>, rest_until: Option<Instant>) {
+        let mut memory = self.memory();
+        memory.has_signed |= token.is_some();
+        memory.rest_until = rest_until;
+        memory.known = match token {
+            _ if memory.look.looks != memory.looks => Known::Unread,
+            Some(token) => Known::Token(token),
+            None => Known::None,
+        };
     }
 
     /// The token to use: one that is neither due nor of the refused version or one before it.
@@ -256,14 +293,18 @@ impl Source {
         let turn = timeout(WAIT, self.turn.lock()).await;
         let _turn = turn.map_err(|_| Problem::TimedOut)?;
         let is_wanted = |token: &Token| !token.is_due() && refused.is_none_or(|refused| token.version > refused);
-        if let Known::Token(token) = self.memory().known.clone()
-            && is_wanted(&token)
-        {
+        let settled = match &*self.memory() {
+            memory if !self.is_told_of_others(memory) => None,
+            Memory { known: Known::Token(token), .. } => Some(token.clone()),
+            _ => None,
+        };
+        if let Some(token) = settled.filter(|token| is_wanted(token)) {
             return Ok(Some(token));
         }
         let Some(server_id) = &self.server_id else { return self.settle_unregistered(refused).await };
         let deadline = Instant::now() + WAIT;
         loop {
+            self.look();
             let stored = self.store().sign_in(server_id).await.map_err(|_| Problem::Store)?;
             let Some((sign_in, version, token)) = self.usable(server_id, stored).await else {
                 return if self.is_machine() { self.fetch_first(server_id).await } else { Ok(self.know(None)) };
@@ -321,9 +362,7 @@ impl Source {
                     if is_refused || token.is_over() {
                         return Err(problem);
                     }
-                    let mut memory = self.memory();
-                    memory.known = Known::Token(token.clone());
-                    memory.rest_until = Some(Instant::now() + REST);
+                    self.keep(Some(token.clone()), Some(Instant::now() + REST));
                     return Ok(Some(token));
                 }
             }
