@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::api::{Bodies, Elsewhere, EveryPage, Origins, Runs, TokenError, Tokens};
-use crate::config::{Entry, Settings};
+use crate::config::{Entry, Settings, Storage};
 use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
 pub use crate::mcp::{BECOME, Commands, FirstSyncs, KEEP, become_child, keep_child};
@@ -211,6 +211,11 @@ impl App {
             spans_dropped: self.traces.lost(),
             ..Readings::default()
         };
+        if let Some(standing) = self.store.standing() {
+            readings.changes_age = standing.age;
+            readings.changes_listening = standing.listens;
+            readings.changes_notifications = standing.notifications;
+        }
         self.mcp.read(&mut readings);
         readings
     }
@@ -240,7 +245,8 @@ pub fn make_data_folder(settings: &Settings) -> Result<(), StartError> {
 pub async fn open_store(settings: &Settings) -> Result<Store, OpenError> {
     let keys = KeySource::new(settings.secrets.key.clone(), settings.secrets.key_file.clone());
     let url = settings.storage.database_url.as_ref().map(|url| url.expose());
-    Store::open(url, &settings.storage.data_dir, keys.map_err(SealError::from)?).await
+    let Storage { data_dir, database_connections, .. } = &settings.storage;
+    Store::open(url, data_dir, *database_connections, keys.map_err(SealError::from)?).await
 }
 
 /// What there is to say when a key was made for this store: it is the only one.

@@ -326,6 +326,9 @@ pub struct Storage {
     /// File that holds that URL and nothing else, for secrets that come as files
     #[arg(long, env = "DATABASE_URL_FILE", global = true, value_name = "FILE")]
     pub database_url_file: Option<PathBuf>,
+    /// How many connections to PostgreSQL this Portolan holds at most; those of all replicas must fit into its max_connections
+    #[arg(long, env = "PORTOLAN_DATABASE_CONNECTIONS", default_value_t = 16, value_parser = at_least_one, global = true, value_name = "NUMBER")]
+    pub database_connections: usize,
 }
 
 /// Why the URL of the database cannot be had from its file; each message is one sentence for the person who starts Portolan.

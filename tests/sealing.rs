@@ -18,7 +18,7 @@ use crate::process::{Program, command, without_progress};
 const DEAD: &str = "http://127.0.0.1:1/mcp";
 
 /// A key file of these keys, each 32 bytes of one value.
-fn key_file(folder: &Path, keys: &[u8]) -> PathBuf {
+pub(crate) fn key_file(folder: &Path, keys: &[u8]) -> PathBuf {
     let file = folder.join("keys");
     let lines: String = keys.iter().map(|key| format!("{key:02x}").repeat(32) + "\n").collect();
     let new = file.with_extension("new");
@@ -493,7 +493,7 @@ async fn what_somebody_writes_in_clear_is_never_taken_for_what_was_sealed() {
 
     // Also with nothing left that says that anything was ever sealed.
     let key = KeySource::new(None, Some(keys)).unwrap();
-    let store = Store::open(database.url().as_deref(), &folder.path().join("portolan-data"), key).await.unwrap();
+    let store = Store::open(database.url().as_deref(), &folder.path().join("portolan-data"), 2, key).await.unwrap();
     execute(&store, "DELETE FROM sealing_keys WHERE id <> $1", &[""]).await;
     let planted = r#"{"type":"streamable_http","server_url":"http://127.0.0.1:9/planted"}"#;
     execute(&store, "UPDATE servers SET config = $1", &[planted]).await;

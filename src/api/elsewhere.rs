@@ -26,7 +26,9 @@ use uuid::Uuid;
 use crate::config::Runs as Settings;
 use crate::error::Error;
 use crate::mcp;
-use crate::store::{self, Claim, Claimed, NewSharedRun, Question, Replica, SharedProgress as Progress, Store, Topic, now};
+use crate::store::{
+    self, Claim, Claimed, NewSharedRun, Question, Replica, SharedProgress as Progress, Store, Topic, now,
+};
 
 use super::drip::Ended;
 use super::repeats::{Call, Digest, key_taken};

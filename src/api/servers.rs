@@ -1,11 +1,14 @@
 //! `/v1/mcp-servers/`: register, list, retrieve, change, delete, refresh. What these do to a server, `legacy` does by name.
 
 use axum::Json;
+use axum::body::Body;
 use axum::extract::{FromRequestParts, Query, State};
+use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use chrono::TimeDelta;
+use futures_util::stream::unfold;
 use serde::Deserialize;
 use serde_json::{Map, json};
 use uuid::Uuid;
@@ -21,6 +24,9 @@ use super::guard::{JsonBody, ServerId, UnusedBody, refuse_nul_in};
 use super::reveal::Shown;
 use super::variables::Given;
 use super::wire::{CreateServer, ServerObject, UpdateServer};
+
+/// How many servers of a list are read at a time.
+const PAGE: i64 = 500;
 
 /// How old a server may be to be taken for the outcome of an earlier try of the same create: an SDK gives up waiting
 /// after 60 s, and tries three times.
@@ -123,9 +129,46 @@ async fn earlier_try(app: &App, headers: &HeaderMap, request: &CreateServer) -> 
     }))
 }
 
+/// All servers, a few of them in memory at a time: there may be a million.
 pub async fn list(State(app): State<App>, shown: Shown) -> Result<Response, Error> {
-    let servers = app.store.servers().await?;
-    Ok(Json(servers.iter().map(|server| show(&app, server, shown)).collect::<Vec<_>>()).into_response())
+    // Whether they can be read is known before the answer begins.
+    let first = app.store.servers_after(None, PAGE).await?;
+    if !is_full(&first) {
+        return Ok(Json(first.iter().map(|server| show(&app, server, shown)).collect::<Vec<_>>()).into_response());
+    }
+    let body = Body::from_stream(unfold(Some((b'[', first)), move |state| {
+        let app = app.clone();
+        async move {
+            let (before, page) = state?;
+            let (mut json, mut separator) = (Vec::new(), before);
+            for server in &page {
+                json.push(std::mem::replace(&mut separator, b','));
+                serde_json::to_writer(&mut json, &show(&app, server, shown)).expect("a server is JSON");
+            }
+            let last = page.last().filter(|_| is_full(&page)).map(|last| (last.created_at, &*last.id));
+            let next = match last {
+                Some(last) => app.store.servers_after(Some(last), PAGE).await,
+                None => Ok(vec![]),
+            };
+            match next {
+                Ok(next) if next.is_empty() => {
+                    json.push(b']');
+                    Some((Ok(json), None))
+                }
+                Ok(next) => Some((Ok(json), Some((separator, next)))),
+                // Nothing but its end can say that this answer is not whole.
+                Err(error) => {
+                    tracing::error!(%error, "a list of servers was cut off: the rest of them cannot be read");
+                    Some((Err(error), None))
+                }
+            }
+        }
+    }));
+    Ok(([(CONTENT_TYPE, "application/json")], body).into_response())
+}
+
+fn is_full(page: &[Server]) -> bool {
+    i64::try_from(page.len()) == Ok(PAGE)
 }
 
 pub async fn retrieve(State(app): State<App>, ServerId(id): ServerId, shown: Shown) -> Result<Response, Error> {

@@ -27,7 +27,7 @@ use crate::secrets::scrub;
 
 use super::Error;
 use super::commands::{Commands, TemplatesError};
-use super::homes::{self, Homes, Residence};
+use super::homes::{self, Folders, Homes, Residence};
 use super::keeper::children_of;
 use super::order::{self, END, KEEP, Named, Order, Reach, Report, TERMINATE, User};
 use super::template::FilledStdio;
@@ -219,14 +219,14 @@ impl Children {
         self.0.homes.remove(server_id);
     }
 
-    /// The folders that there are; see [`Children::keep_only`].
-    pub fn folders(&self) -> Vec<String> {
-        self.0.homes.names()
+    /// The folders that there are.
+    pub fn folders(&self) -> Folders {
+        self.0.homes.folders()
     }
 
-    /// Removes those of these folders whose servers are not in a list that was read after them. May take a while.
-    pub fn keep_only<'a>(&self, folders: Vec<String>, server_ids: impl Iterator<Item = &'a str>) {
-        self.0.homes.keep_only(folders, server_ids);
+    /// Removes folders whose servers are gone; whether they are is to be asked after [`Children::folders`]. May take a while.
+    pub fn remove_folders(&self, gone: impl Iterator<Item = String>) {
+        self.0.homes.clear_all(gone);
     }
 
     fn keepers(&self) -> std::sync::MutexGuard<'_, HashSet<u32>> {
@@ -347,6 +347,7 @@ impl Children {
         };
         let named = filled.named.as_ref().map(|config| Named { args: line(config).1, env: env(config) });
         Order {
+            server_id: residence.server_id.clone(),
             program,
             args,
             env: env(config),

@@ -1,19 +1,31 @@
 //! The first syncs of servers: of one that was just registered, and of many that came together, by an import or while
 //! nobody served. Those are connected to in the background, a few at a time, and how far that is can be watched.
+//!
+//! Several Portolans that start on one database share what came while nobody served, without a word to each other: each
+//! takes some servers from a random place at a time, in an order of its own, and what another has connected to by then is
+//! passed over.
 
+use std::collections::HashSet;
+use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
 use futures_util::{StreamExt, stream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use crate::model::{By, Server, State};
+use crate::store::now;
 
 use super::{Mcp, SyncError, Variables};
 
 /// How many servers that came together are connected to at a time.
 const AT_A_TIME: usize = 4;
+/// How many of those that came while nobody served are taken at a time.
+const PORTION: usize = 32;
+/// How many of them may stay as they are after an attempt; one more, and the rest is left to the next start.
+const MAX_LEFT: usize = 1_000;
 /// How long one of them keeps the next one waiting, at most.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -42,6 +54,13 @@ impl FirstSyncs {
     fn end_one(&mut self, has_worked: bool) {
         self.done += 1;
         self.failed += usize::from(!has_worked);
+        // What came while this goes on may be done with it.
+        self.all = self.all.max(self.done);
+    }
+
+    /// Fewer are left: others were quicker.
+    fn leave(&mut self, fewer: usize) {
+        self.all = self.all.saturating_sub(fewer).max(self.done);
     }
 }
 
@@ -89,44 +108,78 @@ impl Mcp {
             return;
         }
         self.first.send_modify(|first| first.begin(server_ids.len()));
-        let (mcp, by) = (self.clone(), by.clone());
+        let (mcp, by, stop) = (self.clone(), by.clone(), self.stop.clone());
         let are_many = server_ids.len() > AT_A_TIME;
-        let sync = move |id: String| {
-            let (mcp, by) = (mcp.clone(), by.clone());
-            async move {
-                let first = mcp.first.clone();
-                let ended = move |has_worked| first.send_modify(|first| first.end_one(has_worked));
-                match mcp.store.server(&id).await {
-                    Ok(Some(server)) => {
-                        let sync = mcp.begin_first_sync(server, &Variables::default(), &by, ended);
-                        let _ = timeout(PATIENCE, sync).await;
-                        if are_many {
-                            mcp.pool.rest(&id);
-                        }
-                    }
-                    // It was deleted.
-                    Ok(None) => ended(true),
-                    Err(error) => {
-                        tracing::error!(server.id = id, %error, "a new server cannot be read for its first sync");
-                        ended(false);
-                    }
-                }
-            }
+        let all = async move {
+            let sync = |id: String| {
+                let (mcp, by) = (&mcp, &by);
+                async move { mcp.first_sync_of_many(&id, by, are_many).await }
+            };
+            stream::iter(server_ids).for_each_concurrent(AT_A_TIME, sync).await;
         };
-        let stop = self.stop.clone();
-        let all = stream::iter(server_ids).for_each_concurrent(AT_A_TIME, sync);
         self.tracker.spawn(async move { stop.run_until_cancelled(all).await });
     }
 
-    /// Connects to the servers that came while nobody served, in the background.
-    pub(super) fn catch_up(&self) {
-        let mcp = self.clone();
-        self.tracker.spawn(async move {
-            // What the database has to say is said where it is asked for an answer.
-            if let Ok(new) = mcp.store.new_servers().await {
-                mcp.first_syncs(new, &By::ITSELF);
+    /// One of several that were begun.
+    async fn first_sync_of_many(&self, id: &str, by: &By, are_many: bool) {
+        let first = self.first.clone();
+        let ended = move |has_worked| first.send_modify(|first| first.end_one(has_worked));
+        match self.store.server(id).await {
+            Ok(Some(server)) => {
+                let sync = self.begin_first_sync(server, &Variables::default(), by, ended);
+                let _ = timeout(PATIENCE, sync).await;
+                if are_many {
+                    self.pool.rest(id);
+                }
             }
-        });
+            // It was deleted.
+            Ok(None) => ended(true),
+            Err(error) => {
+                tracing::error!(server.id = id, %error, "a new server cannot be read for its first sync");
+                ended(false);
+            }
+        }
+    }
+
+    /// Connects to the servers that came while nobody served, in the background: it has all of them in mind at no time.
+    pub(super) fn catch_up(&self) {
+        let (mcp, stop) = (self.clone(), self.stop.clone());
+        let catching_up = async move {
+            let began = now();
+            // What the database has to say is said where it is asked for an answer.
+            let Ok(all) = mcp.store.count_new_servers().await else { return };
+            let all = usize::try_from(all).unwrap_or_default();
+            if all == 0 {
+                return;
+            }
+            mcp.first.send_modify(|first| first.begin(all));
+            let mut taken = 0;
+            // Those that would come again and again: what came of their attempt could not be noted, or takes its time.
+            let mut left = HashSet::new();
+            while left.len() <= MAX_LEFT {
+                let place = format!("mcp_server-{}", Uuid::new_v4());
+                let Ok(mut ids) = mcp.store.new_servers(&place, began, PORTION + left.len()).await else { break };
+                ids.retain(|id| !left.contains(id));
+                ids.truncate(PORTION);
+                if ids.is_empty() {
+                    break;
+                }
+                let order = RandomState::new();
+                ids.sort_by_cached_key(|id| order.hash_one(id));
+                taken += ids.len();
+                let (mcp, are_many) = (&mcp, all > AT_A_TIME);
+                let sync = |id: String| async move {
+                    mcp.first_sync_of_many(&id, &By::ITSELF, are_many).await;
+                    let is_new = |it: Server| it.state == State::NeverConnected && it.last_synced_at.is_none();
+                    let is_left = mcp.store.server(&id).await.map_or(true, |server| server.is_some_and(is_new));
+                    is_left.then_some(id)
+                };
+                let stayed = stream::iter(ids).map(sync).buffer_unordered(AT_A_TIME);
+                left.extend(stayed.filter_map(async |id| id).collect::<Vec<_>>().await);
+            }
+            mcp.first.send_modify(|first| first.leave(all.saturating_sub(taken)));
+        };
+        self.tracker.spawn(async move { stop.run_until_cancelled(catching_up).await });
     }
 
     /// How far the first syncs are, from now on.

@@ -2,15 +2,17 @@
 //! fetched is there at the next start, and a folder for temporary files of each child: an old one and a new one of the same
 //! server may live side by side for a while.
 //!
-//! They are named after the SHA-256 of the server's id: ids are never paths.
+//! They are named after the SHA-256 of the server's id: ids are never paths. A file beside them says which id that is, so
+//! that the servers of a few folders can be asked for among a million.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt, lchown};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use rustix::fs::OFlags;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
@@ -36,12 +38,32 @@ struct Lived {
 /// The folders of a child that lives there; its drop is the end of that.
 pub struct Residence {
     homes: Homes,
+    pub server_id: String,
     name: String,
     child: Uuid,
     /// No other child of the server lived there when this one came.
     pub alone: bool,
 }
 
+/// The folders that there are, by their names.
+pub struct Folders {
+    /// Each with the id of its server.
+    pub known: HashMap<String, String>,
+    /// Those that do not say it: they are of before they did.
+    pub unknown: HashSet<String>,
+}
+
+impl Folders {
+    /// Takes out those of before whose server has this id.
+    pub fn keep(&mut self, server_id: &str) {
+        self.unknown.remove(&sha256_hex(server_id));
+    }
+}
+
+/// The file with the id.
+const ID: &str = "id";
+/// No id is as long.
+const MAX_ID: u64 = 1024;
 /// How the names of folders for temporary files begin; the rest is the child's.
 const TMP: &str = "tmp-";
 
@@ -56,11 +78,24 @@ impl Homes {
         &self.tracker
     }
 
-    /// The names of all folders.
-    pub fn names(&self) -> Vec<String> {
+    /// All folders.
+    pub fn folders(&self) -> Folders {
         let entries = fs::read_dir(&self.folder).into_iter().flatten().flatten();
         let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter(|name| name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit())).collect()
+        let names = names.filter(|name| name.len() == 64 && name.bytes().all(|byte| byte.is_ascii_hexdigit()));
+        let mut folders = Folders { known: HashMap::new(), unknown: HashSet::new() };
+        for name in names {
+            match self.id_of(&name) {
+                Some(id) => drop(folders.known.insert(name, id)),
+                None => drop(folders.unknown.insert(name)),
+            }
+        }
+        folders
+    }
+
+    /// The id that is written in a folder, if it is that of the folder.
+    fn id_of(&self, name: &str) -> Option<String> {
+        read_id(&self.folder.join(name)).filter(|id| sha256_hex(id) == name)
     }
 
     fn lived_in(&self) -> MutexGuard<'_, HashMap<String, Lived>> {
@@ -75,7 +110,7 @@ impl Homes {
         lived.by += 1;
         let alone = lived.by == 1;
         drop(lived_in);
-        Residence { homes: self.clone(), name, child: Uuid::new_v4(), alone }
+        Residence { homes: self.clone(), server_id: server_id.to_owned(), name, child: Uuid::new_v4(), alone }
     }
 
     /// Removes the folders of a server that was deleted: now, or with the end of its last child. May take a while.
@@ -88,14 +123,13 @@ impl Homes {
         }
     }
 
-    /// Removes those of the folders `names` whose servers are not among these: they were deleted by somebody else. The
-    /// names are to be older than the list of servers, or a server that is new would lose its folder.
-    pub fn keep_only<'a>(&self, names: Vec<String>, server_ids: impl Iterator<Item = &'a str>) {
-        let known: std::collections::HashSet<String> = server_ids.map(sha256_hex).collect();
-        for name in names.iter().filter(|name| !known.contains(*name)) {
-            let is_lived_in = self.lived_in().contains_key(name);
+    /// Removes folders by their names, whose servers somebody else has deleted. Their names are to be older than the look
+    /// for the servers, or a server that is new would lose its folder.
+    pub fn clear_all(&self, names: impl Iterator<Item = String>) {
+        for name in names {
+            let is_lived_in = self.lived_in().contains_key(&name);
             if !is_lived_in {
-                self.clear(name);
+                self.clear(&name);
             }
         }
     }
@@ -165,6 +199,8 @@ pub fn prepare(order: &Order) -> io::Result<()> {
         return Err(io::ErrorKind::PermissionDenied.into());
     }
     make(own, order.user)?;
+    // Without it, its server is looked for among all.
+    let _ = write_id(own, &order.server_id);
     if order.alone {
         let entries = fs::read_dir(own)?.flatten();
         for old in entries.filter(|entry| entry.file_name().as_encoded_bytes().starts_with(TMP.as_bytes())) {
@@ -187,6 +223,25 @@ pub fn prepare(order: &Order) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Says in a folder whose it is, unless that is said.
+fn write_id(own: &Path, id: &str) -> io::Result<()> {
+    if read_id(own).as_deref() == Some(id) {
+        return Ok(());
+    }
+    let file = own.join(ID);
+    remove(&file)?;
+    fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&file)?.write_all(id.as_bytes())
+}
+
+/// What [`write_id`] wrote. A child that is not confined may have put anything in its place, a pipe that nobody fills too.
+fn read_id(own: &Path) -> Option<String> {
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let file = fs::OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(own.join(ID)).ok()?;
+    let mut id = String::new();
+    file.take(MAX_ID).read_to_string(&mut id).ok()?;
+    Some(id)
 }
 
 /// Removes a file, or a folder with all that is in it, also where its owner took away the right to.
@@ -272,7 +327,15 @@ mod tests {
         make(&left);
         let gone = left.home();
         drop(left);
-        homes.keep_only(homes.names(), ["kept"].into_iter());
+        fs::write(gone.parent().unwrap().join(ID), "left").unwrap();
+        // What says another id than its name is one that says none.
+        fs::write(folder.path().join(sha256_hex("kept")).join(ID), "left").unwrap();
+        let mut folders = homes.folders();
+        assert_eq!(folders.known.values().collect::<Vec<_>>(), ["left"]);
+        assert_eq!(folders.unknown.iter().collect::<Vec<_>>(), [&sha256_hex("kept")]);
+        folders.keep("kept");
+        assert!(folders.unknown.is_empty());
+        homes.clear_all([sha256_hex("left")].into_iter());
         assert!(homes.enter("kept").home().exists() && !gone.exists());
     }
 }

@@ -97,8 +97,14 @@ use watch::{News, watch};
 /// the goodbye.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How many servers are looked through at a time for the owners of old folders.
+const IDS_AT_ONCE: i64 = 1_000;
+
 /// How often a sync asks for a list, if others go on storing different ones; the last one is stored whatever there is.
 const LISTS: u32 = 3;
+
+/// How many servers are looked through at a time for the owners of old folders.
+const IDS_AT_ONCE: i64 = 1_000;
 
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
@@ -528,15 +534,20 @@ impl Mcp {
     fn tidy(&self) {
         let mcp = self.clone();
         self.tracker.spawn(async move {
-            let folders = mcp.children.folders();
-            if folders.is_empty() {
-                return;
+            let looking = mcp.children.clone();
+            let Ok(mut folders) = tokio::task::spawn_blocking(move || looking.folders()).await else { return };
+            let ids: Vec<String> = folders.known.values().cloned().collect();
+            let Ok(existing) = mcp.store.existing_servers(&ids).await else { return };
+            folders.known.retain(|_, id| !existing.contains(id));
+            let mut last = String::new();
+            while !folders.unknown.is_empty() {
+                let Ok(ids) = mcp.store.server_ids_after(&last, IDS_AT_ONCE).await else { return };
+                ids.iter().for_each(|id| folders.keep(id));
+                let Some(id) = ids.into_iter().next_back() else { break };
+                last = id;
             }
-            let Ok(servers) = mcp.store.servers().await else { return };
-            let _ = tokio::task::spawn_blocking(move || {
-                mcp.children.keep_only(folders, servers.iter().map(|server| &*server.id));
-            })
-            .await;
+            let gone = folders.known.into_keys().chain(folders.unknown);
+            let _ = tokio::task::spawn_blocking(move || mcp.children.remove_folders(gone)).await;
         });
     }
 

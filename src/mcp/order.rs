@@ -20,6 +20,7 @@ pub const BECOME: &str = "become-child";
 /// A child that is to be started. Holds secrets in clear: the values of `env` and, it may be, of `args`.
 #[derive(Serialize, Deserialize)]
 pub struct Order {
+    pub server_id: String,
     pub program: String,
     pub args: Vec<String>,
     /// All of its environment.

@@ -47,6 +47,8 @@ const CHILD_LEAVES: Duration = Duration::from_secs(5);
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long after its rest a server is remembered that will not come back by itself.
 const MEMORY: Duration = Duration::from_secs(600);
+/// How many servers that are away are remembered for longer, to be looked for; of others the next call finds out.
+const MAX_AWAY: usize = 10_000;
 
 pub struct Pool {
     context: Context,
@@ -663,7 +665,7 @@ impl Pool {
     pub fn sweep(&self) -> Vec<String> {
         let now = Instant::now();
         let settings = &self.context.settings;
-        let mut rested = Vec::new();
+        let (mut rested, mut away) = (Vec::new(), 0);
         self.slots().by_server.retain(|server_id, slot| {
             slot.sweep(settings.idle_timeout);
             let idle = slot.take_idle(settings.idle_timeout);
@@ -683,7 +685,8 @@ impl Pool {
             if failure.may_return && failure.until <= now {
                 rested.push((failure.until, server_id.clone()));
             }
-            failure.may_return || now < failure.until + MEMORY
+            away += usize::from(failure.may_return);
+            (failure.may_return && away <= MAX_AWAY) || now < failure.until + MEMORY
         });
         rested.sort();
         rested.into_iter().map(|(_, server_id)| server_id).collect()

@@ -293,6 +293,7 @@ mod tests {
 
     fn order(program: &str, args: &[&str], env: &[(&str, &str)], own: &Path) -> Order {
         Order {
+            server_id: String::new(),
             program: program.to_owned(),
             args: args.iter().map(|&arg| arg.to_owned()).collect(),
             env: env.iter().map(|&(name, value)| (name.to_owned(), value.to_owned())).collect(),

@@ -15,8 +15,8 @@ mod letta;
 mod presence;
 mod replicas;
 mod runs;
-mod seal;
 mod schema;
+mod seal;
 mod sealing;
 mod servers;
 mod shared_runs;
@@ -194,7 +194,9 @@ impl From<sqlx::Error> for Error {
         const UNUSABLE: [u32; 3] = [8, 10, 14];
         const SQLITE_FULL: u32 = 13;
         let (full, away) = match &error {
-            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => (false, true),
+            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => {
+                (false, true)
+            }
             // What came was not what PostgreSQL says: the connection is broken.
             sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => (false, true),
             sqlx::Error::Database(refusal) => match sqlite_code(&error) {
@@ -253,11 +255,17 @@ pub fn sqlite_file(url: &str) -> Option<PathBuf> {
 
 impl Store {
     /// Opens the database that `url` names, or `portolan.db` in `data_dir` without one, and brings its schema up to date.
-    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`.
+    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`. PostgreSQL is given `connections`
+    /// at most.
     ///
     /// # Errors
     /// One sentence for the person who starts Portolan, without credentials.
-    pub async fn open(url: Option<&str>, data_dir: &Path, keys: KeySource) -> Result<Self, OpenError> {
+    pub async fn open(
+        url: Option<&str>,
+        data_dir: &Path,
+        connections: usize,
+        keys: KeySource,
+    ) -> Result<Self, OpenError> {
         if let (Some(url), KeySource::Unset) = (url, &keys)
             && is_postgres(url)
         {
@@ -267,7 +275,7 @@ impl Store {
             // Before the schema changes: it may have to be sealed what was stored in clear.
             keys.read().map_err(SealError::from)?;
         }
-        let (database, made) = Database::open(url, data_dir, Some(&keys)).await?;
+        let (database, made) = Database::open(url, data_dir, connections, Some(&keys)).await?;
         let seal = Seal::open(&database, keys, data_dir, made).await?;
         database.shorten_waits().await;
         let presence = match &database {
@@ -367,6 +375,7 @@ impl Database {
     async fn open(
         url: Option<&str>,
         data_dir: &Path,
+        connections: usize,
         keys: Option<&KeySource>,
     ) -> Result<(Self, Option<PathBuf>), OpenError> {
         let keys = keys.map(|source| Wanted { source, data_dir });
@@ -381,7 +390,7 @@ impl Database {
             }
             Some(url) if is_postgres(url) => {
                 let options = PgConnectOptions::from_str(url).map_err(|error| OpenError::Url(one_line(&error)))?;
-                Self::open_postgres(options, keys).await
+                Self::open_postgres(options, connections, keys).await
             }
             Some(_) => Err(OpenError::Scheme),
         }
@@ -408,6 +417,15 @@ impl Database {
                 .max_connections(1)
                 .test_before_acquire(false)
                 .acquire_timeout(WRITE_TIMEOUT)
+                // SQLite ends a transaction that it cannot commit, on a full disk for one; sqlx does not, and would take the
+                // next one for a part of it, whose commit is none.
+                .after_release(|connection, _| {
+                    Box::pin(async move {
+                        // Behind the rollback, which nobody waits for.
+                        connection.ping().await?;
+                        Ok(!connection.is_in_transaction())
+                    })
+                })
                 .connect_with(options.clone())
                 .await;
             match pool {
@@ -435,6 +453,7 @@ impl Database {
 
     async fn open_postgres(
         options: PgConnectOptions,
+        connections: usize,
         keys: Option<Wanted<'_>>,
     ) -> Result<(Self, Option<PathBuf>), OpenError> {
         let place = format!(
@@ -461,7 +480,7 @@ impl Database {
         }
         // Best effort: the connection worked, how it ends changes nothing.
         let _ = first.close().await;
-        Ok((Self::Postgres(presence::pool(options)), made))
+        Ok((Self::Postgres(presence::pool(options, connections)), made))
     }
 
     /// Whether its schema knows of keys.

@@ -21,7 +21,6 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-const CONNECTIONS: u32 = 16;
 /// How long an operation may wait for a connection: one that is free, or a new one.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
 /// How long a connection may have been idle to be used without a look at it, and how long that look may take.
@@ -149,7 +148,10 @@ impl Presence {
                 None => {
                     away_since = Some(Instant::now());
                     shared.away.send_replace(true);
-                    tracing::error!(reason, "the database is away; what needs it is answered with 503 until it is back");
+                    tracing::error!(
+                        reason,
+                        "the database is away; what needs it is answered with 503 until it is back"
+                    );
                 }
                 Some(_) => {}
             }
@@ -190,10 +192,10 @@ fn unanswered() -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "the database does not answer"))
 }
 
-/// Connections to the database of these options, opened when they are needed.
-pub(super) fn pool(options: PgConnectOptions) -> PgPool {
+/// As many connections to the database of these options at most, opened when they are needed.
+pub(super) fn pool(options: PgConnectOptions, connections: usize) -> PgPool {
     PgPoolOptions::new()
-        .max_connections(CONNECTIONS)
+        .max_connections(u32::try_from(connections).unwrap_or(u32::MAX))
         .acquire_timeout(ACQUIRE_TIMEOUT)
         .after_connect(|connection, _| Box::pin(async move { connection.execute(WAITS).await.map(|_| ()) }))
         // A look at a connection costs a round trip: only for one that was idle long enough to have been cut.

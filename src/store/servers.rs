@@ -1,7 +1,8 @@
 //! The table `servers`.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
+use chrono::{DateTime, Utc};
 use secrecy::zeroize::Zeroizing;
 use serde_json::{Value, json};
 use sqlx::Connection;
@@ -19,6 +20,16 @@ macro_rules! columns {
          (SELECT count(*) FROM tools WHERE tools.server_id = servers.id) AS tool_count"
     };
 }
+
+/// What the index `servers_to_connect` has; in its words, which a parameter does not have.
+macro_rules! is_new {
+    () => {
+        "state = 'never_connected' AND last_synced_at IS NULL"
+    };
+}
+
+/// How many ids one statement asks for.
+const IDS_AT_ONCE: usize = 500;
 
 /// Ends the sign-ins to a server that are under way.
 pub(super) const GIVE_UP: &str = "DELETE FROM authorizations WHERE server_id = $1";
@@ -86,11 +97,80 @@ impl Store {
         Ok(rows.into_iter().map(|row| self.opened(row)).collect())
     }
 
-    /// The ids of those that nobody has connected to, oldest first.
-    pub async fn new_servers(&self) -> Result<Vec<String>, Error> {
-        const SQL: &str = "SELECT id FROM servers WHERE state = $1 AND last_synced_at IS NULL ORDER BY created_at, id";
-        let state = State::NeverConnected.as_str();
-        Ok(on_db!(self, long read pool => sqlx::query_scalar(SQL).bind(state).fetch_all(pool).await)?)
+    /// As many servers as `limit` says, oldest first, after the one that was created then and has that id; without one, the
+    /// oldest.
+    pub async fn servers_after(&self, last: Option<(DateTime<Utc>, &str)>, limit: i64) -> Result<Vec<Server>, Error> {
+        const FIRST: &str = concat!("SELECT ", columns!(), " FROM servers ORDER BY created_at, id LIMIT $1");
+        const NEXT: &str = concat!(
+            "SELECT ",
+            columns!(),
+            " FROM servers WHERE (created_at, id) > ($2, $3) ORDER BY created_at, id LIMIT $1"
+        );
+        let rows: Vec<ServerRow> = on_db!(self, read pool => match last {
+            None => sqlx::query_as(FIRST).bind(limit).fetch_all(pool).await,
+            Some((at, id)) => sqlx::query_as(NEXT).bind(limit).bind(at).bind(id).fetch_all(pool).await,
+        })?;
+        Ok(rows.into_iter().map(|row| self.opened(row)).collect())
+    }
+
+    /// How many servers nobody has connected to.
+    pub async fn count_new_servers(&self) -> Result<i64, Error> {
+        const SQL: &str = concat!("SELECT count(*) FROM servers WHERE ", is_new!());
+        Ok(on_db!(self, read pool => sqlx::query_scalar(SQL).fetch_one(pool).await)?)
+    }
+
+    /// The ids of some that nobody has connected to, and that are from before `end`: in the order of their ids from the first
+    /// one after `place` on, which is no server's id and may be anywhere among them, and then from the beginning.
+    pub async fn new_servers(&self, place: &str, end: DateTime<Utc>, limit: usize) -> Result<Vec<String>, Error> {
+        // IS TRUE keeps SQLite from the index by age, which has all servers.
+        const AFTER: &str = concat!(
+            "SELECT id FROM servers WHERE ",
+            is_new!(),
+            " AND id > $2 AND (created_at <= $1) IS TRUE ORDER BY id LIMIT $3"
+        );
+        const BEFORE: &str = concat!(
+            "SELECT id FROM servers WHERE ",
+            is_new!(),
+            " AND id < $2 AND (created_at <= $1) IS TRUE ORDER BY id LIMIT $3"
+        );
+        let mut ids: Vec<String> = Vec::new();
+        for sql in [AFTER, BEFORE] {
+            let room = i64::try_from(limit - ids.len()).expect("a portion is small");
+            if room == 0 {
+                break;
+            }
+            ids.extend(on_db!(self, read pool => sqlx::query_scalar::<_, String>(sql)
+                .bind(end)
+                .bind(place)
+                .bind(room)
+                .fetch_all(pool)
+                .await)?);
+        }
+        Ok(ids)
+    }
+
+    /// Those of these ids that are ids of servers.
+    pub async fn existing_servers(&self, ids: &[String]) -> Result<HashSet<String>, Error> {
+        let mut existing = HashSet::new();
+        for ids in ids.chunks(IDS_AT_ONCE) {
+            let found: Vec<String> = on_db!(self, read pool => {
+                let mut query = sqlx::QueryBuilder::new("SELECT id FROM servers WHERE id IN (");
+                let mut values = query.separated(", ");
+                for id in ids {
+                    values.push_bind(id);
+                }
+                query.push(")");
+                query.build_query_scalar().persistent(false).fetch_all(pool).await
+            })?;
+            existing.extend(found);
+        }
+        Ok(existing)
+    }
+
+    /// As many ids of servers as `limit` says, in their order, after this one.
+    pub async fn server_ids_after(&self, last: &str, limit: i64) -> Result<Vec<String>, Error> {
+        const SQL: &str = "SELECT id FROM servers WHERE id > $1 ORDER BY id LIMIT $2";
+        Ok(on_db!(self, read pool => sqlx::query_scalar(SQL).bind(last).bind(limit).fetch_all(pool).await)?)
     }
 
     /// The server with this id.
