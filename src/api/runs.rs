@@ -760,7 +760,7 @@ mod tests {
     async fn what_begins_after_the_end_is_not_made() {
         let settings = Cli::parse_from(["portolan"]).settings.runs;
         let folder = tempfile::tempdir().unwrap();
-        let store = Store::open(None, folder.path(), KeySource::Unset).await.unwrap();
+        let store = Store::open(None, folder.path(), 1, KeySource::Unset).await.unwrap();
         let elsewhere = Elsewhere::new(store, settings.clone(), Duration::from_secs(60));
         let runs = Runs::new(settings, elsewhere, TaskTracker::new());
         let made = |_| async { Ok(Bytes::from_static(b"{}")) };

@@ -97,6 +97,9 @@ use watch::{News, watch};
 /// the goodbye.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How many servers are looked through at a time for the owners of old folders.
+const IDS_AT_ONCE: i64 = 1_000;
+
 /// How often a sync asks for a list, if others go on storing different ones; the last one is stored whatever there is.
 const LISTS: u32 = 3;
 

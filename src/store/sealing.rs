@@ -311,7 +311,7 @@ impl Unlocked<'_> {
         self.unknown_to(ring).await
     }
 
-    /// The keys that are not on the ring and the servers they seal.
+    /// The keys that are not on the ring and the servers they seal. Looks at all servers only where there is such a key.
     async fn unknown_to(&self, ring: &Keyring) -> Result<Vec<(String, i64)>, SealError> {
         if self.keys_in_use().await?.iter().all(|key| ring.key(key).is_some()) {
             return Ok(vec![]);

@@ -795,6 +795,7 @@ mod tests {
                 }
                 "internal" => (Error::Internal(internal()), &example["detail"]),
                 "unavailable" => (Error::Unavailable(sqlx::Error::PoolTimedOut.into()), &example["detail"]),
+                "storage_full" => (Error::StorageFull(sqlx::Error::PoolTimedOut.into()), &example["detail"]),
                 "overloaded" => (Error::Full { repeatable: true }, &example["detail"]),
                 "mcp_server_unavailable" => {
                     let server_name = "search".to_owned();
