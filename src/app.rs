@@ -11,7 +11,7 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api::{Bodies, EveryPage, Origins, Runs, TokenError, Tokens};
+use crate::api::{Bodies, Elsewhere, EveryPage, Origins, Runs, TokenError, Tokens};
 use crate::config::{Entry, Settings, Storage};
 use crate::error::Error;
 use crate::mcp::child::{Children, ChildrenError};
@@ -140,7 +140,8 @@ impl App {
         let variables = VariablesFile::open(settings.variables.variables_file.clone())?;
         let upstream = settings.upstream.clone();
         let mcp = Mcp::new(store.clone(), upstream, egress, children, variables, metrics.clone(), tracker.clone());
-        let runs = Runs::new(settings.runs.clone(), tracker.clone());
+        let elsewhere = Elsewhere::new(store.clone(), settings.runs.clone(), settings.upstream.run_timeout);
+        let runs = Runs::new(settings.runs.clone(), elsewhere, tracker.clone());
         let run_log = RunLog::new(settings.run_log.clone(), store.clone());
         let bodies = Bodies::new(settings.entry.max_body_bytes_in_flight);
         let (settings, load) = (Arc::new(settings), Arc::default());
@@ -157,6 +158,8 @@ impl App {
         if let Ok(address) = listener.local_addr() {
             self.mcp.egress.listens_on(address.port());
         }
+        // Before the first run, for which others may ask.
+        self.runs.open().await;
         let (router, load) = (api::router(self.clone()), self.load.clone());
         let serving = serve::serve(listener, router, &self.settings.entry, load, shutdown.clone());
         // A client whose connection is cut would ask for its run again, at a Portolan that knows nothing of it.
@@ -173,7 +176,7 @@ impl App {
         self.runs.end();
         let clean = self.mcp.close().await;
         // Nothing runs any more.
-        let (logged, ()) = tokio::join!(self.run_log.close(), self.traces.close());
+        let (logged, ..) = tokio::join!(self.run_log.close(), self.traces.close(), self.runs.close());
         let closed = timeout(STORE_CLOSE_TIMEOUT, self.store.close()).await;
         match (clean, logged, closed) {
             (false, ..) => Err(Unclean::Session),
@@ -208,6 +211,11 @@ impl App {
             spans_dropped: self.traces.lost(),
             ..Readings::default()
         };
+        if let Some(standing) = self.store.standing() {
+            readings.changes_age = standing.age;
+            readings.changes_listening = standing.listens;
+            readings.changes_notifications = standing.notifications;
+        }
         self.mcp.read(&mut readings);
         readings
     }
@@ -268,6 +276,7 @@ fn make_private(folder: &Path) -> std::io::Result<()> {
 fn own_files(settings: &Settings) -> Vec<PathBuf> {
     let mut own = vec![settings.storage.data_dir.clone()];
     own.extend(settings.secrets.key_file.clone());
+    own.extend(settings.storage.database_url_file.clone());
     own.extend(settings.variables.variables_file.clone());
     own.extend(settings.traces.otlp_headers_file.clone());
     own.extend([&settings.tokens.tokens_file, &settings.tokens.token_file].into_iter().flatten().cloned());

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::builder::{NonEmptyStringValueParser, OsStr, Resettable};
+use clap::{Arg, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use url::{Host, Url};
 
@@ -27,10 +28,54 @@ pub struct Cli {
     pub json: bool,
 }
 
+impl Cli {
+    /// What the command line says, and the environment where it says nothing. A variable that is set and empty is one that is
+    /// not set: compose files and unit files pass those that nobody gave a value. Not so where that would open a door or
+    /// lead to another database ([`NEVER_EMPTY`]).
+    ///
+    /// # Errors
+    /// Those of clap, help and version among them.
+    pub fn read() -> Result<Self, clap::Error> {
+        let mut command = Self::command().mut_args(without_empty_variable);
+        let matches = command.try_get_matches_from_mut(std::env::args_os())?;
+        Self::from_arg_matches(&matches).map_err(|error| error.format(&mut command))
+    }
+}
+
+/// Settings whose empty variable is taken as it stands, and refused: without them strangers come in, secrets are sealed with
+/// another key, servers are in another database, or commands and addresses are no longer kept in bounds.
+const NEVER_EMPTY: [&str; 15] = [
+    "token",
+    "token_file",
+    "tokens_file",
+    "letta_server_password",
+    "key",
+    "key_file",
+    "database_url",
+    "database_url_file",
+    "stdio",
+    "egress",
+    "child_user",
+    "child_wrapper",
+    "child_landlock",
+    "child_max_processes",
+    "tool_changes",
+];
+
+fn without_empty_variable(setting: Arg) -> Arg {
+    let is_empty = setting.get_env().and_then(std::env::var_os).is_some_and(|value| value.is_empty());
+    match is_empty && !NEVER_EMPTY.contains(&setting.get_id().as_str()) {
+        true => setting.env(Resettable::<OsStr>::Reset),
+        false => setting,
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Serve the API (what happens without a command, too)
     Serve,
+    /// Ask the Portolan of this machine how it is, as a container's health check does: status 0 when it is well
+    Healthcheck(Healthcheck),
     /// Make a key that seals stored secrets, or give one up
     #[command(subcommand)]
     Key(KeyCommand),
@@ -71,6 +116,24 @@ pub enum Command {
         #[arg(long, value_name = "FILE")]
         output: Option<PathBuf>,
     },
+}
+
+impl Command {
+    /// Whether it needs the database, and so its URL.
+    pub fn uses_database(&self) -> bool {
+        !matches!(self, Self::Healthcheck(_) | Self::Token(_) | Self::Key(KeyCommand::New))
+    }
+}
+
+/// What a health check asks, and whom.
+#[derive(Args, Clone, Debug)]
+pub struct Healthcheck {
+    /// Where Portolan is, as `http://127.0.0.1:8283`; without it, where --listen says, on this machine
+    #[arg(long, value_parser = plain_url, value_name = "URL")]
+    pub url: Option<Url>,
+    /// Also ask whether its database answers. Not for what starts Portolan anew: that does not bring a database back
+    #[arg(long)]
+    pub ready: bool,
 }
 
 #[derive(Clone, Debug, Subcommand)]
@@ -260,9 +323,40 @@ pub struct Storage {
     /// Database, postgres://… or sqlite:FILE; without it, SQLite in the data folder
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_parser = secret, global = true, value_name = "URL")]
     pub database_url: Option<Secret>,
+    /// File that holds that URL and nothing else, for secrets that come as files
+    #[arg(long, env = "DATABASE_URL_FILE", global = true, value_name = "FILE")]
+    pub database_url_file: Option<PathBuf>,
     /// How many connections to PostgreSQL this Portolan holds at most; those of all replicas must fit into its max_connections
     #[arg(long, env = "PORTOLAN_DATABASE_CONNECTIONS", default_value_t = 16, value_parser = at_least_one, global = true, value_name = "NUMBER")]
     pub database_connections: usize,
+}
+
+/// Why the URL of the database cannot be had from its file; each message is one sentence for the person who starts Portolan.
+#[derive(Debug, thiserror::Error)]
+pub enum DatabaseUrlError {
+    #[error("Give one of DATABASE_URL and a file that holds it (--database-url-file, DATABASE_URL_FILE), not both.")]
+    Both,
+    #[error("The file of --database-url-file cannot be read: {0}.")]
+    Unreadable(std::io::Error),
+    #[error("The file of --database-url-file is empty; it should hold a URL, postgres://… or sqlite:FILE.")]
+    Empty,
+}
+
+impl Storage {
+    /// Takes the URL from its file, if it is in one.
+    ///
+    /// # Errors
+    /// One sentence for the person who starts Portolan; nothing of the file is in it.
+    pub fn read_url(&mut self) -> Result<(), DatabaseUrlError> {
+        let Some(file) = &self.database_url_file else { return Ok(()) };
+        if self.database_url.is_some() {
+            return Err(DatabaseUrlError::Both);
+        }
+        let text = std::fs::read_to_string(file).map_err(DatabaseUrlError::Unreadable)?;
+        let url = Some(text.trim()).filter(|url| !url.is_empty()).ok_or(DatabaseUrlError::Empty)?;
+        self.database_url = Some(url.to_owned().into());
+        Ok(())
+    }
 }
 
 /// Secrets that Portolan keeps, and who sees them.
@@ -593,11 +687,11 @@ pub struct Children {
     pub child_dir: Option<PathBuf>,
     /// User and group that commands run as, by name or number: needs root, or CAP_SETUID, CAP_SETGID,
     /// CAP_CHOWN and CAP_KILL
-    #[arg(long, env = "PORTOLAN_CHILD_USER", global = true, value_name = "USER[:GROUP]")]
+    #[arg(long, env = "PORTOLAN_CHILD_USER", value_parser = NonEmptyStringValueParser::new(), global = true, value_name = "USER[:GROUP]")]
     pub child_user: Option<String>,
     /// Command that each command line is put after, split at white space: `bwrap --ro-bind / / --dev /dev --`; confining
     /// files is left to it unless --child-landlock is `required`
-    #[arg(long, env = "PORTOLAN_CHILD_WRAPPER", global = true, value_name = "COMMAND")]
+    #[arg(long, env = "PORTOLAN_CHILD_WRAPPER", value_parser = NonEmptyStringValueParser::new(), global = true, value_name = "COMMAND")]
     pub child_wrapper: Option<String>,
     /// Whether Landlock keeps commands out of Portolan's files and of homes: where the kernel has it, or else not at all;
     /// always, or else they are not started; never
@@ -660,6 +754,9 @@ pub struct Runs {
     /// How long after it was last handed out the outcome of a run with a key is kept
     #[arg(long, env = "PORTOLAN_KEY_WINDOW", default_value = "24h", value_parser = duration, global = true, hide = true)]
     pub key_window: Duration,
+    /// How long after it last said that it lives a replica counts as lost; it says so six times as often
+    #[arg(long, env = "PORTOLAN_REPLICA_LOST_AFTER", default_value = "30s", value_parser = duration, global = true, hide = true)]
+    pub replica_lost_after: Duration,
     /// The largest outcome that is kept, in bytes
     #[arg(long, env = "PORTOLAN_MAX_KEPT_OUTCOME_BYTES", default_value_t = 4 * 1024 * 1024, global = true, hide = true)]
     pub max_kept_outcome_bytes: usize,
@@ -723,6 +820,11 @@ fn base_url(text: &str) -> Result<Url, String> {
         matches!(url.scheme(), "http" | "https") && url.host().is_some() && bare && url.password().is_none()
     });
     url.ok_or_else(|| "write scheme and host alone, for example https://portolan.example.com".to_owned())
+}
+
+fn plain_url(text: &str) -> Result<Url, String> {
+    let url = base_url(text).ok().filter(|url| url.scheme() == "http" && url.path() == "/");
+    url.ok_or_else(|| "write http, host and port alone, for example http://127.0.0.1:8283".to_owned())
 }
 
 /// A password has a place of its own, and logs may show the rest.

@@ -95,6 +95,13 @@ pub enum Error {
     /// Nothing was done, and the run goes on.
     #[error("As many requests as may wait for this run already; try again in a moment.")]
     Crowded,
+    /// Another replica had it, and did not send it; nothing was done.
+    #[error("This run was not made where it was asked for first; try again in a moment.")]
+    NotSent,
+    /// A repeated run whose outcome nobody knows, or that another replica may have (CONTRACT row 16). `replied`: it is known
+    /// that there was one.
+    #[error("{}", unknown(*.replied))]
+    RunUnknown { replied: bool },
     #[error("The database is not available; try again in a moment.")]
     Unavailable(#[source] store::Error),
     /// Nothing was written, and a repetition would find no more room.
@@ -121,6 +128,19 @@ fn held(is_new: &bool) -> String {
         "{why} and is held until an admin has looked at it and approved it with \
          POST /v1/mcp-servers/{{mcp_server_id}}/tools/{{tool_id}}/approve."
     )
+}
+
+fn unknown(replied: bool) -> &'static str {
+    match replied {
+        true => {
+            "The Portolan that had this run ended before it was known what came of it, so it is not made again; the tool may \
+             have run."
+        }
+        false => {
+            "Another Portolan may have made this run and did not say so in time, so it is not made again; the tool may have \
+             run."
+        }
+    }
 }
 
 /// The longest `Retry-After`, in seconds, whatever a server asks for: an SDK may sleep all of it with its caller.
@@ -180,6 +200,7 @@ impl Error {
             Self::ToolChanged => (StatusCode::CONFLICT, "tool_changed"),
             Self::NameTaken => (StatusCode::CONFLICT, "name_taken"),
             Self::Sealed(_) => (StatusCode::CONFLICT, "config_sealed"),
+            Self::RunUnknown { .. } => (StatusCode::CONFLICT, "run_unknown"),
             Self::BodyTooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, "body_too_large"),
             Self::BodyIncomplete => (StatusCode::BAD_REQUEST, "body_incomplete"),
             Self::UnsupportedMediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type"),
@@ -193,7 +214,7 @@ impl Error {
             Self::Overload { .. } | Self::Full { .. } | Self::Crowded => {
                 (StatusCode::SERVICE_UNAVAILABLE, "overloaded")
             }
-            Self::Unavailable(_) => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
+            Self::Unavailable(_) | Self::NotSent => (StatusCode::SERVICE_UNAVAILABLE, "unavailable"),
             Self::StorageFull(_) => (StatusCode::INSUFFICIENT_STORAGE, "storage_full"),
             Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal"),
         }
@@ -207,8 +228,11 @@ impl Error {
     fn log(&self) {
         let (status, code) = self.status();
         match self {
-            Self::Full { .. } | Self::Crowded => tracing::debug!(code, "no room for a request"),
+            Self::Full { .. } | Self::Crowded | Self::NotSent => tracing::debug!(code, "no room for a request"),
             Self::Overload { .. } => tracing::debug!(cause = %causes(self), code, "no room for a run"),
+            Self::RunUnknown { replied } => {
+                tracing::warn!(replied, code, "a run is not made again: its outcome is not known")
+            }
             // The server of a user is away; Portolan is well.
             Self::Connect(_) => tracing::warn!(cause = %causes(self), code, "no session for a run"),
             _ if status.is_server_error() => {
@@ -222,8 +246,10 @@ impl Error {
     pub fn sentence(&self) -> String {
         self.log();
         match self {
-            Self::Connect(source) => format!("{self} {source}"),
-            _ => self.to_string(),
+            // Whoever asked before may have had it called.
+            Self::RunUnknown { .. } => self.to_string(),
+            Self::Connect(source) => format!("The tool was not called. {self} {source}"),
+            _ => format!("The tool was not called. {self}"),
         }
     }
 
@@ -265,6 +291,7 @@ impl Error {
             | Self::Sealed(_)
             | Self::Refresh { .. }
             | Self::Connect(_)
+            | Self::RunUnknown { .. }
             | Self::Variables(_)
             | Self::StorageFull(_)
             | Self::Internal(_) => {
@@ -273,7 +300,7 @@ impl Error {
             Self::Overload { retry_after, .. } => {
                 headers.insert(RETRY_AFTER, HeaderValue::from(whole_seconds(*retry_after)));
             }
-            Self::Full { .. } | Self::Crowded | Self::Unavailable(_) => {
+            Self::Full { .. } | Self::Crowded | Self::NotSent | Self::Unavailable(_) => {
                 headers.insert(RETRY_AFTER, HeaderValue::from_static("1"));
             }
             _ => {}
@@ -286,7 +313,14 @@ impl Error {
 
     /// SDKs are told to repeat what is answered so.
     pub fn asks_for_repetition(&self) -> bool {
-        matches!(self, Self::Overload { .. } | Self::Full { repeatable: true } | Self::Crowded | Self::Unavailable(_))
+        matches!(
+            self,
+            Self::Overload { .. }
+                | Self::Full { repeatable: true }
+                | Self::Crowded
+                | Self::NotSent
+                | Self::Unavailable(_)
+        )
     }
 
     /// A bare response that carries the error; [`Error::finish`] turns it into the answer. Several requests may share one
@@ -368,6 +402,8 @@ mod tests {
             Error::Full { repeatable: true },
             Error::Full { repeatable: false },
             Error::Crowded,
+            Error::NotSent,
+            Error::RunUnknown { replied: true },
             Error::Unavailable(store::Error::NameTaken),
             Error::StorageFull(store::Error::NameTaken),
             Error::Internal("reason".into()),
@@ -375,12 +411,12 @@ mod tests {
         for error in every {
             // Whoever adds an error decides here whether it may be repeated.
             let nothing_was_done = match error {
-                Error::Overload { .. } | Error::Crowded | Error::Unavailable(_) => true,
+                Error::Overload { .. } | Error::Crowded | Error::NotSent | Error::Unavailable(_) => true,
                 Error::Full { repeatable } => repeatable,
                 Error::NoRoute | Error::MethodNotAllowed | Error::NoServer | Error::NoTool | Error::NameTaken => false,
                 Error::NoServerNamed | Error::NoToolNamed => false,
                 Error::BodyTooLarge { .. } | Error::BodyIncomplete | Error::UnsupportedMediaType => false,
-                Error::ToolHeld { .. } | Error::ToolChanged => false,
+                Error::ToolHeld { .. } | Error::ToolChanged | Error::RunUnknown { .. } => false,
                 Error::HostUnclear | Error::HostNotAllowed | Error::PageNotAllowed => false,
                 Error::Forbidden
                 | Error::Disabled(_)

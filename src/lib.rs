@@ -25,6 +25,7 @@
 //! | `origin`, `reveal` | which web pages may come in; who sees secrets |
 //! | `wire` | Letta's JSON, in and out; `mask` (what stands for a secret), `events` (what a connect tells) |
 //! | `repeats`, `runs`, `drip` | which requests mean one run; one run of many requests; the early head of a long one |
+//! | `elsewhere` | the same runs at other replicas, and before this start |
 //! | `observed` | what is told of a run: in its span, in the metrics, in the run log |
 //! | `import`, `page` | what an import does, and an export; what a browser sees after a sign-in |
 //! | `assets` | the console and the API reference, which `build.rs` packed: files of `console/` at the top of the repository |
@@ -50,7 +51,7 @@
 //! | `listing`, `schema`, `hidden` | tools; characters in them that people do not see |
 //! | `result`, `json` | answers |
 //! | `fuzz` (in a layer), `corpus` | what holds for any bytes from outside; in tests and under `cargo fuzz` only |
-//! | [`store`] | speaks SQL: a file for each table or two that belong together; `changes` (what a new list of tools means), `journal` (the table `changes`), `known` (tools that were read before, in memory), `feed` (what Portolans on one database tell each other, and whether what is known is still so), `batch` (several servers in one transaction), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
+//! | [`store`] | speaks SQL: a file for each table or two that belong together; `changes` (what a new list of tools means), `journal` (the table `changes`), `known` (tools that were read before, in memory), `feed` (what Portolans on one database tell each other, and whether what is known is still so), `shared_runs` (runs that others may ask about), `replicas` (who lives, and what they ask), `presence` (whether PostgreSQL is there), `schema` (brought up to date at a start), `batch` (several servers in one transaction), `letta` (the tables of a Letta, read only), `seal` (envelopes), `keys` (where keys come from), `sealing` (what is sealed with which key, and rotation) |
 //! | [`command`] | what the program does besides serving, one file per command; of `migrate_letta`, `plan` (what becomes of each server) and `unseal` (Letta's own sealing) |
 //!
 //! # Who may import whom

@@ -6,7 +6,6 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 
-use clap::Parser;
 use portolan::api::Import;
 use portolan::app::{App, BECOME, FirstSyncs, KEEP, Unclean, become_child, ensure_guarded, keep_child, key_notice};
 use portolan::command::{self, Failure};
@@ -37,7 +36,7 @@ fn main() -> ExitCode {
         _ => {}
     }
     close_to_others();
-    let cli = Cli::try_parse().unwrap_or_else(|error| {
+    let cli = Cli::read().unwrap_or_else(|error| {
         // Help and the version are what was asked for.
         if error.use_stderr() && std::env::args_os().any(|arg| arg == "--json") {
             let text = error.render().to_string();
@@ -46,9 +45,27 @@ fn main() -> ExitCode {
         }
         error.exit()
     });
-    let (settings, as_json) = (cli.settings, cli.json);
-    let result = match cli.command.unwrap_or(Command::Serve) {
+    let as_json = cli.json;
+    match perform(cli.command.unwrap_or(Command::Serve), cli.settings, as_json) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if as_json && !failure.is_late {
+                command::say(failure.document());
+            }
+            // Nothing can be done about a closed standard error.
+            let _ = writeln!(std::io::stderr(), "portolan: {failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(command: Command, mut settings: Settings, as_json: bool) -> Result<(), Failure> {
+    if command.uses_database() {
+        settings.storage.read_url().map_err(|error| error.to_string())?;
+    }
+    match command {
         Command::Serve => run(serve(settings, as_json)),
+        Command::Healthcheck(wanted) => run(command::healthcheck::run(&settings.entry.listen, &wanted, as_json)),
         Command::Token(Token::New { name, scope, file }) => {
             command::token::make(&name, scope, file.as_deref(), as_json)
         }
@@ -69,17 +86,6 @@ fn main() -> ExitCode {
             telemetry::init(&settings.logs.log)?;
             command::export::run(&settings, format, secrets, output.as_deref(), as_json).await
         }),
-    };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(failure) => {
-            if as_json && !failure.is_late {
-                command::say(failure.document());
-            }
-            // Nothing can be done about a closed standard error.
-            let _ = writeln!(std::io::stderr(), "portolan: {failure}");
-            ExitCode::FAILURE
-        }
     }
 }
 
@@ -94,6 +100,8 @@ fn run(command: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure
 async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     telemetry::init(&settings.logs.log)?;
     take_orphans();
+    // From now on: signals that nobody listens for do not end the first process of a container.
+    let mut signals = Signals::listen()?;
     fit_open_files(&mut settings.entry.max_connections);
     let listen = settings.entry.listen.clone();
     let unusable = |error| format!("Cannot listen on {listen}: {error}.");
@@ -101,7 +109,13 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     let address = listener.local_addr().map_err(unusable)?;
     ensure_guarded(&settings, address).map_err(|error| error.to_string())?;
     let metrics = listen_for_metrics(settings.metrics.metrics_listen.as_deref()).await?;
-    let app = App::open(settings).await.map_err(|error| error.to_string())?;
+    let app = tokio::select! {
+        app = App::open(settings) => app.map_err(|error| error.to_string())?,
+        () = signals.next() => {
+            tracing::info!("stopped before it served");
+            return Ok(());
+        }
+    };
     let (version, database) = (env!("CARGO_PKG_VERSION"), app.store.describe());
     let (url, notice) = (format!("http://{address}"), key_notice(&app.store));
     let metrics_url = metrics.as_ref().map(|(_, address)| format!("http://{address}/metrics"));
@@ -125,9 +139,9 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
     if app.tokens.current().is_none() {
         tracing::info!("no token is set: every program on this machine may come in");
     }
-    let mut signals = Signals::listen()?;
     let syncing = show_first_syncs(app.mcp.watch_first_syncs());
     let reloading = reload(app.clone(), listen_for(SignalKind::hangup())?);
+    let reaping = reap_orphans(app.clone(), listen_for(SignalKind::child())?);
     // Whoever started this may have closed the pipe; that is no reason not to serve.
     let _ = std::io::stdout().write_all(lines.as_bytes());
     let shutdown = CancellationToken::new();
@@ -141,6 +155,7 @@ async fn serve(mut settings: Settings, as_json: bool) -> Result<(), Failure> {
         ended = serving => ended.map_err(|unclean| Failure::late(&unclean.to_string())),
         never = reloading => match never {},
         never = syncing => match never {},
+        never = reaping => match never {},
         () = stopping => Err(Failure::late("Stopped at once by a second signal.")),
     }
 }
@@ -203,6 +218,18 @@ fn take_orphans() {
     if let Err(error) = rustix::process::set_child_subreaper(Some(rustix::process::getpid())) {
         tracing::warn!(%error, "what commands leave behind may be lost");
     }
+}
+
+/// As the first process of a container, takes note of the end of what others left to it: a process that somebody started
+/// in the container, and that outlived its parent, would stay there as a zombie.
+async fn reap_orphans(app: App, mut somebody_left: Signal) -> Infallible {
+    while rustix::process::getpid().is_init() && somebody_left.recv().await.is_some() {
+        let reaping = app.mcp.clone();
+        if let Err(broken) = tokio::task::spawn_blocking(move || reaping.reap_orphans()).await {
+            tracing::error!(%broken, "processes that ended were not taken note of");
+        }
+    }
+    pending().await
 }
 
 /// Raises the number of files that this process may open to what `connections` need, or if that is not allowed, lowers

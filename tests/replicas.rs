@@ -148,7 +148,7 @@ async fn of_two_changes_at_once_none_is_lost() {
         let (here, there) = tokio::join!(one.patch(&path, &name), other.patch(&path, &config));
         (here.expect(200), there.expect(200));
         for portolan in [&one, &other] {
-            let now = portolan.get(&path).await.expect(200);
+            let now = portolan.get(&format!("{path}?reveal=true")).await.expect(200);
             assert_eq!(now["server_name"], format!("name-{round}"));
             assert_eq!(now["custom_headers"]["x-mark"], format!("{round}"));
         }

@@ -38,10 +38,7 @@ fn with_head(body: Body) -> Response {
 
 /// A space at once and then from time to time, at last the JSON. The status is settled: an error is told as a result.
 fn late(run: BoxFuture<'static, Ended>, started: Instant, settings: &Settings, shape: fn(Bytes) -> Bytes) -> Body {
-    let not_run = move |error: Arc<Error>| {
-        let reason = format!("The tool was not called. {}", error.sentence());
-        ToolExecutionResult::failed(reason, started.elapsed()).json()
-    };
+    let not_run = move |error: Arc<Error>| ToolExecutionResult::failed(error.sentence(), started.elapsed()).json();
     let mut spaces = interval(settings.drip_every);
     spaces.set_missed_tick_behavior(MissedTickBehavior::Delay);
     Body::from_stream(unfold(Some((run, spaces)), move |state| async move {

@@ -4,6 +4,7 @@ mod access;
 mod assets;
 mod attempts;
 mod drip;
+mod elsewhere;
 #[cfg(any(test, fuzzing))]
 pub mod fuzz;
 mod guard;
@@ -46,6 +47,7 @@ use crate::telemetry::metrics::{Metrics, TokenFailure};
 
 pub use access::{Access, Scope};
 use access::{Door, admit, authorize};
+pub use elsewhere::Elsewhere;
 pub use guard::Bodies;
 pub use import::{Import, Report, export};
 pub use origin::{EveryPage, Origins};

@@ -38,11 +38,13 @@ enum Way {
 }
 
 /// A run that may be asked for more than once.
+#[derive(Clone, Debug)]
 pub struct Call {
     /// The same for all requests that mean one run.
     pub identity: Digest,
     /// The same for equal arguments and values of variables, whatever the order of their keys.
     pub arguments: Digest,
+    pub server_id: String,
     pub naming: Naming,
 }
 
@@ -146,7 +148,7 @@ impl Repeat {
                 if *tries == 0 { Naming::First } else { Naming::Again }
             }
         };
-        Some(Call { identity: hash.finalize().into(), arguments, naming })
+        Some(Call { identity: hash.finalize().into(), arguments, server_id: server_id.clone(), naming })
     }
 }
 

@@ -3,7 +3,7 @@
 //!
 //! A run of its own is a future of its request and ends with it. A run that may be asked for again is a task, because it
 //! outlives the request that started it; requests wait for it. Each is known by the identity of its [`Call`] until its
-//! time is over. All of this is lost with the process, and replicas do not share it.
+//! time is over, here in the memory of this process; [`Elsewhere`] knows what others have of it, and what was before.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::panic::AssertUnwindSafe;
@@ -25,6 +25,7 @@ use crate::error::Error;
 use crate::mcp;
 
 use super::drip::Ended;
+use super::elsewhere::{Asking, Elsewhere, Known, Recall, Verdict, not_kept};
 use super::repeats::{Call, Digest, Naming, key_taken};
 use super::wire::ToolExecutionResult;
 
@@ -48,6 +49,14 @@ pub struct Runs {
     tracker: TaskTracker,
     ending: CancellationToken,
     book: Arc<Mutex<Book>>,
+    elsewhere: Elsewhere,
+}
+
+/// The run that a request means.
+pub struct Joined {
+    pub outcome: BoxFuture<'static, Ended>,
+    /// Whether another request started it, as far as that is known by now.
+    pub is_repeated: Arc<AtomicBool>,
 }
 
 /// Apart, so that the many outcomes of runs without a key, which are of use for a minute, push none with a key out.
@@ -64,10 +73,11 @@ impl Book {
 
 impl Runs {
     /// Runs that outlive their request are tasks on `tracker`.
-    pub fn new(settings: Settings, tracker: TaskTracker) -> Self {
+    pub fn new(settings: Settings, elsewhere: Elsewhere, tracker: TaskTracker) -> Self {
         let shelf = |window| Shelf::new(window, settings.max_kept_outcome_bytes, settings.max_kept_bytes / 2);
         let book = Book { keyed: shelf(settings.key_window), unkeyed: shelf(settings.retry_window) };
-        let runs = Self { settings, tracker, ending: CancellationToken::new(), book: Arc::new(Mutex::new(book)) };
+        let (ending, book) = (CancellationToken::new(), Arc::new(Mutex::new(book)));
+        let runs = Self { settings, tracker, ending, book, elsewhere };
         runs.tracker.spawn(runs.ending.clone().run_until_cancelled_owned(runs.clone().sweep()));
         runs
     }
@@ -91,31 +101,112 @@ impl Runs {
         self.guarded(sent.clone(), work(sent)).in_current_span().boxed()
     }
 
-    /// The one run that `call` means, and whether another request started it. Starts it with `work` if there is none.
+    /// The one run that `call` means. Starts it with `work` if there is none.
     ///
     /// `work` fails only when nothing was sent to the tool; such a run is forgotten, so that the next request makes it.
     ///
     /// # Errors
     /// When its key belongs to a run with other arguments, and [`Error::Crowded`].
-    pub fn once<W>(&self, call: &Call, work: impl FnOnce(Sent) -> W) -> Result<(BoxFuture<'static, Ended>, bool), Error>
+    pub fn once<W>(&self, call: &Call, work: impl FnOnce(Sent) -> W + Send + 'static) -> Result<Joined, Error>
     where
         W: Future<Output = Result<Bytes, Error>> + Send + 'static,
     {
         let mut book = self.book();
         let shelf = book.shelf(call.naming);
         shelf.expire();
-        if let Some(known) = shelf.find(call)? {
-            return Ok((known, true));
-        }
-        let run = Arc::new(Run::default());
+        let asks = call.naming == Naming::Again && self.elsewhere.is_shared();
+        let found = match asks {
+            true => shelf.recall(&call.identity, None)?,
+            false => shelf.find(call)?.map_or(Recall::Nothing, Recall::Known),
+        };
+        let local = match found {
+            // Who has lost its client is meant, whatever there is elsewhere.
+            Recall::Known(known) if !asks || known.is_lost => {
+                return Ok(Joined { outcome: known.outcome, is_repeated: Arc::new(AtomicBool::new(true)) });
+            }
+            local => local,
+        };
+        let run = Arc::new(Run { asking: if asks { Asking::begun() } else { Asking::default() }, ..Run::default() });
         let place = Place { identity: call.identity, number: shelf.begin(call, &run) };
-        let waiting = run.wait();
+        let outcome = run.wait();
         drop(book);
-        let sent = Sent::default();
-        let work = self.guarded(sent.clone(), work(sent.clone()));
+        let (sent, is_repeated) = (Sent::default(), Arc::new(AtomicBool::new(false)));
+        let work = match call.naming {
+            Naming::Key => self.recorded(call, sent.clone(), is_repeated.clone(), work),
+            Naming::Again if asks => self.asked(call.clone(), local, &run, sent.clone(), is_repeated.clone(), work),
+            _ => self.guarded(sent.clone(), work(sent.clone())).boxed(),
+        };
         let driven = self.clone().drive(call.naming, place, run, sent, work);
         self.tracker.spawn(driven.in_current_span());
-        Ok((waiting, false))
+        Ok(Joined { outcome, is_repeated })
+    }
+
+    /// A run with a key: written down before it begins, and with its outcome before anybody gets that. Not made when it was
+    /// elsewhere, or before this start.
+    fn recorded<W>(
+        &self,
+        call: &Call,
+        sent: Sent,
+        is_repeated: Arc<AtomicBool>,
+        work: impl FnOnce(Sent) -> W + Send + 'static,
+    ) -> BoxFuture<'static, Ended>
+    where
+        W: Future<Output = Result<Bytes, Error>> + Send + 'static,
+    {
+        let record = self.elsewhere.record(call, is_repeated);
+        let (begun, is_sent) = (record.clone(), sent.clone());
+        let made = self.guarded(sent, async move {
+            match begun.begin().await? {
+                Some(json) => Ok(json),
+                None => work(is_sent).await,
+            }
+        });
+        async move {
+            let ended = made.await;
+            record.end(&ended).await;
+            ended
+        }
+        .boxed()
+    }
+
+    /// A try again: made when no replica knows its first try.
+    fn asked<W>(
+        &self,
+        call: Call,
+        local: Recall,
+        run: &Arc<Run>,
+        sent: Sent,
+        is_repeated: Arc<AtomicBool>,
+        work: impl FnOnce(Sent) -> W + Send + 'static,
+    ) -> BoxFuture<'static, Ended>
+    where
+        W: Future<Output = Result<Bytes, Error>> + Send + 'static,
+    {
+        let (elsewhere, run, is_sent) = (self.elsewhere.clone(), run.clone(), sent.clone());
+        let made = async move {
+            match elsewhere.ask(&call, local, &run.asking, &is_repeated).await? {
+                Verdict::Made => work(is_sent).await.map_err(Arc::new),
+                Verdict::Known(outcome) => outcome.await,
+                Verdict::Ended(json) => Ok(json),
+            }
+        };
+        self.guarded(sent, made).boxed()
+    }
+
+    /// Tells other replicas that this one lives, before it serves, and answers what they ask.
+    pub async fn open(&self) {
+        let runs = self.clone();
+        let recall = move |identity: &Digest, question| {
+            let mut book = runs.book();
+            book.unkeyed.expire();
+            book.unkeyed.recall(identity, Some(question)).unwrap_or(Recall::Nothing)
+        };
+        self.elsewhere.open(recall).await;
+    }
+
+    /// Writes down what is still to be written of runs, all of which have ended.
+    pub async fn close(&self) {
+        self.elsewhere.close().await;
     }
 
     /// Ends what is under way: those who wait get an error at once.
@@ -125,10 +216,10 @@ impl Runs {
 
     /// `work` until its end or that of Portolan. What the tool did before that, or before a panic, nobody knows: that is an
     /// outcome (CONTRACT row 13). What was not sent by then never is, and may be repeated (row 14).
-    fn guarded(
+    fn guarded<E: Into<Arc<Error>> + 'static>(
         &self,
         sent: Sent,
-        work: impl Future<Output = Result<Bytes, Error>> + Send + 'static,
+        work: impl Future<Output = Result<Bytes, E>> + Send + 'static,
     ) -> impl Future<Output = Ended> + Send + 'static {
         let (ending, started, work) = (self.ending.clone(), Instant::now(), AssertUnwindSafe(work).catch_unwind());
         let failed = move |reason: &str| Ok(ToolExecutionResult::failed(reason, started.elapsed()).json());
@@ -140,7 +231,7 @@ impl Runs {
                     false => Err(Arc::new(mcp::Error::Stopping.into())),
                 },
                 ended = work => match ended {
-                    Ok(ended) => ended.map_err(Arc::new),
+                    Ok(ended) => ended.map_err(Into::into),
                     Err(_) => {
                         tracing::error!("a run panicked");
                         failed("Something went wrong inside Portolan during the run; the tool may have run.")
@@ -195,7 +286,11 @@ impl Runs {
 }
 
 /// A run under way, as its task and those who wait for it share it.
-struct Run(watch::Sender<Progress>);
+struct Run {
+    progress: watch::Sender<Progress>,
+    /// Whether other replicas are being asked for it.
+    asking: Asking,
+}
 
 #[derive(Default)]
 struct Progress {
@@ -205,21 +300,21 @@ struct Progress {
 
 impl Default for Run {
     fn default() -> Self {
-        Self(watch::Sender::new(Progress::default()))
+        Self { progress: watch::Sender::new(Progress::default()), asking: Asking::default() }
     }
 }
 
 impl Run {
     fn waiting(&self) -> usize {
-        self.0.borrow().waiting
+        self.progress.borrow().waiting
     }
 
     fn tell(&self, ended: Ended) {
-        self.0.send_modify(|progress| progress.ended = Some(ended));
+        self.progress.send_modify(|progress| progress.ended = Some(ended));
     }
 
     async fn until(&self, test: impl Fn(usize) -> bool) {
-        let reached = self.0.subscribe().wait_for(|progress| test(progress.waiting)).await.is_ok();
+        let reached = self.progress.subscribe().wait_for(|progress| test(progress.waiting)).await.is_ok();
         debug_assert!(reached, "the sender is in self");
     }
 
@@ -228,13 +323,13 @@ impl Run {
         struct Waiting(Arc<Run>);
         impl Drop for Waiting {
             fn drop(&mut self) {
-                self.0.0.send_modify(|progress| progress.waiting -= 1);
+                self.0.progress.send_modify(|progress| progress.waiting -= 1);
             }
         }
-        self.0.send_modify(|progress| progress.waiting += 1);
+        self.progress.send_modify(|progress| progress.waiting += 1);
         let waiting = Waiting(self.clone());
         async move {
-            let mut progress = waiting.0.0.subscribe();
+            let mut progress = waiting.0.progress.subscribe();
             let ended = progress.wait_for(|progress| progress.ended.is_some()).await;
             ended.expect("the sender is in waiting").ended.clone().expect("this was waited for")
         }
@@ -269,6 +364,7 @@ struct Shelf {
 
 struct Entry {
     number: u64,
+    began: Instant,
     arguments: Digest,
     state: State,
 }
@@ -304,6 +400,17 @@ impl Entry {
     }
 }
 
+/// What a repetition means.
+enum Choice {
+    Nothing,
+    /// One that was not sent, and whose client was told to try again then.
+    Refused(Instant),
+    /// The run with this index.
+    Entry(usize),
+    /// It will be known when the run that asks itself has its number.
+    Later,
+}
+
 impl Shelf {
     fn new(window: Duration, max_outcome: usize, max_bytes: usize) -> Self {
         Self {
@@ -320,30 +427,68 @@ impl Shelf {
     }
 
     /// The run that a repetition means, to be waited for; `None` when there is none.
-    fn find(&mut self, call: &Call) -> Result<Option<BoxFuture<'static, Ended>>, Error> {
+    fn find(&mut self, call: &Call) -> Result<Option<Known>, Error> {
         if call.naming == Naming::First {
             return Ok(None);
         }
-        let Some(entries) = self.entries.get_mut(&call.identity) else { return Ok(None) };
-        let newest = entries.len() - 1;
-        // Of several identical calls the one whose client has gone is the likeliest to be asked for again. Then it is the
-        // newest, be it one that was refused.
-        let chosen = match entries.iter().rposition(Entry::is_orphan) {
-            Some(orphan) => orphan,
-            None => match self.refused.remove(&call.identity) {
-                Some((number, at)) if number > entries[newest].number && at.elapsed() <= self.window => {
-                    return Ok(None);
-                }
-                _ => newest,
-            },
-        };
-        let entry = &mut entries[chosen];
-        if entry.arguments != call.arguments {
+        let Choice::Entry(chosen) = self.choose(&call.identity, None) else { return Ok(None) };
+        if self.entries[&call.identity][chosen].arguments != call.arguments {
             return Err(key_taken());
         }
-        match &mut entry.state {
-            State::Running(run) if run.waiting() >= MAX_WAITING => Err(Error::Crowded),
-            State::Running(run) => Ok(Some(run.wait())),
+        self.hand_out(&call.identity, chosen, MAX_WAITING).map(Some)
+    }
+
+    /// What there is to say of a run without a key, to this replica or to another one, which asks `question`.
+    fn recall(&mut self, identity: &Digest, question: Option<i64>) -> Result<Recall, Error> {
+        // Of another replica one waits for all who wait there.
+        let most = if question.is_some() { usize::MAX } else { MAX_WAITING };
+        match self.choose(identity, question) {
+            Choice::Nothing => Ok(Recall::Nothing),
+            Choice::Later => Ok(Recall::Later),
+            Choice::Refused(at) => Ok(Recall::Refused(at.elapsed())),
+            Choice::Entry(chosen) => self.hand_out(identity, chosen, most).map(Recall::Known),
+        }
+    }
+
+    /// Which run a repetition means.
+    fn choose(&mut self, identity: &Digest, question: Option<i64>) -> Choice {
+        let mut seen = Vec::new();
+        let entries = self.entries.get(identity).map_or(&[][..], Vec::as_slice);
+        for (index, entry) in entries.iter().enumerate() {
+            match (&entry.state, question) {
+                (State::Running(run), Some(question)) => match run.asking.is_before(question) {
+                    None => return Choice::Later,
+                    Some(true) => seen.push(index),
+                    // It waits for that question's.
+                    Some(false) => {}
+                },
+                _ => seen.push(index),
+            }
+        }
+        // Of several identical calls the one whose client has gone is the likeliest to be asked for again. Then it is the
+        // newest, be it one that was refused.
+        if let Some(orphan) = seen.iter().rev().find(|index| entries[**index].is_orphan()) {
+            return Choice::Entry(*orphan);
+        }
+        let newest = seen.last().copied();
+        match (self.refused.remove(identity), newest) {
+            (Some((number, at)), newest)
+                if newest.is_none_or(|newest| number > entries[newest].number) && at.elapsed() <= self.window =>
+            {
+                Choice::Refused(at)
+            }
+            (_, Some(newest)) => Choice::Entry(newest),
+            (_, None) => Choice::Nothing,
+        }
+    }
+
+    /// The outcome of this run, or the wait for it, unless `most` wait for it already.
+    fn hand_out(&mut self, identity: &Digest, chosen: usize, most: usize) -> Result<Known, Error> {
+        let entry = &mut self.entries.get_mut(identity).expect("it was chosen")[chosen];
+        let (age, is_lost) = (entry.began.elapsed(), entry.is_orphan());
+        let outcome = match &mut entry.state {
+            State::Running(run) if run.waiting() >= most => return Err(Error::Crowded),
+            State::Running(run) => run.wait(),
             State::Ended { end, outcome, taken } => {
                 self.clock += 1;
                 let before = std::mem::replace(end, self.clock);
@@ -355,20 +500,23 @@ impl Shelf {
                 *taken = true;
                 let json = match outcome {
                     Outcome::Kept(json) => json.clone(),
-                    Outcome::Dropped => {
-                        let reason = "This run was made already; its result is no longer kept.";
-                        ToolExecutionResult::failed(reason, Duration::ZERO).json()
-                    }
+                    Outcome::Dropped => not_kept(),
                 };
-                Ok(Some(ready(Ok(json)).boxed()))
+                ready(Ok(json)).boxed()
             }
-        }
+        };
+        Ok(Known { age, is_lost, outcome })
     }
 
     /// The number of a new run.
     fn begin(&mut self, call: &Call, run: &Arc<Run>) -> u64 {
         self.clock += 1;
-        let entry = Entry { number: self.clock, arguments: call.arguments, state: State::Running(run.clone()) };
+        let entry = Entry {
+            number: self.clock,
+            began: Instant::now(),
+            arguments: call.arguments,
+            state: State::Running(run.clone()),
+        };
         self.entries.entry(call.identity).or_insert_with(|| Vec::with_capacity(1)).push(entry);
         self.clock
     }
@@ -488,11 +636,12 @@ mod tests {
     use clap::Parser;
 
     use crate::config::Cli;
+    use crate::store::{KeySource, Store};
 
     use super::*;
 
     fn call(identity: u8, naming: Naming) -> Call {
-        Call { identity: [identity; 32], arguments: [0; 32], naming }
+        Call { identity: [identity; 32], arguments: [0; 32], server_id: String::new(), naming }
     }
 
     /// What an SDK is told to repeat.
@@ -524,7 +673,7 @@ mod tests {
     /// What a second try gets; `None` when it is a run.
     fn again(shelf: &mut Shelf) -> Option<Bytes> {
         let found = shelf.find(&call(0, Naming::Again)).unwrap()?;
-        Some(found.now_or_never().expect("it has ended").unwrap())
+        Some(found.outcome.now_or_never().expect("it has ended").unwrap())
     }
 
     #[test]
@@ -610,13 +759,16 @@ mod tests {
     #[tokio::test]
     async fn what_begins_after_the_end_is_not_made() {
         let settings = Cli::parse_from(["portolan"]).settings.runs;
-        let runs = Runs::new(settings, TaskTracker::new());
+        let folder = tempfile::tempdir().unwrap();
+        let store = Store::open(None, folder.path(), 1, KeySource::Unset).await.unwrap();
+        let elsewhere = Elsewhere::new(store, settings.clone(), Duration::from_secs(60));
+        let runs = Runs::new(settings, elsewhere, TaskTracker::new());
         let made = |_| async { Ok(Bytes::from_static(b"{}")) };
         assert_eq!(runs.alone(made).await.unwrap(), "{}");
         runs.end();
         for naming in [Naming::Key, Naming::First, Naming::Again] {
-            let (late, _) = runs.once(&call(naming as u8, naming), made).unwrap();
-            assert!(late.await.unwrap_err().asks_for_repetition(), "{naming:?}");
+            let late = runs.once(&call(naming as u8, naming), made).unwrap();
+            assert!(late.outcome.await.unwrap_err().asks_for_repetition(), "{naming:?}");
         }
         assert!(runs.alone(made).await.unwrap_err().asks_for_repetition());
         let halfway = |sent: Sent| async move {

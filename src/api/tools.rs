@@ -1,6 +1,7 @@
 //! `/v1/mcp-servers/{mcp_server_id}/tools`: list, retrieve, run, approve.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use axum::Json;
 use axum::extract::State;
@@ -22,7 +23,7 @@ use super::drip;
 use super::guard::{OptionalBody, RunBody, ServerId, ToolId};
 use super::observed::Asked;
 use super::repeats::Repeat;
-use super::runs::Sent;
+use super::runs::{Joined, Sent};
 use super::variables::Given;
 use super::wire::{ToolExecutionResult, ToolObject, approved_hash, run_arguments, tools_array};
 
@@ -72,7 +73,7 @@ pub(super) async fn answer(
 ) -> Result<Response, Error> {
     let call = repeat.call(&ids, &arguments, &given);
     let running = app.clone();
-    let work = |sent: Sent| {
+    let work = move |sent: Sent| {
         let mut observed = asked.begin(&sent);
         async move {
             let outcome = async {
@@ -89,15 +90,13 @@ pub(super) async fn answer(
             Ok(ToolExecutionResult::from(outcome?).json())
         }
     };
-    let (outcome, repeated) = match call {
-        None => (app.runs.alone(work), false),
+    let Joined { outcome, is_repeated } = match call {
+        None => Joined { outcome: app.runs.alone(work), is_repeated: Arc::default() },
         Some(call) => app.runs.once(&call, work)?,
     };
-    if repeated {
-        tracing::debug!("this run was asked for before");
-    }
     let mut response = drip::answer(outcome, &app.settings.runs, shape).await;
-    if repeated {
+    if is_repeated.load(Ordering::Relaxed) {
+        tracing::debug!("this run was asked for before");
         response.headers_mut().insert(X_PORTOLAN_REPEATED, HeaderValue::from_static("true"));
     }
     Ok(response)

@@ -2,6 +2,7 @@
 //! as one JSON document, shows its progress on standard error, and ends with one sentence where it fails.
 
 pub mod export;
+pub mod healthcheck;
 pub mod import;
 pub mod key;
 pub mod migrate_letta;

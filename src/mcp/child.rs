@@ -363,6 +363,17 @@ impl Children {
         }
     }
 
+    /// Takes note of the end of children that are no keepers, which nobody else waits for. Takes a moment.
+    pub fn reap_orphans(&self) {
+        // Held all the while: the number of one that has gone may be given to a new keeper.
+        let keepers = self.keepers();
+        for pid in children_of(std::process::id()).into_iter().filter(|pid| !keepers.contains(pid)) {
+            if let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) {
+                let _ = waitpid(Some(pid), WaitOptions::NOHANG);
+            }
+        }
+    }
+
     /// Kills what a keeper left behind that was itself killed: with the death of the keeper it became Portolan's. Only
     /// where Portolan is the one that orphans go to, and so knows all its children. Takes a moment.
     fn sweep(&self) {

@@ -103,6 +103,9 @@ const IDS_AT_ONCE: i64 = 1_000;
 /// How often a sync asks for a list, if others go on storing different ones; the last one is stored whatever there is.
 const LISTS: u32 = 3;
 
+/// How many servers are looked through at a time for the owners of old folders.
+const IDS_AT_ONCE: i64 = 1_000;
+
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
 pub struct AgentId(HeaderValue);
@@ -555,6 +558,12 @@ impl Mcp {
     /// [`Error::StdioOff`], [`Error::NoTemplate`]: the policy for commands forbids it.
     pub fn check(&self, connector: &Connector) -> Result<(), Error> {
         self.children.check_unfilled(connector)
+    }
+
+    /// Takes note of the end of processes that are children of this one only because their parents are gone; see
+    /// [`Children::reap_orphans`]. Takes a moment.
+    pub fn reap_orphans(&self) {
+        self.children.reap_orphans();
     }
 
     fn filled(&self, connector: &Connector, given: &Variables) -> Result<Filled, Error> {

@@ -24,7 +24,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::{Database, Store};
+use super::{Database, Store, on_db};
 
 /// The longest time between two reads: often enough for a lease, and seldom enough for a thousand Portolans, whose reads of
 /// nothing new are a hundred statements a second.
@@ -229,8 +229,7 @@ impl Store {
     /// Lets all processes on this database hear that there is something new, this one too. To be called after the commit, in
     /// a runtime. Nobody waits for it, many at once become few, and one that fails is not repeated.
     pub fn announce(&self, topic: Topic) {
-        let Database::Postgres(pool) = &self.database else { return };
-        if self.feed.is_mute.load(Ordering::Relaxed) {
+        if matches!(self.database, Database::Sqlite { .. }) || self.feed.is_mute.load(Ordering::Relaxed) {
             return;
         }
         let mut said = self.feed.said(topic);
@@ -239,21 +238,23 @@ impl Store {
             return;
         }
         *said = Saying::Once;
-        let (store, pool) = (self.clone(), pool.clone());
-        self.feed.tasks.spawn(async move { store.say(&pool, topic).await });
+        let store = self.clone();
+        self.feed.tasks.spawn(async move { store.say(topic).await });
     }
 
-    async fn say(&self, pool: &PgPool, topic: Topic) {
+    async fn say(&self, topic: Topic) {
         loop {
-            let notify = sqlx::query("SELECT pg_notify($1, '')").bind(topic.channel()).execute(pool);
-            match in_time(notify).await {
-                Err(Lost::Failed(error)) if is_missing(&error) => {
+            let said: Result<_, sqlx::Error> = on_db!(self, write pool => {
+                sqlx::query("SELECT pg_notify($1, '')").bind(topic.channel()).execute(pool).await.map(|_| ())
+            });
+            match said {
+                Err(error) if is_missing(&error) => {
                     if !self.feed.is_mute.swap(true, Ordering::Relaxed) {
                         tracing::warn!(%error, "the database has no NOTIFY: others hear of changes within 15 s");
                     }
                 }
                 Err(error) => tracing::debug!(%error, "others were not notified of a change"),
-                Ok(_) => {}
+                Ok(()) => {}
             }
             sleep(GAP).await;
             let mut said = self.feed.said(topic);
@@ -326,8 +327,8 @@ impl Store {
 
     /// Reads what is new on this connection until that is lost.
     async fn read_on(&self, line: &mut PgListener) -> Result<Infallible, Lost> {
-        let mut last = self.begin(line).await?;
         let mut began = Instant::now();
+        let mut last = self.begin(line).await?;
         self.feed.tell_all();
         loop {
             match timeout_at(began + POLL, line.try_recv()).await {

@@ -13,11 +13,13 @@ mod keys;
 mod known;
 mod letta;
 mod presence;
+mod replicas;
 mod runs;
-mod seal;
 mod schema;
+mod seal;
 mod sealing;
 mod servers;
+mod shared_runs;
 mod sign_ins;
 mod tools;
 
@@ -40,10 +42,12 @@ pub use keys::{KeyError, KeySource, new_key};
 pub use letta::{
     LettaDatabase, LettaError, LettaMapping, LettaOrganization, LettaRows, LettaServer, LettaSignIn, LettaTool,
 };
+pub use replicas::{LONG_DEAD, Question, Replica};
 pub use runs::{ROWS_AT_ONCE as RUNS_AT_ONCE, RunsWanted, run_id, run_id_of};
 pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};
 pub use servers::{Reached, ServerUpdate};
+pub use shared_runs::{Claim, Claimed, NewSharedRun, Progress as SharedProgress, SharedRun};
 pub use sign_ins::{Authorization, NewAuthorization, Progress, StoredSignIn};
 pub use tools::{Listing, Over};
 
@@ -190,7 +194,9 @@ impl From<sqlx::Error> for Error {
         const UNUSABLE: [u32; 3] = [8, 10, 14];
         const SQLITE_FULL: u32 = 13;
         let (full, away) = match &error {
-            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => (false, true),
+            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => {
+                (false, true)
+            }
             // What came was not what PostgreSQL says: the connection is broken.
             sqlx::Error::Protocol(_) | sqlx::Error::WorkerCrashed => (false, true),
             sqlx::Error::Database(refusal) => match sqlite_code(&error) {
@@ -249,8 +255,8 @@ pub fn sqlite_file(url: &str) -> Option<PathBuf> {
 
 impl Store {
     /// Opens the database that `url` names, or `portolan.db` in `data_dir` without one, and brings its schema up to date.
-    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`. PostgreSQL is given so many
-    /// `connections` at most.
+    /// What is secret in it opens with `keys`; SQLite without any has a key file in `data_dir`. PostgreSQL is given `connections`
+    /// at most.
     ///
     /// # Errors
     /// One sentence for the person who starts Portolan, without credentials.
@@ -309,6 +315,11 @@ impl Store {
     /// Whether the database answers; for `/v1/ready`.
     pub async fn ping(&self) -> Result<(), Error> {
         Ok(on_db!(self, read pool => sqlx::query("SELECT 1").execute(pool).await.map(|_| ()))?)
+    }
+
+    /// Whether other Portolans may use the same database.
+    pub fn is_shared(&self) -> bool {
+        matches!(self.database, Database::Postgres(_))
     }
 
     /// Ends all connections, after the statements that are running.
@@ -406,6 +417,15 @@ impl Database {
                 .max_connections(1)
                 .test_before_acquire(false)
                 .acquire_timeout(WRITE_TIMEOUT)
+                // SQLite ends a transaction that it cannot commit, on a full disk for one; sqlx does not, and would take the
+                // next one for a part of it, whose commit is none.
+                .after_release(|connection, _| {
+                    Box::pin(async move {
+                        // Behind the rollback, which nobody waits for.
+                        connection.ping().await?;
+                        Ok(!connection.is_in_transaction())
+                    })
+                })
                 .connect_with(options.clone())
                 .await;
             match pool {

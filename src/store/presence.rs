@@ -148,7 +148,10 @@ impl Presence {
                 None => {
                     away_since = Some(Instant::now());
                     shared.away.send_replace(true);
-                    tracing::error!(reason, "the database is away; what needs it is answered with 503 until it is back");
+                    tracing::error!(
+                        reason,
+                        "the database is away; what needs it is answered with 503 until it is back"
+                    );
                 }
                 Some(_) => {}
             }
@@ -189,7 +192,7 @@ fn unanswered() -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "the database does not answer"))
 }
 
-/// So many connections to the database of these options, opened when they are needed.
+/// As many connections to the database of these options at most, opened when they are needed.
 pub(super) fn pool(options: PgConnectOptions, connections: usize) -> PgPool {
     PgPoolOptions::new()
         .max_connections(u32::try_from(connections).unwrap_or(u32::MAX))

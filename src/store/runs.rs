@@ -18,7 +18,7 @@ const SWEPT_AT_ONCE: i64 = 500;
 
 const PREFIX: &str = "run-";
 /// How much of an envelope says its version and its key.
-const SEALED_WITH: usize = VERSION.len() + 1 + KEY_ID_CHARS;
+pub(super) const SEALED_WITH: usize = VERSION.len() + 1 + KEY_ID_CHARS;
 
 pub(super) fn content_of(id: &str) -> Place<'_> {
     Place { table: "runs", column: "content", id }

@@ -51,7 +51,9 @@ pub(super) enum SchemaError {
 enum Missing {
     Nothing,
     /// Some of the schema; `sealing` with what seals.
-    Some { sealing: bool },
+    Some {
+        sealing: bool,
+    },
 }
 
 /// Compares what was done to a database with what this version does.
@@ -118,7 +120,10 @@ macro_rules! bring_up {
 }
 
 /// Brings a PostgreSQL database up to date. `ring` is needed where nothing was ever sealed.
-pub(super) async fn bring_up_postgres(connection: &mut PgConnection, ring: Option<&Keyring>) -> Result<(), SchemaError> {
+pub(super) async fn bring_up_postgres(
+    connection: &mut PgConnection,
+    ring: Option<&Keyring>,
+) -> Result<(), SchemaError> {
     /// Of the transaction alone: one whose process has stopped is not to hold up all others for ever, nor one that waits for
     /// tables that somebody uses.
     const WAITS: &str = "SET LOCAL idle_in_transaction_session_timeout = '60s'; SET LOCAL lock_timeout = '60s'; \

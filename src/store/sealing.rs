@@ -16,6 +16,7 @@ use crate::model::{Config, Connector, Server, Unreadable};
 use super::keys::{KeyError, KeySource};
 use super::runs::content_of;
 use super::seal::{Key, Keyring, Place, Unopened, key_id};
+use super::shared_runs::outcome_of;
 use super::sign_ins::{authorization_of, sign_in_of};
 use super::{Database, Error, OpenError, Store, on_db, on_pool};
 
@@ -269,7 +270,8 @@ impl Unlocked<'_> {
                            (SELECT substr(config, 1, 15) AS sealed, id FROM servers UNION \
                            SELECT substr(material, 1, 15), server_id FROM sign_ins UNION \
                            SELECT substr(material, 1, 15), coalesce(server_id, id) FROM authorizations UNION \
-                           SELECT sealed_with, mcp_server_id FROM runs WHERE sealed_with IS NOT NULL) AS all_sealed \
+                           SELECT sealed_with, mcp_server_id FROM runs WHERE sealed_with IS NOT NULL UNION \
+                           SELECT sealed_with, mcp_server_id FROM shared_runs) AS all_sealed \
                            WHERE substr(sealed, 1, 3) = 'v1.' GROUP BY 1";
         let rows: Vec<(String, i64)> = on_pool!(self, write pool => sqlx::query_as(SQL).fetch_all(pool).await?);
         Ok(rows.into_iter().collect())
@@ -464,7 +466,7 @@ impl Store {
     /// said in runs.
     async fn rotate_others(&self, ring: &Keyring, pass: &mut Pass) -> Result<(), Error> {
         type PlaceOf = fn(&str) -> Place<'_>;
-        const TABLES: [(&str, &str, PlaceOf); 3] = [
+        const TABLES: [(&str, &str, PlaceOf); 4] = [
             (
                 "SELECT server_id, material FROM sign_ins WHERE server_id > $1 ORDER BY server_id LIMIT $2",
                 "UPDATE sign_ins SET material = $2 WHERE server_id = $1 AND material = $3",
@@ -479,6 +481,11 @@ impl Store {
                 "SELECT id, content FROM runs WHERE sealed_with IS NOT NULL AND id > $1 ORDER BY id LIMIT $2",
                 "UPDATE runs SET content = $2, sealed_with = substr($2, 1, 15) WHERE id = $1 AND content = $3",
                 content_of,
+            ),
+            (
+                "SELECT id, content FROM shared_runs WHERE id > $1 ORDER BY id LIMIT $2",
+                "UPDATE shared_runs SET content = $2, sealed_with = substr($2, 1, 15) WHERE id = $1 AND content = $3",
+                outcome_of,
             ),
         ];
         let first = ring.first();

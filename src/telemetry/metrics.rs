@@ -707,6 +707,11 @@ pub struct Readings {
     pub run_log_dropped: u64,
     /// Spans that no collector got.
     pub spans_dropped: u64,
+    /// How long ago it was certain that no change by others was missed; zero where there are no others.
+    pub changes_age: Duration,
+    /// Others can notify of changes, and how often they did, of these or of runs.
+    pub changes_listening: bool,
+    pub changes_notifications: u64,
 }
 
 /// How much there is of something, and how much there may be.
@@ -735,6 +740,14 @@ impl Readings {
         one("upstream_calls_in_flight", "Calls of tools that have a place at their server", self.calls);
         one("upstream_calls_queued", "Calls of tools that wait for a place at their server", self.queued_calls);
         one("run_log_queued", "Rows of the run log that wait to be written", self.run_log_queued);
+        let help = "Whether other Portolans on the same PostgreSQL can notify this one: 1 or 0";
+        one("changes_listening", help, usize::from(self.changes_listening));
+        let help = "Notifications by Portolans on the same PostgreSQL, this one too, that arrived";
+        registry.register("changes_notifications", help, ConstCounter::new(self.changes_notifications));
+        let help =
+            "Since when others may have changed something unnoticed; from 15 s on runs ask the database (0 on SQLite)";
+        let age = self.changes_age.as_secs_f64();
+        registry.register_with_unit("changes_age", help, Unit::Seconds, ConstGauge::new(age));
         let help = "Rows of the run log that were dropped because the database did not keep up";
         registry.register("run_log_dropped", help, ConstCounter::new(self.run_log_dropped));
         let help = "Spans that were lost on their way to the collector";

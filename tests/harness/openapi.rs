@@ -779,6 +779,7 @@ mod tests {
                 "stdio_not_in_templates" => (Error::Disabled(portolan::mcp::Error::NoTemplate), &example["detail"]),
                 "config_sealed" => (Error::Sealed(portolan::model::Unreadable::NoKey), &example["detail"]),
                 "tool_changed" => (Error::ToolChanged, &example["detail"]),
+                "run_unknown" => (Error::RunUnknown { replied: true }, &example["detail"]),
                 "name_taken" => (Error::NameTaken, &example["detail"]),
                 "body_incomplete" => (Error::BodyIncomplete, &example["detail"]),
                 "body_too_large" => (Error::BodyTooLarge { limit: 1024 * 1024 }, &example["detail"]),
@@ -794,6 +795,7 @@ mod tests {
                 }
                 "internal" => (Error::Internal(internal()), &example["detail"]),
                 "unavailable" => (Error::Unavailable(sqlx::Error::PoolTimedOut.into()), &example["detail"]),
+                "storage_full" => (Error::StorageFull(sqlx::Error::PoolTimedOut.into()), &example["detail"]),
                 "overloaded" => (Error::Full { repeatable: true }, &example["detail"]),
                 "mcp_server_unavailable" => {
                     let server_name = "search".to_owned();
@@ -805,7 +807,7 @@ mod tests {
             assert_eq!(*text, error.to_string(), "{at}");
             codes.insert(code.to_owned());
         });
-        assert_eq!(codes.len(), 25, "{codes:?}");
+        assert_eq!(codes.len(), 26, "{codes:?}");
     }
 
     #[test]

@@ -1,11 +1,12 @@
 //! Sign-in to MCP servers, against an authorization server that checks what a good one checks: from connect over the user's
 //! consent to a run (CONTRACT row 24). `tokens` is about the time after it, `refused` about what must not work, `pages` about
-//! the callback, `secrets` about what nobody may see.
+//! the callback, `secrets` about what nobody may see, `replicas` about several Portolans.
 
 mod log;
 mod older;
 mod pages;
 mod refused;
+mod replicas;
 mod secrets;
 mod tokens;
 

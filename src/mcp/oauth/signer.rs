@@ -39,6 +39,9 @@ const WAIT: Duration = Duration::from_secs(45);
 const LOOK: Duration = Duration::from_millis(200);
 /// How long a token that is still good is used after a fetch for a new one failed, before the next try.
 const REST: Duration = Duration::from_secs(5);
+/// How many other tokens a request gets that is refused: what another Portolan has fetched meanwhile, which may be as old as
+/// the first one, and a new one.
+const OTHERS: u32 = 2;
 /// How often new tokens are tried to be stored.
 const WRITES: u32 = 5;
 
@@ -89,13 +92,20 @@ pub struct Token {
     version: i64,
     received_at: DateTime<Utc>,
     expires_at: Option<DateTime<Utc>>,
+    /// This Portolan has fetched it; another one may have read it when it was old already.
+    is_own: bool,
 }
 
 impl Token {
     fn new(sign_in: &SignIn, version: i64, received_at: DateTime<Utc>) -> Option<Self> {
         let mut header = HeaderValue::try_from(format!("Bearer {}", sign_in.access_token.expose())).ok()?;
         header.set_sensitive(true);
-        Some(Self { header, version, received_at, expires_at: sign_in.expires_at })
+        Some(Self { header, version, received_at, expires_at: sign_in.expires_at, is_own: false })
+    }
+
+    /// One that has just come.
+    fn fetched(sign_in: &SignIn, version: i64) -> Option<Arc<Self>> {
+        Self::new(sign_in, version, now()).map(|token| Arc::new(Self { is_own: true, ..token }))
     }
 
     fn is_over(&self) -> bool {
@@ -141,8 +151,8 @@ impl Signer {
 
     /// Of a server that is not registered, to which somebody has just signed in.
     pub(super) fn signed_in(self, sign_in: &SignIn) -> Self {
-        if let Some(token) = Token::new(sign_in, 1, now()) {
-            self.0.know(Some(Arc::new(token)));
+        if let Some(token) = Token::fetched(sign_in, 1) {
+            self.0.know(Some(token));
         }
         self
     }
@@ -181,16 +191,21 @@ impl Signer {
         request: reqwest::RequestBuilder,
         mut sent: impl FnMut(bool),
     ) -> Result<reqwest::Response, HttpError> {
-        let again = request.try_clone();
-        let token = self.token().await?;
-        sent(true);
-        let response = signed(request, token.as_deref()).send().await?;
-        let Some(again) = again.filter(|_| response.status() == StatusCode::UNAUTHORIZED) else { return Ok(response) };
-        sent(false);
-        let Some(token) = self.another(token.as_deref()).await? else { return Ok(response) };
-        read_over(response).await;
-        sent(true);
-        Ok(signed(again, Some(&token)).send().await?)
+        let (mut request, mut token) = (request, self.token().await?);
+        let mut others = OTHERS;
+        loop {
+            let again = if others > 0 { request.try_clone() } else { None };
+            sent(true);
+            let response = signed(request, token.as_deref()).send().await?;
+            let Some(again) = again.filter(|_| response.status() == StatusCode::UNAUTHORIZED) else {
+                return Ok(response);
+            };
+            sent(false);
+            let Some(other) = self.another(token.as_deref()).await? else { return Ok(response) };
+            read_over(response).await;
+            others = if other.is_own { 0 } else { others - 1 };
+            (request, token) = (again, Some(other));
+        }
     }
 
     async fn token(&self) -> Result<Option<Arc<Token>>, Problem> {
@@ -417,7 +432,7 @@ impl Source {
                 Err(_) => sleep(LOOK * attempt).await,
             }
         }
-        Token::new(new, version + 1, now()).map(Arc::new)
+        Token::fetched(new, version + 1)
     }
 
     /// The first token of a client that signs in as itself.
@@ -432,8 +447,7 @@ impl Source {
             Ok(new) => {
                 let put = self.store().put_sign_in(server_id, &new, None, Action::SignInCompleted, &By::ITSELF).await;
                 let version = put.map_err(|_| Problem::Store)?;
-                let token = version.and_then(|version| Token::new(&new, version, now()));
-                Ok(self.know(token.map(Arc::new)))
+                Ok(self.know(version.and_then(|version| Token::fetched(&new, version))))
             }
             Err(problem @ Problem::Refused(_)) => {
                 tracing::warn!(server.id = server_id, reason = %problem, "no token for a server");
@@ -448,7 +462,7 @@ impl Source {
             return Ok(self.know(None));
         }
         match self.fetch_in_time(None).await {
-            Ok(new) => Ok(self.know(Token::new(&new, refused.unwrap_or(0) + 1, now()).map(Arc::new))),
+            Ok(new) => Ok(self.know(Token::fetched(&new, refused.unwrap_or(0) + 1))),
             Err(Problem::Refused(_)) => Ok(self.know(None)),
             Err(problem) => Err(problem),
         }
@@ -542,7 +556,7 @@ mod tests {
         let token = |age: i64, lifetime: Option<i64>| {
             let received_at = Utc::now() - TimeDelta::seconds(age);
             let expires_at = lifetime.map(|lifetime| received_at + TimeDelta::seconds(lifetime));
-            Token { header: HeaderValue::from_static("Bearer a"), version: 1, received_at, expires_at }
+            Token { header: HeaderValue::from_static("Bearer a"), version: 1, received_at, expires_at, is_own: true }
         };
         for (age, lifetime, due) in [
             (0, Some(3600), false),
