@@ -103,9 +103,6 @@ const IDS_AT_ONCE: i64 = 1_000;
 /// How often a sync asks for a list, if others go on storing different ones; the last one is stored whatever there is.
 const LISTS: u32 = 3;
 
-/// How many servers are looked through at a time for the owners of old folders.
-const IDS_AT_ONCE: i64 = 1_000;
-
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
 pub struct AgentId(HeaderValue);
