@@ -361,7 +361,7 @@ async fn a_command_tells_those_who_serve() {
     std::fs::write(&file, servers.to_string()).unwrap();
     let mut import = tokio::process::Command::new(env!("CARGO_BIN_EXE_portolan"));
     import.args(["import", "--replace", "--format", "claude"]).arg(&file);
-    import.env_clear().env("PORTOLAN_DATABASE_URL", url).env("PORTOLAN_KEY", crate::harness::KEY);
+    import.env_clear().env("DATABASE_URL", url).env("PORTOLAN_KEY", crate::harness::KEY);
     import.env("PORTOLAN_DATA_DIR", one.folder().join("import"));
     let done = import.output().await.unwrap();
     assert!(done.status.success(), "{done:?}");

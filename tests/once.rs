@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use portolan::config::Settings;
 use portolan::store::Database as Pools;
 use reqwest::RequestBuilder;
 use serde_json::{Value, json};
@@ -12,6 +13,7 @@ use crate::harness::{
     Answer, Database, PATIENCE, Portolan, Remote, Script, eventually, fake_mcp, processes_naming, scripts,
 };
 use crate::process::{Program, command};
+use crate::sealing::key_file;
 
 const KEY: &str = "idempotency-key";
 const TRIES: &str = "x-stainless-retry-count";
@@ -63,12 +65,12 @@ fn repeated(answer: &Answer) -> bool {
     answer.header(REPEATED) == Some("true")
 }
 
-/// How many runs are written down.
-async fn rows(portolan: &Portolan) -> i64 {
-    const SQL: &str = "SELECT count(*) FROM shared_runs";
+/// What is written down of runs.
+async fn contents(portolan: &Portolan) -> Vec<String> {
+    const SQL: &str = "SELECT content FROM shared_runs ORDER BY id";
     match &portolan.app.store.database {
-        Pools::Postgres(pool) => sqlx::query_scalar(SQL).fetch_one(pool).await.unwrap(),
-        Pools::Sqlite { read, .. } => sqlx::query_scalar(SQL).fetch_one(read).await.unwrap(),
+        Pools::Postgres(pool) => sqlx::query_scalar(SQL).fetch_all(pool).await.unwrap(),
+        Pools::Sqlite { read, .. } => sqlx::query_scalar(SQL).fetch_all(read).await.unwrap(),
     }
 }
 
@@ -218,6 +220,66 @@ async fn without_the_database_nothing_is_sent_for_a_key() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_is_away_at_the_end_of_a_run_with_a_key_gets_its_outcome_later() {
+    let one = Portolan::start().await;
+    let Some(other) = one.replica(|_| {}).await else { return one.stop().await };
+    let (server, script) = one.create_stdio("later", &json!({})).await;
+    let tool = Tool::of(&one, &server, &script, "slow").await;
+    let mut database = PgConnection::connect(&one.database_url().unwrap()).await.unwrap();
+    let (first, ()) = tokio::join!(tool.run(&one, (KEY, "k"), slow(WHILE)), async {
+        eventually("the tool is called", || tool.calls() == 1).await;
+        database.execute("BEGIN").await.unwrap();
+        database.execute("LOCK TABLE shared_runs IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    });
+    assert!(first.text.contains("done") && !repeated(&first), "{}", first.text);
+    let here = tool.run(&one, (KEY, "k"), slow(WHILE)).await;
+    assert!(repeated(&here) && here.text == first.text, "{}", here.text);
+    let refused = tool.run(&one, (KEY, "new"), slow(WHILE)).await;
+    assert!(refused.header("retry-after").is_some(), "{}", refused.text);
+    refused.expect(503);
+    assert_eq!(tool.calls(), 1);
+    database.execute("ROLLBACK").await.unwrap();
+    database.close().await.unwrap();
+    let there = tool.run(&other, (KEY, "k"), slow(WHILE)).await;
+    assert!(repeated(&there) && there.text == first.text, "{}", there.text);
+    assert_eq!(tool.calls(), 1);
+    // What nobody knew to be written or not is free again.
+    assert!(!repeated(&tool.run(&other, (KEY, "new"), slow(WHILE)).await));
+    assert_eq!(tool.calls(), 2);
+    other.stop().await;
+    one.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn outcomes_are_sealed_and_stay_readable_when_keys_change() {
+    let folder = tempfile::tempdir().unwrap();
+    let keys = key_file(folder.path(), &[1]);
+    let with_keys = |settings: &mut Settings| {
+        settings.secrets.key = None;
+        settings.secrets.key_file = Some(keys.clone());
+    };
+    let portolan = Portolan::start_with(with_keys).await;
+    let (server, script) = portolan.create_stdio("sealed", &json!({})).await;
+    let args = Tool::of(&portolan, &server, &script, "args").await;
+    let first = args.run(&portolan, (KEY, "k"), json!({"said": "in confidence"})).await;
+    assert!(first.text.contains("in confidence"));
+    let stored = contents(&portolan).await;
+    assert!(stored.len() == 1 && stored[0].starts_with("v1."), "{stored:?}");
+    key_file(folder.path(), &[2, 1]);
+    let portolan = portolan.reopen(with_keys).await;
+    portolan.app.store.rotate(|_, _| {}).await.unwrap();
+    let sealed_again = contents(&portolan).await;
+    assert_ne!(sealed_again, stored);
+    key_file(folder.path(), &[2]);
+    let portolan = portolan.reopen(with_keys).await;
+    let again = args.run(&portolan, (KEY, "k"), json!({"said": "in confidence"})).await;
+    assert!(repeated(&again) && again.text == first.text, "{}", again.text);
+    args.run(&portolan, (KEY, "k"), json!({})).await.expect(422);
+    assert_eq!(args.calls(), 1);
+    portolan.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_came_to_nothing_is_free_everywhere() {
     let one = Portolan::start().await;
     let Some(other) = one.replica(|_| {}).await else { return one.stop().await };
@@ -245,7 +307,7 @@ async fn what_is_kept_of_keys_goes_when_its_time_is_over() {
         count.run(&portolan, (KEY, key), json!({})).await.expect(200);
     }
     let deadline = tokio::time::Instant::now() + PATIENCE;
-    while rows(&portolan).await > 0 {
+    while !contents(&portolan).await.is_empty() {
         assert!(tokio::time::Instant::now() < deadline, "old rows stay");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }

@@ -18,7 +18,7 @@ use crate::process::{Program, command, without_progress};
 const DEAD: &str = "http://127.0.0.1:1/mcp";
 
 /// A key file of these keys, each 32 bytes of one value.
-fn key_file(folder: &Path, keys: &[u8]) -> PathBuf {
+pub(crate) fn key_file(folder: &Path, keys: &[u8]) -> PathBuf {
     let file = folder.join("keys");
     let lines: String = keys.iter().map(|key| format!("{key:02x}").repeat(32) + "\n").collect();
     let new = file.with_extension("new");

@@ -327,8 +327,8 @@ impl Store {
 
     /// Reads what is new on this connection until that is lost.
     async fn read_on(&self, line: &mut PgListener) -> Result<Infallible, Lost> {
-        let mut last = self.begin(line).await?;
         let mut began = Instant::now();
+        let mut last = self.begin(line).await?;
         self.feed.tell_all();
         loop {
             match timeout_at(began + POLL, line.try_recv()).await {

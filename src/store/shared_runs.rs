@@ -6,7 +6,7 @@ use secrecy::zeroize::Zeroizing;
 use sqlx::FromRow;
 
 use super::runs::SEALED_WITH;
-use super::{Error, Place, Store, now, on_db};
+use super::{Database, Error, Place, Store, now, on_db};
 
 /// How many rows one statement of a sweep removes.
 const SWEPT_AT_ONCE: i64 = 500;
@@ -228,12 +228,22 @@ impl Store {
         Ok(())
     }
 
-    /// Removes some of the runs whose time is over; how many, 0 when there are no more.
+    /// Removes some of the runs whose time is over; how many, 0 when there are no more than what another Portolan removes just
+    /// now.
     pub async fn forget_shared_runs(&self) -> Result<u64, Error> {
-        const SQL: &str = "DELETE FROM shared_runs WHERE id IN \
-                           (SELECT id FROM shared_runs WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)";
+        let sql = match self.database {
+            // Several sweep at once: none waits for another.
+            Database::Postgres(_) => {
+                "DELETE FROM shared_runs WHERE id IN (SELECT id FROM shared_runs WHERE expires_at <= $1 \
+                 ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED)"
+            }
+            Database::Sqlite { .. } => {
+                "DELETE FROM shared_runs WHERE id IN \
+                 (SELECT id FROM shared_runs WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)"
+            }
+        };
         Ok(on_db!(self, write pool => {
-            sqlx::query(SQL).bind(now()).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
+            sqlx::query(sql).bind(now()).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
         })?)
     }
 }

@@ -85,7 +85,10 @@ impl Store {
             .fetch_optional(pool)
             .await)?;
         let found = found.map(|Row { server, tool }| Arc::new(ServerTool { server: self.opened(server), tool }));
-        if let Some(row) = &found {
+        // One that cannot be opened may be once its key has come, which is no change of it.
+        if let Some(row) = &found
+            && row.server.config.0.is_ok()
+        {
             self.known.remember(reading, row);
         }
         Ok(found)

@@ -28,7 +28,7 @@ CHECKS = [
     "response_schema_conformance",
 ]
 LENGTHS = {
-    "short": ["--max-examples", "20", "--max-time", "200"],
+    "short": ["--max-examples", "20", "--max-time", "130"],
     "long": ["--max-examples", "500", "--max-time", "1200"],
 }
 NO_STATE = "/nonexistent/state.json"  # the fixture server lists all its tools
