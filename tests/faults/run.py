@@ -10,6 +10,7 @@ import asyncio
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -87,6 +88,8 @@ async def main():
     # Another user than this one runs the clusters.
     folder.chmod(0o711)
     print(f"seed {given.seed}", flush=True)
+    # Who ends this ends all that it started, and the disk is unmounted.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, asyncio.current_task().cancel)
 
     async def drive(lane):
         good = []
