@@ -333,7 +333,8 @@ impl Elsewhere {
             match timeout(WRITE_TIMEOUT, written).await {
                 Ok(Ok(())) => return true,
                 // Also a full disk may have room again.
-                Ok(Err(store::Error::Unavailable(_) | store::Error::Full(_))) | Err(_) if Instant::now() < deadline => {}
+                Ok(Err(store::Error::Unavailable(_) | store::Error::Full(_))) | Err(_) if Instant::now() < deadline => {
+                }
                 _ => return false,
             }
             sleep(pause).await;
