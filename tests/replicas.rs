@@ -146,7 +146,8 @@ async fn of_two_changes_at_once_none_is_lost() {
         let name = json!({ "server_name": format!("name-{round}") });
         let config = json!({ "config": { "custom_headers": { "x-mark": format!("{round}") } } });
         let (here, there) = tokio::join!(one.patch(&path, &name), other.patch(&path, &config));
-        (here.expect(200), there.expect(200));
+        here.expect(200);
+        there.expect(200);
         for portolan in [&one, &other] {
             let now = portolan.get(&format!("{path}?reveal=true")).await.expect(200);
             assert_eq!(now["server_name"], format!("name-{round}"));
@@ -189,7 +190,7 @@ async fn nobody_waits_in_a_circle() {
     one.post(IMPORT, &file(0..SERVERS, 0)).await.expect(200);
     let ids: Vec<String> = {
         let all = one.get("/v1/mcp-servers/").await.expect(200);
-        all.as_array().unwrap().iter().map(|server| path(server)).collect()
+        all.as_array().unwrap().iter().map(path).collect()
     };
     let work = async |portolan: &Portolan, number: usize| {
         let mut said = Vec::new();

@@ -432,19 +432,17 @@ async fn a_newer_schema_and_one_that_was_changed_are_refused_before_anything_is_
         assert_eq!(file, old.database.url().is_none().then(|| bytes(&old.file())), "nothing was written");
         on!(old, connection => connection.execute(DELETE).await.map(|_| ()).unwrap());
 
-        let change = match old.database.url() {
-            Some(_) => "UPDATE _sqlx_migrations SET checksum = '\\x00' || checksum WHERE version = 2",
-            None => "UPDATE _sqlx_migrations SET checksum = x'00' || checksum WHERE version = 2",
-        };
+        let change = "UPDATE _sqlx_migrations SET checksum = \
+                      (SELECT checksum FROM _sqlx_migrations WHERE version = 1) WHERE version = 2";
         on!(old, connection => connection.execute(change).await.map(|_| ()).unwrap());
         let said = refusal(&old);
         assert!(said.contains("its schema 2 is not the one of this version"), "{said}");
         assert_eq!(old.counts().await.len(), tables, "nothing was made");
-        let restore = match old.database.url() {
-            Some(_) => "UPDATE _sqlx_migrations SET checksum = substr(checksum, 2) WHERE version = 2",
-            None => "UPDATE _sqlx_migrations SET checksum = CAST(substr(checksum, 2) AS BLOB) WHERE version = 2",
-        };
-        on!(old, connection => connection.execute(restore).await.map(|_| ()).unwrap());
+        let right = old.migrator().iter().find(|migration| migration.version == 2).unwrap().checksum.to_vec();
+        on!(old, connection => {
+            let restore = sqlx::query("UPDATE _sqlx_migrations SET checksum = $1 WHERE version = 2").bind(&right);
+            restore.execute(&mut connection).await.map(|_| ()).unwrap();
+        });
         old.check(3, &before).await;
         old.database.remove().await;
     }

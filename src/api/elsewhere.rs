@@ -332,7 +332,9 @@ impl Elsewhere {
             };
             match timeout(WRITE_TIMEOUT, written).await {
                 Ok(Ok(())) => return true,
-                Ok(Err(store::Error::Unavailable(_))) | Err(_) if Instant::now() < deadline => {}
+                // Also a full disk may have room again.
+                Ok(Err(store::Error::Unavailable(_) | store::Error::Full(_))) | Err(_) if Instant::now() < deadline => {
+                }
                 _ => return false,
             }
             sleep(pause).await;

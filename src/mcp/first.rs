@@ -58,9 +58,10 @@ impl FirstSyncs {
         self.all = self.all.max(self.done);
     }
 
-    /// Fewer are left: others were quicker.
-    fn leave(&mut self, fewer: usize) {
-        self.all = self.all.saturating_sub(fewer).max(self.done);
+    /// Fewer are left: others were quicker. `false` when nothing changes.
+    fn leave(&mut self, fewer: usize) -> bool {
+        let all = self.all.saturating_sub(fewer).max(self.done);
+        std::mem::replace(&mut self.all, all) != all
     }
 }
 
@@ -177,7 +178,7 @@ impl Mcp {
                 let stayed = stream::iter(ids).map(sync).buffer_unordered(AT_A_TIME);
                 left.extend(stayed.filter_map(async |id| id).collect::<Vec<_>>().await);
             }
-            mcp.first.send_modify(|first| first.leave(all.saturating_sub(taken)));
+            mcp.first.send_if_modified(|first| first.leave(all.saturating_sub(taken)));
         };
         self.tracker.spawn(async move { stop.run_until_cancelled(catching_up).await });
     }

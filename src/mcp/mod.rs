@@ -103,6 +103,9 @@ const IDS_AT_ONCE: i64 = 1_000;
 /// How often a sync asks for a list, if others go on storing different ones; the last one is stored whatever there is.
 const LISTS: u32 = 3;
 
+/// How often a session that was let go while it was opened is opened again, for one call or list.
+const ATTEMPTS: u32 = 2;
+
 /// The agent a refresh is made for; goes to the server as `X-Agent-Id` (docs/CONTRACT.md).
 #[derive(Clone, Debug, PartialEq)]
 pub struct AgentId(HeaderValue);
@@ -372,8 +375,16 @@ impl Mcp {
         now: bool,
     ) -> Result<(Listed, Era), Error> {
         let mut second = false;
+        let mut attempts = ATTEMPTS;
         loop {
-            let (session, new) = self.session(server, given, now).await?;
+            let (session, new) = match self.session(server, given, now).await {
+                // Somebody has signed in, maybe at another replica, or a sign-in has ended: nothing was configured.
+                Err(Error::Reconfigured) if attempts > 0 && self.is_current(server).await => {
+                    attempts -= 1;
+                    continue;
+                }
+                opened => opened?,
+            };
             let deadline = Instant::now() + self.settings.list_timeout;
             match session.list_tools(agent, deadline).await {
                 Ok(listed) => return Ok((listed, session.era())),
@@ -390,6 +401,12 @@ impl Mcp {
                 }
             }
         }
+    }
+
+    /// Whether this is the configuration of the server still.
+    async fn is_current(&self, server: &Server) -> bool {
+        let current = self.store.server(&server.id).await;
+        current.is_ok_and(|current| current.is_some_and(|current| current.revision == server.revision))
     }
 
     /// The live session of a server, and whether it was opened just now. An opening goes on when the caller leaves.
@@ -429,8 +446,12 @@ impl Mcp {
         let mut server = Cow::Borrowed(server);
         let call = Call { tool, arguments: &arguments, given, deadline, sent, span };
         let mut called = self.call(&server, &call).await;
-        // A kept session was found dead, or of an old configuration, before anything was sent: a new one is as good.
-        if let Err(Failed { again: true, .. }) = called {
+        // A kept session was found dead, or of an old configuration, before anything was sent: a new one is as good. That may
+        // be let go, too, when somebody signs in just then.
+        for _ in 0..ATTEMPTS {
+            if !matches!(called, Err(Failed { again: true, .. })) {
+                break;
+            }
             if let Ok(Ok(current)) = timeout_at(deadline, self.store.server(&server.id)).await {
                 server = Cow::Owned(current.ok_or(Error::Deleted)?);
             }

@@ -10,8 +10,8 @@
 
 use std::ops::{Deref, DerefMut};
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use sqlx::pool::PoolConnection;
@@ -23,6 +23,9 @@ use tokio_util::task::TaskTracker;
 
 /// How long an operation may wait for a connection: one that is free, or a new one.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(3);
+/// After somebody did not get one in that time, for how long others wait less, and how long: a request waits several times.
+const CROWDED: Duration = Duration::from_secs(2);
+const CROWDED_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a connection may have been idle to be used without a look at it, and how long that look may take.
 const TRUSTED_IDLE: Duration = Duration::from_secs(1);
 const LOOK_TIMEOUT: Duration = Duration::from_secs(1);
@@ -66,6 +69,8 @@ struct Shared {
     /// Nobody was answered the last time somebody looked.
     away: tokio::sync::watch::Sender<bool>,
     is_looking: AtomicBool,
+    /// Until when connections are hard to get.
+    crowded_until: Mutex<Option<Instant>>,
     /// How many operations the database has answered.
     answers: AtomicU64,
     closing: CancellationToken,
@@ -79,6 +84,7 @@ impl Presence {
             options,
             away: tokio::sync::watch::Sender::new(false),
             is_looking: AtomicBool::new(false),
+            crowded_until: Mutex::new(None),
             answers: AtomicU64::new(0),
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -118,7 +124,17 @@ impl Presence {
 
     /// A connection for one operation.
     pub(super) async fn lease(&self, pool: &PgPool) -> sqlx::Result<Lease> {
-        Ok(Lease { connection: pool.acquire().await?, tasks: self.0.tasks.clone() })
+        let is_crowded = self.crowded_until().is_some_and(|until| Instant::now() < until);
+        let time = if is_crowded { CROWDED_TIMEOUT } else { ACQUIRE_TIMEOUT };
+        let acquired = timeout(time, pool.acquire()).await.unwrap_or(Err(sqlx::Error::PoolTimedOut));
+        if !is_crowded && matches!(acquired, Err(sqlx::Error::PoolTimedOut)) {
+            *self.crowded_until() = Some(Instant::now() + CROWDED);
+        }
+        Ok(Lease { connection: acquired?, tasks: self.0.tasks.clone() })
+    }
+
+    fn crowded_until(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.crowded_until.lock().expect("no code panics while it holds the time")
     }
 
     /// Nobody looks any more.

@@ -239,7 +239,7 @@ impl Unlocked<'_> {
     /// there may be a million rows of each.
     async fn keys_in_use(&self) -> sqlx::Result<BTreeSet<String>> {
         // What `seal::key_id` reads, with the version before it.
-        const NEXT: [&str; 4] = [
+        const NEXT: [&str; 5] = [
             "SELECT substr(config, 1, 15) FROM servers WHERE substr(config, 1, 3) = 'v1.' AND substr(config, 1, 15) > $1 \
              ORDER BY substr(config, 1, 15) LIMIT 1",
             "SELECT substr(material, 1, 15) FROM sign_ins WHERE substr(material, 1, 3) = 'v1.' \
@@ -248,6 +248,7 @@ impl Unlocked<'_> {
             "SELECT substr(material, 1, 15) FROM authorizations WHERE substr(material, 1, 3) = 'v1.' \
              AND substr(material, 1, 15) > $1 ORDER BY substr(material, 1, 15) LIMIT 1",
             "SELECT sealed_with FROM runs WHERE sealed_with IS NOT NULL AND sealed_with > $1 ORDER BY sealed_with LIMIT 1",
+            "SELECT sealed_with FROM shared_runs WHERE sealed_with > $1 ORDER BY sealed_with LIMIT 1",
         ];
         let mut keys = BTreeSet::new();
         for next in NEXT {

@@ -254,7 +254,7 @@ async fn who_signs_in_on_one_replica_is_who_all_are() {
     assert!(shown(&upstream, from).iter().all(|shown| shown.as_ref() == Some(&second)));
 
     // The sign-in is removed, with the session of each replica open.
-    two.patch(&format!("/v1/mcp-servers/{id}"), &json!({"config": {"oauth": null}})).await.expect(200);
+    two.patch(&format!("/v1/mcp-servers/{id}"), &json!({"config": {"oauth": {}}})).await.expect(200);
     for portolan in &all {
         until("nobody is signed in", async || {
             portolan.try_run(&id, "echo", json!({"message": "m"})).await.status != 200
