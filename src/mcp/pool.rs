@@ -165,7 +165,15 @@ fn result<T>(opened: &Result<T, Error>) -> OpenResult {
 }
 
 /// A call's place at its server; dropping it lets the next one in.
-pub struct Place(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
+pub struct Place {
+    _permit: OwnedSemaphorePermit,
+    /// It was not free at once: what the call is to be sent with may have been changed meanwhile.
+    pub was_awaited: bool,
+    /// When it was.
+    pub asked: Instant,
+    /// Until then the call may take.
+    pub deadline: Instant,
+}
 
 /// A random time up to `most`, so that many that wait do not come back at once.
 pub fn jitter(most: Duration) -> Duration {
@@ -324,15 +332,17 @@ impl Pool {
         Ok(slot)
     }
 
-    /// A place among the calls of a server, in turn, by `deadline`.
+    /// A place among the calls of a server, in turn, within `time`, which is that of the call, too.
     ///
     /// # Errors
     /// [`Error::QueueFull`] when too many wait already, [`Error::QueueTimeout`], [`Error::Stopping`].
-    pub async fn enter(&self, server_id: &str, deadline: Instant) -> Result<Place, Error> {
+    pub async fn enter(&self, server_id: &str, time: Duration) -> Result<Place, Error> {
+        let asked = Instant::now();
+        let deadline = asked + time;
         // Not the slot: who waits here must not keep the session of an old configuration.
         let Turns { calls, queued } = self.slot(server_id)?.turns.clone();
         if let Ok(permit) = calls.clone().try_acquire_owned() {
-            return Ok(Place(permit));
+            return Ok(Place { _permit: permit, was_awaited: false, asked, deadline });
         }
         struct Queued(Arc<AtomicUsize>);
         impl Drop for Queued {
@@ -346,7 +356,8 @@ impl Pool {
             return Err(Error::QueueFull);
         }
         let permit = timeout_at(deadline, calls.acquire_owned()).await.map_err(|_| Error::QueueTimeout)?;
-        permit.map(Place).map_err(|_| Error::Stopping)
+        let permit = permit.map_err(|_| Error::Stopping)?;
+        Ok(Place { _permit: permit, was_awaited: true, asked, deadline })
     }
 
     /// The session of this server for a request that brings these values, if there is a live one.
