@@ -206,17 +206,17 @@ impl Slot {
         (serves && !session.is_closed()).then(|| session.clone())
     }
 
-    /// Whether nothing in it is of before this revision, whatever the values. What is being opened may be: it began with a
-    /// row that is not looked at here.
-    fn is_of(&self, revision: i64) -> bool {
-        let Ok(history) = self.history.try_lock() else { return self.has(revision) };
-        let failure = history.last.as_ref().is_none_or(|failure| failure.revision >= revision);
-        failure && (self.live().is_none() || self.has(revision))
+    /// Whether nothing in it is of a revision that does not fit, whatever the values. What is being opened may be: it began
+    /// with a row that is not looked at here.
+    fn is_of(&self, fits: impl Fn(i64) -> bool) -> bool {
+        let Ok(history) = self.history.try_lock() else { return self.has(fits) };
+        let failure = history.last.as_ref().is_none_or(|failure| fits(failure.revision));
+        failure && (self.live().is_none() || self.has(fits))
     }
 
-    /// Whether it has a session of this revision or a newer one.
-    fn has(&self, revision: i64) -> bool {
-        self.live().as_ref().is_some_and(|live| live.revision >= revision && !live.session.is_closed())
+    /// Whether it has a session of a revision that fits.
+    fn has(&self, fits: impl Fn(i64) -> bool) -> bool {
+        self.live().as_ref().is_some_and(|live| fits(live.revision) && !live.session.is_closed())
     }
 
     /// Nobody uses its session, if it has one.
@@ -723,10 +723,20 @@ impl Pool {
 
     /// Lets go of a session of before `revision`, and of one that is just being opened.
     pub fn reconfigured(&self, server_id: &str, revision: i64) {
+        self.keep(server_id, |of| of >= revision);
+    }
+
+    /// As [`Pool::reconfigured`], also of one of after `revision`. A database that was restored, or whose standby did not have
+    /// all of it, gives numbers a second time. Who has changed the server here just now loses a session for nothing.
+    pub fn restored(&self, server_id: &str, revision: i64) {
+        self.keep(server_id, |of| of == revision);
+    }
+
+    fn keep(&self, server_id: &str, fits: impl Fn(i64) -> bool) {
         let mut slots = self.slots();
         let Some(slot) = slots.by_server.get_mut(server_id) else { return };
-        if slot.is_of(revision) {
-            slot.variants().retain(|variant| variant.is_of(revision));
+        if slot.is_of(&fits) {
+            slot.variants().retain(|variant| variant.is_of(&fits));
         } else {
             let old = std::mem::replace(slot, Slot::new(slot.turns.clone()));
             old.clear();
