@@ -102,6 +102,7 @@ pub enum Error {
     /// that there was one.
     #[error("{}", unknown(*.replied))]
     RunUnknown { replied: bool },
+    /// Nothing was done, but for a change that was sent and not answered: of that nobody knows (docs/troubleshooting.md).
     #[error("The database is not available; try again in a moment.")]
     Unavailable(#[source] store::Error),
     /// Nothing was written, and a repetition would find no more room.
@@ -368,7 +369,7 @@ mod tests {
     use super::*;
 
     /// CONTRACT, "The rule": SDKs repeat 408, 409, 429 and everything from 500 on unless they are told not to. They may
-    /// only where nothing was done, and are then told when.
+    /// only where nothing was sent to a server, and are then told when. A change that the database did not answer may be done.
     #[test]
     fn no_error_makes_an_sdk_repeat_what_was_done() {
         let failure = || mcp::Error::Closed;

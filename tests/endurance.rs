@@ -169,8 +169,10 @@ async fn jumbled_answers(callers: usize) {
             tokio::spawn(async move {
                 let message = format!("caller {caller} {}", uuid::Uuid::new_v4());
                 let arguments = Map::from_iter([("message".to_owned(), json!(message))]);
+                let place = mcp.enter(&server).await.map_err(|error| error.to_string())?;
                 let outcome = mcp
                     .run_tool(
+                        &place,
                         &server,
                         &tool,
                         arguments,

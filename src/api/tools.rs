@@ -77,13 +77,16 @@ pub(super) async fn answer(
         let mut observed = asked.begin(&sent);
         async move {
             let outcome = async {
-                let found = find(&running, &ids).await?;
+                let mut found = find(&running, &ids).await?;
                 observed.goes_to(&found, &arguments);
-                if found.tool.approved_hash.is_some() && running.settings.upstream.tools.holds() {
-                    return Err(Error::ToolHeld { is_new: found.tool.approved_hash.as_deref() == Some("") });
+                check_approved(&running, &found)?;
+                let place = running.mcp.enter(&found.server).await?;
+                if place.was_awaited {
+                    found = find(&running, &ids).await?;
+                    check_approved(&running, &found)?;
                 }
                 let ServerTool { server, tool } = &*found;
-                Ok(running.mcp.run_tool(server, tool, arguments, &given, &sent, observed.span()).await?)
+                Ok(running.mcp.run_tool(&place, server, tool, arguments, &given, &sent, observed.span()).await?)
             };
             let outcome = outcome.await;
             observed.end(&outcome);
@@ -100,6 +103,13 @@ pub(super) async fn answer(
         response.headers_mut().insert(X_PORTOLAN_REPEATED, HeaderValue::from_static("true"));
     }
     Ok(response)
+}
+
+fn check_approved(app: &App, found: &ServerTool) -> Result<(), Error> {
+    match &found.tool.approved_hash {
+        Some(approved) if app.settings.upstream.tools.holds() => Err(Error::ToolHeld { is_new: approved.is_empty() }),
+        _ => Ok(()),
+    }
 }
 
 /// What an admin has seen may be run (`--tool-changes hold`).

@@ -2,7 +2,9 @@
 //! already; here sessions of an old configuration end, and sign-ins are looked at again.
 
 use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
+use tokio::sync::broadcast::Receiver;
 use tokio::sync::broadcast::error::RecvError;
 use tokio::time::sleep;
 
@@ -50,34 +52,51 @@ impl<'a> About<'a> {
     }
 }
 
+/// What others have changed, `None` when that may be anything; none at all after the end of the store.
+async fn next(news: &mut Receiver<News>) -> Option<Option<Arc<[Changed]>>> {
+    match news.recv().await {
+        Ok(News::Changed(changes)) => Some(Some(changes)),
+        Ok(News::Everything) | Err(RecvError::Lagged(_)) => Some(None),
+        Err(RecvError::Closed) => None,
+    }
+}
+
 impl Mcp {
-    /// Follows what others change, in the background, until Portolan stops.
+    /// Follows what others change, in the background, until Portolan stops. What needs no look into the database never waits
+    /// for what does, which takes its time when that is busy.
     pub(super) fn follow(&self) {
-        let (mcp, stop, mut news) = (self.clone(), self.stop.clone(), self.store.news());
+        let (mcp, stop) = (self.clone(), self.stop.clone());
+        let (mut news, mut news_to_look_up) = (self.store.news(), self.store.news());
         let following = async move {
-            loop {
-                match news.recv().await {
-                    Ok(News::Changed(changes)) => mcp.others_changed(&changes).await,
-                    Ok(News::Everything) | Err(RecvError::Lagged(_)) => mcp.others_may_have_changed_all().await,
-                    Err(RecvError::Closed) => return,
+            let let_go = async {
+                while let Some(changes) = next(&mut news).await {
+                    match changes {
+                        Some(changes) => mcp.others_changed(&changes),
+                        None => mcp.others_may_have_changed_all(),
+                    }
                 }
-            }
+            };
+            let look_up = async {
+                while let Some(changes) = next(&mut news_to_look_up).await {
+                    match changes {
+                        Some(changes) => mcp.match_up_changed(&changes).await,
+                        None => mcp.match_up_all().await,
+                    }
+                }
+            };
+            tokio::join!(let_go, look_up);
         };
         self.tracker.spawn(async move { stop.run_until_cancelled(following).await });
     }
 
-    async fn others_changed(&self, changes: &[Changed]) {
+    fn others_changed(&self, changes: &[Changed]) {
         let about = About::of(changes);
         for change in changes.iter().filter(|change| change.mcp_server_id.is_none()) {
             tracing::debug!(action = change.action, "a change elsewhere is about no server");
             self.sign_ins.changed(None);
         }
-        // What a command keeps on disk is here also when it has no session.
-        let configured = about.configured.iter().filter(|id| self.pool.has(id));
-        let asked: Vec<&str> = configured.chain(&about.deleted).copied().collect();
         // One that came back begins again with the first revision, which says nothing of a session from before.
         about.deleted.iter().for_each(|id| self.pool.renew(id));
-        self.match_up(&asked).await;
         for id in about.signed_in {
             self.sign_ins.changed(Some(id));
             // The next session is that of whoever has signed in now; and of nobody, if that is over.
@@ -85,20 +104,32 @@ impl Mcp {
         }
     }
 
-    async fn others_may_have_changed_all(&self) {
-        // Tokens in memory are of another epoch of the store, and so looked at again.
-        self.sign_ins.changed(None);
-        let servers = self.pool.servers();
-        self.match_up(&servers.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    fn others_may_have_changed_all(&self) {
+        self.sign_ins.may_have_changed().iter().for_each(|id| self.pool.renew(id));
     }
 
-    /// Ends sessions of these servers that are not of their present configuration.
-    async fn match_up(&self, server_ids: &[&str]) {
+    async fn match_up_changed(&self, changes: &[Changed]) {
+        let about = About::of(changes);
+        // What a command keeps on disk is here also when it has no session.
+        let configured = about.configured.iter().filter(|id| self.pool.has(id));
+        let asked: Vec<&str> = configured.chain(&about.deleted).copied().collect();
+        self.match_up(&asked, Self::reconfigured).await;
+    }
+
+    async fn match_up_all(&self) {
+        let servers = self.pool.servers();
+        let asked: Vec<&str> = servers.iter().map(String::as_str).collect();
+        self.match_up(&asked, |mcp, id, revision| mcp.pool.restored(id, revision)).await;
+    }
+
+    /// Ends sessions of these servers that are not of their present configuration: `end` those of a server that has this
+    /// revision now.
+    async fn match_up(&self, server_ids: &[&str], end: fn(&Self, &str, i64)) {
         for server_ids in server_ids.chunks(AT_A_TIME) {
             let found = self.revisions(server_ids).await;
             for id in server_ids {
                 match found.as_ref().map(|found| found.get(*id)) {
-                    Some(Some(revision)) => self.reconfigured(id, *revision),
+                    Some(Some(revision)) => end(self, id, *revision),
                     Some(None) => self.deleted(id),
                     // Better a session too few.
                     None => self.pool.renew(id),

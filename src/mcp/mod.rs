@@ -77,6 +77,7 @@ pub use keeper::keep_child;
 pub use listing::{accept, definition};
 pub use oauth::{ConnectEvent, SignInError, Subject};
 pub use order::{BECOME, KEEP};
+pub use pool::Place;
 pub use schema::{Health, Room, json_schema, listed_schema};
 pub use template::{bare, hidden_parts, is_templated, templates};
 pub use variables::{Variables, VariablesError, VariablesFile, VariablesFileError};
@@ -126,7 +127,7 @@ pub struct Outcome {
     pub text: String,
     /// The MCP CallToolResult as the server wrote it; none when the server gave none.
     pub result: Option<Box<RawValue>>,
-    /// From the request for a session to the answer.
+    /// From the request for a place to the answer.
     pub duration: Duration,
     /// The room that the result takes, as long as it is there.
     pub held: Option<Held>,
@@ -420,7 +421,16 @@ impl Mcp {
         opening.await.unwrap_or(Err(Error::Stopping))
     }
 
-    /// Runs a tool of a server with `arguments`, on the live session, within the run timeout. `request_heartbeat`, which
+    /// A place among the calls of a server, in turn. Who had to wait for it ([`Place::was_awaited`]) is to read again what is to
+    /// be called: nobody has told this request of a change meanwhile.
+    ///
+    /// # Errors
+    /// When there is none within the run timeout, and so nothing was run.
+    pub async fn enter(&self, server: &Server) -> Result<Place, Error> {
+        self.pool.enter(&server.id, self.settings.run_timeout).await
+    }
+
+    /// Runs a tool of a server with `arguments`, on the live session, at its `place` and within the time of that. `request_heartbeat`, which
     /// Letta adds to every schema, is taken out unless the tool itself declares it (CONTRACT row 13). `sent` is set before
     /// the call may reach the server: whoever drops this future knows by it whether the tool may have run. What is done for
     /// it becomes a part of `span`.
@@ -430,6 +440,7 @@ impl Mcp {
     /// after that is an [`Outcome`].
     pub async fn run_tool(
         &self,
+        place: &Place,
         server: &Server,
         tool: &Tool,
         mut arguments: Map<String, Value>,
@@ -437,12 +448,10 @@ impl Mcp {
         sent: &AtomicBool,
         span: &mut Span,
     ) -> Result<Outcome, Error> {
-        let started = Instant::now();
-        let deadline = started + self.settings.run_timeout;
+        let deadline = place.deadline;
         if arguments.contains_key(HEARTBEAT) && !declares(&definition(tool).input_schema, HEARTBEAT) {
             arguments.shift_remove(HEARTBEAT);
         }
-        let _place = self.pool.enter(&server.id, deadline).await?;
         let mut server = Cow::Borrowed(server);
         let call = Call { tool, arguments: &arguments, given, deadline, sent, span };
         let mut called = self.call(&server, &call).await;
@@ -495,7 +504,7 @@ impl Mcp {
             }
         };
         let (result, held) = answer.map(|answer| (answer.result, answer.held)).unzip();
-        Ok(Outcome { is_error, text, result, duration: started.elapsed(), held })
+        Ok(Outcome { is_error, text, result, duration: place.asked.elapsed(), held })
     }
 
     /// One attempt at a call, and its span, which is to say what became of it. A session that could not take it is let go.

@@ -165,7 +165,15 @@ fn result<T>(opened: &Result<T, Error>) -> OpenResult {
 }
 
 /// A call's place at its server; dropping it lets the next one in.
-pub struct Place(#[expect(dead_code, reason = "held for its drop")] OwnedSemaphorePermit);
+pub struct Place {
+    _permit: OwnedSemaphorePermit,
+    /// It was not free at once: what the call is to be sent with may have been changed meanwhile.
+    pub was_awaited: bool,
+    /// When it was.
+    pub asked: Instant,
+    /// Until then the call may take.
+    pub deadline: Instant,
+}
 
 /// A random time up to `most`, so that many that wait do not come back at once.
 pub fn jitter(most: Duration) -> Duration {
@@ -198,17 +206,17 @@ impl Slot {
         (serves && !session.is_closed()).then(|| session.clone())
     }
 
-    /// Whether nothing in it is of before this revision, whatever the values. What is being opened may be: it began with a
-    /// row that is not looked at here.
-    fn is_of(&self, revision: i64) -> bool {
-        let Ok(history) = self.history.try_lock() else { return self.has(revision) };
-        let failure = history.last.as_ref().is_none_or(|failure| failure.revision >= revision);
-        failure && (self.live().is_none() || self.has(revision))
+    /// Whether nothing in it is of a revision that does not fit, whatever the values. What is being opened may be: it began
+    /// with a row that is not looked at here.
+    fn is_of(&self, fits: impl Fn(i64) -> bool) -> bool {
+        let Ok(history) = self.history.try_lock() else { return self.has(fits) };
+        let failure = history.last.as_ref().is_none_or(|failure| fits(failure.revision));
+        failure && (self.live().is_none() || self.has(fits))
     }
 
-    /// Whether it has a session of this revision or a newer one.
-    fn has(&self, revision: i64) -> bool {
-        self.live().as_ref().is_some_and(|live| live.revision >= revision && !live.session.is_closed())
+    /// Whether it has a session of a revision that fits.
+    fn has(&self, fits: impl Fn(i64) -> bool) -> bool {
+        self.live().as_ref().is_some_and(|live| fits(live.revision) && !live.session.is_closed())
     }
 
     /// Nobody uses its session, if it has one.
@@ -324,15 +332,17 @@ impl Pool {
         Ok(slot)
     }
 
-    /// A place among the calls of a server, in turn, by `deadline`.
+    /// A place among the calls of a server, in turn, within `time`, which is that of the call, too.
     ///
     /// # Errors
     /// [`Error::QueueFull`] when too many wait already, [`Error::QueueTimeout`], [`Error::Stopping`].
-    pub async fn enter(&self, server_id: &str, deadline: Instant) -> Result<Place, Error> {
+    pub async fn enter(&self, server_id: &str, time: Duration) -> Result<Place, Error> {
+        let asked = Instant::now();
+        let deadline = asked + time;
         // Not the slot: who waits here must not keep the session of an old configuration.
         let Turns { calls, queued } = self.slot(server_id)?.turns.clone();
         if let Ok(permit) = calls.clone().try_acquire_owned() {
-            return Ok(Place(permit));
+            return Ok(Place { _permit: permit, was_awaited: false, asked, deadline });
         }
         struct Queued(Arc<AtomicUsize>);
         impl Drop for Queued {
@@ -346,7 +356,8 @@ impl Pool {
             return Err(Error::QueueFull);
         }
         let permit = timeout_at(deadline, calls.acquire_owned()).await.map_err(|_| Error::QueueTimeout)?;
-        permit.map(Place).map_err(|_| Error::Stopping)
+        let permit = permit.map_err(|_| Error::Stopping)?;
+        Ok(Place { _permit: permit, was_awaited: true, asked, deadline })
     }
 
     /// The session of this server for a request that brings these values, if there is a live one.
@@ -712,10 +723,20 @@ impl Pool {
 
     /// Lets go of a session of before `revision`, and of one that is just being opened.
     pub fn reconfigured(&self, server_id: &str, revision: i64) {
+        self.keep(server_id, |of| of >= revision);
+    }
+
+    /// As [`Pool::reconfigured`], also of one of after `revision`. A database that was restored, or whose standby did not have
+    /// all of it, gives numbers a second time. Who has changed the server here just now loses a session for nothing.
+    pub fn restored(&self, server_id: &str, revision: i64) {
+        self.keep(server_id, |of| of == revision);
+    }
+
+    fn keep(&self, server_id: &str, fits: impl Fn(i64) -> bool) {
         let mut slots = self.slots();
         let Some(slot) = slots.by_server.get_mut(server_id) else { return };
-        if slot.is_of(revision) {
-            slot.variants().retain(|variant| variant.is_of(revision));
+        if slot.is_of(&fits) {
+            slot.variants().retain(|variant| variant.is_of(&fits));
         } else {
             let old = std::mem::replace(slot, Slot::new(slot.turns.clone()));
             old.clear();

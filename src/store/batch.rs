@@ -8,7 +8,7 @@ use crate::model::{Action, By, Connector, Offered, SignIn, State, definition_has
 
 use super::journal;
 use super::servers::{FORGET, GIVE_UP, client};
-use super::{Error, Store, Topic, now, on_db};
+use super::{Error, Store, now, on_db};
 
 /// A server that comes with what is known of it elsewhere.
 pub struct NewServer {
@@ -73,6 +73,7 @@ impl Store {
         ordered.sort_by_key(|step| step.turn());
         let write = async {
             on_db!(self, long write pool => {
+                let mut notes = self.notes();
                 let mut transaction = pool.begin().await?;
                 let mut told = Vec::new();
                 for (done, step) in (1..).zip(&ordered) {
@@ -172,10 +173,10 @@ impl Store {
                     insert.push(" RETURNING id");
                     let ids: Vec<i64> =
                         insert.build_query_scalar().persistent(false).fetch_all(&mut *transaction).await?;
-                    self.feed.wrote(ids);
+                    notes.wrote(ids);
                 }
                 transaction.commit().await?;
-                self.announce(Topic::Changes);
+                notes.committed();
                 Ok(())
             })
         };

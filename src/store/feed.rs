@@ -42,6 +42,10 @@ const PAGE: i64 = 1_000;
 const PAGES: usize = 10;
 /// The least time between two notifications of one topic: those that are wanted meanwhile become one.
 const GAP: Duration = Duration::from_millis(20);
+/// How often a notification is tried on connections that are hard to get, and the pause between two tries: after that the
+/// others hear of it by themselves almost as soon.
+const TRIES: u32 = 4;
+const TRY_PAUSE: Duration = Duration::from_millis(500);
 /// How long the last notifications may take at a stop.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How many pages a reader of [`News`] may be behind.
@@ -115,6 +119,48 @@ pub(super) struct Feed {
     stop: CancellationToken,
 }
 
+/// The rows of `changes` that one transaction of this process writes. They are no news here, unless nobody here learns that
+/// they were committed: without [`Notes::committed`] they are like those of others.
+pub(super) struct Notes<'a> {
+    store: &'a Store,
+    ids: Vec<i64>,
+}
+
+impl Notes<'_> {
+    /// It writes these. To be called before the commit: nobody can have read them then.
+    pub(super) fn wrote(&mut self, ids: impl IntoIterator<Item = i64>) {
+        let before = self.ids.len();
+        self.ids.extend(ids);
+        let feed = &self.store.feed;
+        if feed.follows.load(Ordering::Relaxed) {
+            feed.own().extend(&self.ids[before..]);
+        }
+    }
+
+    /// They are there for good: the others are told, if there are any.
+    pub(super) fn committed(mut self) {
+        if !std::mem::take(&mut self.ids).is_empty() {
+            self.store.announce(Topic::Changes);
+        }
+    }
+}
+
+impl Drop for Notes<'_> {
+    fn drop(&mut self) {
+        let feed = &self.store.feed;
+        if self.ids.is_empty() || !feed.follows.load(Ordering::Relaxed) {
+            return;
+        }
+        let mut own = feed.own();
+        let not_read = self.ids.iter().filter(|id| own.remove(id)).count();
+        drop(own);
+        // Some were read as our own already: committed, and nobody was told what they were.
+        if not_read < self.ids.len() {
+            let _ = feed.news.send(News::Everything);
+        }
+    }
+}
+
 /// How far the notification of a topic is.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Saying {
@@ -151,13 +197,6 @@ impl Feed {
             is_deaf: AtomicBool::new(false),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
-        }
-    }
-
-    /// This process writes these rows of `changes`. To be called before their commit: nobody can have read them then.
-    pub(super) fn wrote(&self, ids: impl IntoIterator<Item = i64>) {
-        if self.follows.load(Ordering::Relaxed) {
-            self.own().extend(ids);
         }
     }
 
@@ -227,7 +266,7 @@ impl Store {
     }
 
     /// Lets all processes on this database hear that there is something new, this one too. To be called after the commit, in
-    /// a runtime. Nobody waits for it, many at once become few, and one that fails is not repeated.
+    /// a runtime. Nobody waits for it, many at once become few, and one that fails is tried a few times.
     pub fn announce(&self, topic: Topic) {
         if matches!(self.database, Database::Sqlite { .. }) || self.feed.is_mute.load(Ordering::Relaxed) {
             return;
@@ -242,7 +281,13 @@ impl Store {
         self.feed.tasks.spawn(async move { store.say(topic).await });
     }
 
+    /// For what one transaction is about to write.
+    pub(super) fn notes(&self) -> Notes<'_> {
+        Notes { store: self, ids: vec![] }
+    }
+
     async fn say(&self, topic: Topic) {
+        let mut failures = 0;
         loop {
             let said: Result<_, sqlx::Error> = on_db!(self, write pool => {
                 sqlx::query("SELECT pg_notify($1, '')").bind(topic.channel()).execute(pool).await.map(|_| ())
@@ -253,9 +298,17 @@ impl Store {
                         tracing::warn!(%error, "the database has no NOTIFY: others hear of changes within 15 s");
                     }
                 }
-                Err(error) => tracing::debug!(%error, "others were not notified of a change"),
+                Err(error) => {
+                    tracing::debug!(%error, "others were not notified of a change");
+                    failures += 1;
+                    if failures < TRIES {
+                        sleep(TRY_PAUSE).await;
+                        continue;
+                    }
+                }
                 Ok(()) => {}
             }
+            failures = 0;
             sleep(GAP).await;
             let mut said = self.feed.said(topic);
             *said = if *said == Saying::Again { Saying::Once } else { Saying::Nothing };

@@ -32,10 +32,10 @@ pub(super) struct Note<'a> {
     pub details: Value,
 }
 
-/// Writes a [`Note`] in a transaction of this store. The last thing that happens there: on PostgreSQL those who note
-/// something wait for each other. After the commit the others are to be told ([`Store::announce`]).
+/// Writes a [`Note`] in a transaction, as one of these [`Notes`](super::feed::Notes). The last thing that happens there: on
+/// PostgreSQL those who note something wait for each other.
 macro_rules! note {
-    ($store:expr, $transaction:expr, $note:expr) => {{
+    ($notes:expr, $transaction:expr, $note:expr) => {{
         let note: $crate::store::journal::Note<'_> = $note;
         sqlx::query_scalar::<_, i64>(
             "INSERT INTO changes (at, caller, action, mcp_server_id, server_name, details) VALUES ($1, $2, $3, $4, $5, $6) \
@@ -49,7 +49,7 @@ macro_rules! note {
         .bind(note.details.to_string())
         .fetch_one(&mut *$transaction)
         .await
-        .map(|id| $store.feed.wrote([id]))
+        .map(|id| $notes.wrote([id]))
     }};
 }
 pub(super) use note;

@@ -96,24 +96,8 @@ pub enum Database {
     Sqlite { read: SqlitePool, write: SqlitePool },
 }
 
-/// Runs the same code on the pool of either database: `read` for a lookup, `write` for what changes something.
-macro_rules! on_pool {
-    ($store:expr, read $pool:ident => $body:expr) => {
-        match &$store.database {
-            $crate::store::Database::Postgres($pool) => $body,
-            $crate::store::Database::Sqlite { read: $pool, .. } => $body,
-        }
-    };
-    ($store:expr, write $pool:ident => $body:expr) => {
-        match &$store.database {
-            $crate::store::Database::Postgres($pool) => $body,
-            $crate::store::Database::Sqlite { write: $pool, .. } => $body,
-        }
-    };
-}
-use on_pool;
-
-/// As [`on_pool`], counted, and within its time: `long` for what reads or writes very much. The code is a future of its own,
+/// Runs the same code on the pool of either database, `read` for a lookup, `write` for what changes something: counted, and
+/// within its time, `long` for what reads or writes very much. The code is a future of its own,
 /// whose value is a `Result`: `?` and `return` end it alone. It may name the pool once, which on PostgreSQL is one connection.
 macro_rules! on_db {
     ($store:expr, read $pool:ident => $body:expr) => {
@@ -276,12 +260,9 @@ impl Store {
             keys.read().map_err(SealError::from)?;
         }
         let (database, made) = Database::open(url, data_dir, connections, Some(&keys)).await?;
-        let seal = Seal::open(&database, keys, data_dir, made).await?;
+        let presence = database.presence();
+        let seal = Seal::open(&database, presence.as_ref(), keys, data_dir, made).await?;
         database.shorten_waits().await;
-        let presence = match &database {
-            Database::Postgres(pool) => Some(Presence::new(PgConnectOptions::clone(&pool.connect_options()))),
-            Database::Sqlite { .. } => None,
-        };
         let (known, seal) = (Arc::new(Known::new(presence.is_some())), Arc::new(seal));
         let feed = Arc::new(Feed::new());
         Ok(Self { database, known, feed, seal, operations: Operations::default(), presence })
@@ -361,6 +342,13 @@ fn is_postgres(url: &str) -> bool {
 }
 
 impl Database {
+    fn presence(&self) -> Option<Presence> {
+        match self {
+            Self::Postgres(pool) => Some(Presence::new(PgConnectOptions::clone(&pool.connect_options()))),
+            Self::Sqlite { .. } => None,
+        }
+    }
+
     async fn close(&self) {
         match self {
             Self::Postgres(pool) => pool.close().await,

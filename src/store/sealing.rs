@@ -9,16 +9,19 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 
 use secrecy::zeroize::Zeroizing;
+use sqlx::postgres::PgPool;
 use sqlx::{Connection, FromRow};
 
 use crate::model::{Config, Connector, Server, Unreadable};
+use crate::telemetry::metrics::Operation;
 
 use super::keys::{KeyError, KeySource};
+use super::presence::{Lease, Patience, Presence};
 use super::runs::content_of;
 use super::seal::{Key, Keyring, Place, Unopened, key_id};
 use super::shared_runs::outcome_of;
 use super::sign_ins::{authorization_of, sign_in_of};
-use super::{Database, Error, OpenError, Store, on_db, on_pool};
+use super::{Database, Error, OpenError, Store, on_db};
 
 /// What each key seals in `sealing_keys`.
 pub(super) const KNOWN: &[u8] = b"portolan";
@@ -39,11 +42,12 @@ impl Seal {
     /// file of one that was made for it already.
     pub(super) async fn open(
         database: &Database,
+        presence: Option<&Presence>,
         source: KeySource,
         data_dir: &Path,
         made: Option<PathBuf>,
     ) -> Result<Self, SealError> {
-        let unlocked = Unlocked { database };
+        let unlocked = Unlocked { database, presence };
         let (ring, source, made) = match (source, database) {
             (KeySource::Unset, Database::Sqlite { .. }) => {
                 let source = KeySource::in_folder(data_dir);
@@ -122,6 +126,10 @@ pub(super) struct ServerRow {
 }
 
 impl Store {
+    fn unlocked(&self) -> Unlocked<'_> {
+        Unlocked { database: &self.database, presence: self.presence.as_ref() }
+    }
+
     /// The server of a row. A configuration that cannot be opened hides nothing else of it.
     pub(super) fn opened(&self, row: ServerRow) -> Server {
         let ServerRow { mut server, config, error } = row;
@@ -176,7 +184,7 @@ impl Store {
         let store = self.clone();
         let read = tokio::task::spawn_blocking(move || store.seal.source.read()).await;
         let ring = read.unwrap_or_else(|broken| std::panic::resume_unwind(broken.into_panic()))?;
-        let lost = Unlocked { database: &self.database }.admit(&ring).await?;
+        let lost = self.unlocked().admit(&ring).await?;
         let known = self.seal.ring();
         if let Some((key, rows)) = lost.into_iter().find(|(key, _)| known.key(key).is_some()) {
             return Err(SealError::Needed { key, rows });
@@ -224,14 +232,33 @@ pub(super) use adopt;
 
 /// A database whose keys are not known yet.
 pub(super) struct Unlocked<'a> {
-    pub(super) database: &'a Database,
+    database: &'a Database,
+    /// Of one that is another process.
+    presence: Option<&'a Presence>,
 }
 
 impl Unlocked<'_> {
+    async fn lease(&self, pool: &PgPool) -> sqlx::Result<Lease> {
+        self.presence.expect("PostgreSQL has one").lease(pool).await
+    }
+
+    /// Within its time, as `on_db!` wants it; counted nowhere.
+    async fn counted<T, E: From<sqlx::Error>>(
+        &self,
+        _kind: Operation,
+        patience: Patience,
+        operation: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, E> {
+        match self.presence {
+            Some(presence) => presence.during(patience, operation).await,
+            None => operation.await,
+        }
+    }
+
     /// Whether nothing was ever sealed in it.
     async fn is_unsealed(&self) -> sqlx::Result<bool> {
         const SQL: &str = "SELECT count(*) FROM sealing_keys";
-        let keys: i64 = on_pool!(self, write pool => sqlx::query_scalar(SQL).fetch_one(pool).await?);
+        let keys: i64 = on_db!(self, write pool => sqlx::query_scalar(SQL).fetch_one(pool).await)?;
         Ok(keys == 0 && self.keys_in_use().await?.is_empty())
     }
 
@@ -255,7 +282,7 @@ impl Unlocked<'_> {
             let mut last = String::new();
             loop {
                 let found: Option<String> =
-                    on_pool!(self, write pool => sqlx::query_scalar(next).bind(&last).fetch_optional(pool).await?);
+                    on_db!(self, long write pool => sqlx::query_scalar(next).bind(&last).fetch_optional(pool).await)?;
                 let Some(found) = found else { break };
                 keys.insert(found.chars().skip("v1.".len()).collect());
                 last = found;
@@ -274,14 +301,15 @@ impl Unlocked<'_> {
                            SELECT sealed_with, mcp_server_id FROM runs WHERE sealed_with IS NOT NULL UNION \
                            SELECT sealed_with, mcp_server_id FROM shared_runs) AS all_sealed \
                            WHERE substr(sealed, 1, 3) = 'v1.' GROUP BY 1";
-        let rows: Vec<(String, i64)> = on_pool!(self, write pool => sqlx::query_as(SQL).fetch_all(pool).await?);
+        let rows: Vec<(String, i64)> = on_db!(self, long write pool => sqlx::query_as(SQL).fetch_all(pool).await)?;
         Ok(rows.into_iter().collect())
     }
 
     /// Takes a key out of those that this database is known to be sealed with; `false` when it is not among them.
     async fn forget_key(&self, id: &str) -> sqlx::Result<bool> {
         const SQL: &str = "DELETE FROM sealing_keys WHERE id = $1";
-        let rows = on_pool!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|done| done.rows_affected())?);
+        let rows =
+            on_db!(self, write pool => sqlx::query(SQL).bind(id).execute(pool).await.map(|done| done.rows_affected()))?;
         Ok(rows > 0)
     }
 
@@ -296,11 +324,11 @@ impl Unlocked<'_> {
             Database::Sqlite { .. } => "DELETE FROM sealing_keys WHERE 1 = 0",
         };
         let first = ring.first();
-        let known: Vec<(String, String)> = on_pool!(self, write pool => sqlx::query_as(KEYS).fetch_all(pool).await?);
+        let known: Vec<(String, String)> = on_db!(self, write pool => sqlx::query_as(KEYS).fetch_all(pool).await)?;
         if check(ring, &known)? {
             return self.unknown_to(ring).await;
         }
-        on_pool!(self, write pool => {
+        on_db!(self, write pool => {
             let mut transaction = pool.begin().await?;
             sqlx::query(lock).execute(&mut *transaction).await?;
             let keys: Vec<(String, String)> = sqlx::query_as(KEYS).fetch_all(&mut *transaction).await?;
@@ -308,7 +336,8 @@ impl Unlocked<'_> {
                 make_known!(&mut *transaction, first);
             }
             transaction.commit().await?;
-        });
+            Ok::<_, SealError>(())
+        })?;
         self.unknown_to(ring).await
     }
 
@@ -383,7 +412,7 @@ pub struct Rotated {
 impl Store {
     /// How many servers each key seals, by its id.
     pub async fn sealed_by(&self) -> Result<BTreeMap<String, i64>, Error> {
-        Ok(Unlocked { database: &self.database }.sealed_by().await?)
+        Ok(self.unlocked().sealed_by().await?)
     }
 
     /// The ids of the keys, that of the first one first.
@@ -411,7 +440,7 @@ impl Store {
         rotated.sealed_by = self.sealed_by().await?;
         // With a key that seals nothing any more, Portolan is not to start.
         for key in ring.keys().skip(1).filter(|key| !rotated.sealed_by.contains_key(key.id())) {
-            Unlocked { database: &self.database }.forget_key(key.id()).await?;
+            self.unlocked().forget_key(key.id()).await?;
         }
         Ok(rotated)
     }
@@ -531,11 +560,15 @@ impl Store {
     pub async fn forget_lost_key(url: Option<&str>, data_dir: &Path, id: &str) -> Result<bool, OpenError> {
         // Its schema stays as it is: what was never sealed could not be sealed without a key.
         let (database, _) = Database::open(url, data_dir, 1, None).await?;
-        let unlocked = Unlocked { database: &database };
+        let presence = database.presence();
+        let unlocked = Unlocked { database: &database, presence: presence.as_ref() };
         let forgotten = match database.has_sealing().await {
             true => unlocked.forget_key(id).await.map_err(SealError::from),
             false => Ok(false),
         };
+        if let Some(presence) = presence {
+            presence.close().await;
+        }
         database.close().await;
         Ok(forgotten?)
     }

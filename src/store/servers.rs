@@ -11,7 +11,7 @@ use crate::model::{Action, By, Connector, Era, OauthClient, Server, State};
 
 use super::journal::{self, Note, note};
 use super::sealing::ServerRow;
-use super::{Error, Store, Topic, now, on_db};
+use super::{Error, Store, now, on_db};
 
 /// The columns of [`Server`], after `SELECT` or `RETURNING`.
 macro_rules! columns {
@@ -70,6 +70,7 @@ impl Store {
         // A transaction, although it is one statement: sqlx takes one row from SQLite and hears nothing of a commit that
         // fails after it.
         on_db!(self, write pool => {
+            let mut notes = self.notes();
             let mut transaction = pool.begin().await?;
             let server: ServerRow = sqlx::query_as(SQL)
                 .bind(id)
@@ -83,9 +84,9 @@ impl Store {
                 .map_err(taken)?;
             let (server_id, server_name) = (Some(id), Some(server_name));
             let details = journal::registered(connector);
-            note!(self, transaction, Note { by, action: Action::ServerCreated, server_id, server_name, details })?;
+            note!(notes, transaction, Note { by, action: Action::ServerCreated, server_id, server_name, details })?;
             transaction.commit().await?;
-            self.announce(Topic::Changes);
+            notes.committed();
             Ok(self.opened(server))
         })
     }
@@ -224,6 +225,7 @@ impl Store {
         );
         let write = async {
             on_db!(self, write pool => {
+                let mut notes = self.notes();
                 let mut transaction = pool.begin().await.map_err(Error::from)?;
                 let current: Option<ServerRow> =
                     sqlx::query_as(LOCK).bind(id).fetch_optional(&mut *transaction).await.map_err(Error::from)?;
@@ -266,15 +268,15 @@ impl Store {
                 }
                 let (server_id, server_name) = (Some(id), Some(update.server_name.as_str()));
                 let details = updated(&current, &update);
-                note!(self, transaction, Note { by, action: Action::ServerUpdated, server_id, server_name, details })
+                note!(notes, transaction, Note { by, action: Action::ServerUpdated, server_id, server_name, details })
                     .map_err(Error::from)?;
                 if forgotten > 0 {
                     let details = json!({});
-                    note!(self, transaction, Note { by, action: Action::SignInRemoved, server_id, server_name, details })
+                    note!(notes, transaction, Note { by, action: Action::SignInRemoved, server_id, server_name, details })
                         .map_err(Error::from)?;
                 }
                 transaction.commit().await.map_err(Error::from)?;
-                self.announce(Topic::Changes);
+                notes.committed();
                 Ok::<_, Error>(Ok(Some(self.opened(changed))))
             })
         };
@@ -286,14 +288,15 @@ impl Store {
         const SQL: &str = "DELETE FROM servers WHERE id = $1 RETURNING server_name";
         let write = async {
             on_db!(self, write pool => {
+                let mut notes = self.notes();
                 let mut transaction = pool.begin().await?;
                 let name: Option<String> = sqlx::query_scalar(SQL).bind(id).fetch_optional(&mut *transaction).await?;
                 let Some(name) = name else { return Ok(false) };
                 let (server_id, server_name) = (Some(id), Some(name.as_str()));
                 let details = json!({});
-                note!(self, transaction, Note { by, action: Action::ServerDeleted, server_id, server_name, details })?;
+                note!(notes, transaction, Note { by, action: Action::ServerDeleted, server_id, server_name, details })?;
                 transaction.commit().await?;
-                self.announce(Topic::Changes);
+                notes.committed();
                 Ok(true)
             })
         };

@@ -145,6 +145,7 @@ impl Store {
         let material = self.sealed_sign_in(server_id, sign_in);
         // A transaction for the reason that `create_server` gives.
         on_db!(self, write pool => {
+            let mut notes = self.notes();
             let mut transaction = pool.begin().await?;
             sqlx::query(lock).bind(server_id).execute(&mut *transaction).await?;
             if let Some(id) = authorization
@@ -161,9 +162,9 @@ impl Store {
                 .await?;
             let Some((version, name)) = put else { return Ok(None) };
             let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
-            note!(self, transaction, Note { by, action, server_id, server_name, details: json!({}) })?;
+            note!(notes, transaction, Note { by, action, server_id, server_name, details: json!({}) })?;
             transaction.commit().await?;
-            self.announce(Topic::Changes);
+            notes.committed();
             Ok(Some(version))
         })
     }
@@ -196,10 +197,10 @@ impl Store {
 
     /// The time by the one clock that all Portolans on this database have.
     async fn shared_now(&self) -> Result<DateTime<Utc>, Error> {
-        match &self.database {
-            Database::Postgres(pool) => Ok(sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(pool).await?),
-            Database::Sqlite { .. } => Ok(now()),
+        if !self.is_shared() {
+            return Ok(now());
         }
+        Ok(on_db!(self, read pool => sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(pool).await)?)
     }
 
     /// Gives the lease of a sign-in back that was taken and not used.
@@ -239,15 +240,16 @@ impl Store {
         const SQL: &str = "DELETE FROM sign_ins WHERE server_id = $1 AND version = $2 \
                            RETURNING (SELECT server_name FROM servers WHERE id = server_id)";
         on_db!(self, write pool => {
+            let mut notes = self.notes();
             let mut transaction = pool.begin().await?;
             let removed: Option<Option<String>> =
                 sqlx::query_scalar(SQL).bind(server_id).bind(version).fetch_optional(&mut *transaction).await?;
             let Some(name) = removed else { return Ok(false) };
             let (action, details) = (Action::SignInRemoved, json!({}));
             let (server_id, server_name) = (Some(server_id), name.as_deref());
-            note!(self, transaction, Note { by: &By::ITSELF, action, server_id, server_name, details })?;
+            note!(notes, transaction, Note { by: &By::ITSELF, action, server_id, server_name, details })?;
             transaction.commit().await?;
-            self.announce(Topic::Changes);
+            notes.committed();
             Ok(true)
         })
     }
@@ -332,6 +334,7 @@ impl Store {
             "UPDATE authorizations SET status = $2, material = $3 WHERE id = $1 RETURNING server_id, caller";
         let material = self.seal(authorization_of(id), material);
         on_db!(self, write pool => {
+            let mut notes = self.notes();
             let mut transaction = pool.begin().await?;
             let ended: Option<(Option<String>, String)> = sqlx::query_as(SQL)
                 .bind(id)
@@ -342,9 +345,11 @@ impl Store {
             if let (Some((None, caller)), Progress::Done) = (ended, progress) {
                 let by = &By::caller(Some(&caller));
                 let (action, details) = (Action::SignInCompleted, json!({}));
-                note!(self, transaction, Note { by, action, server_id: None, server_name: None, details })?;
+                note!(notes, transaction, Note { by, action, server_id: None, server_name: None, details })?;
             }
             transaction.commit().await?;
+            notes.committed();
+            // Whoever waits for it, noted or not.
             self.announce(Topic::Changes);
             Ok::<_, sqlx::Error>(())
         })?;

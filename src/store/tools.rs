@@ -11,7 +11,7 @@ use crate::model::{Action, By, Era, Offered, ServerTool, State, Tool, ToolChange
 use super::changes::{Plan, Trust};
 use super::journal::{self, Note, note};
 use super::sealing::ServerRow;
-use super::{Error, Store, Topic, now, on_db};
+use super::{Error, Store, now, on_db};
 
 /// The columns of [`Tool`], as `tools` has them.
 macro_rules! columns {
@@ -135,6 +135,7 @@ impl Store {
         let now = now();
         let write = async {
             on_db!(self, write pool => {
+                let mut notes = self.notes();
                 let mut transaction = pool.begin().await?;
                 let found: Option<(Option<DateTime<Utc>>, String)> =
                     sqlx::query_as(LOCK).bind(server_id).bind(revision).fetch_optional(&mut *transaction).await?;
@@ -201,15 +202,12 @@ impl Store {
                     insert.build().execute(&mut *transaction).await?;
                 }
                 let details = journal::synced(&plan.changes, shown);
-                let is_noted = details.is_some();
                 if let Some(details) = details {
                     let (server_id, server_name) = (Some(server_id), Some(server_name.as_str()));
-                    note!(self, transaction, Note { by, action: Action::ToolsChanged, server_id, server_name, details })?;
+                    note!(notes, transaction, Note { by, action: Action::ToolsChanged, server_id, server_name, details })?;
                 }
                 transaction.commit().await?;
-                if is_noted {
-                    self.announce(Topic::Changes);
-                }
+                notes.committed();
                 Ok::<_, Error>(Some(plan.changes))
             })
         };
@@ -232,6 +230,7 @@ impl Store {
             "SELECT 1 FROM tools WHERE id = $1 AND server_id = $2 AND definition = $3 AND approved_hash IS NULL";
         let write = async {
             on_db!(self, write pool => {
+                let mut notes = self.notes();
                 let mut transaction = pool.begin().await?;
                 let tool: Option<Tool> =
                     sqlx::query_as(FIND).bind(tool_id).bind(server_id).fetch_optional(&mut *transaction).await?;
@@ -245,9 +244,9 @@ impl Store {
                 };
                 let (server_id, server_name) = (Some(server_id), Some(name.as_str()));
                 let details = json!({ "tool_id": tool_id, "definition_hash": tool.hash() });
-                note!(self, transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
+                note!(notes, transaction, Note { by, action: Action::ToolApproved, server_id, server_name, details })?;
                 transaction.commit().await?;
-                self.announce(Topic::Changes);
+                notes.committed();
                 Ok::<_, sqlx::Error>(true)
             })
         };

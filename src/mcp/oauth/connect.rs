@@ -367,8 +367,12 @@ impl Mcp {
     /// The tools of a registered server as it lists them now, each as it wrote it; nothing is stored. `now`: a session is
     /// tried for also while a failure of before would be answered.
     pub async fn live_tools(&self, server: &Server, given: &Variables, now: bool) -> Result<Vec<Box<RawValue>>, Error> {
-        let _place = self.pool.enter(&server.id, Instant::now() + self.settings.list_timeout).await?;
-        Ok(self.list(server, None, given, now).await?.0.tools)
+        let place = self.pool.enter(&server.id, self.settings.list_timeout).await?;
+        if !place.was_awaited {
+            return Ok(self.list(server, None, given, now).await?.0.tools);
+        }
+        let current = self.store.server(&server.id).await.map_err(|_| Error::Store)?.ok_or(Error::Deleted)?;
+        Ok(self.list(&current, None, given, now).await?.0.tools)
     }
 
     /// As [`Mcp::sync_tools`]; returns the tools as the server wrote them.

@@ -194,6 +194,23 @@ impl SignIns {
         self.0.finished.notify_waiters();
     }
 
+    /// Anything may have happened elsewhere. Returns the servers that somebody has signed in to, whose sessions may be of
+    /// another sign-in now.
+    pub fn may_have_changed(&self) -> Vec<String> {
+        let sources = self.0.sources.lock().expect("no code panics while it holds the sources");
+        let known = sources.iter().filter_map(|(server_id, source)| Some((server_id, source.upgrade()?)));
+        let mut signed_in = vec![];
+        for (server_id, source) in known {
+            source.look_again();
+            if source.has_signed() {
+                signed_in.push(server_id.clone());
+            }
+        }
+        drop(sources);
+        self.0.finished.notify_waiters();
+        signed_in
+    }
+
     /// As [`SignIns::of`], of a connector that is not registered.
     pub fn apart(&self, remote: &Remote) -> Option<Signer> {
         signs_in(remote).then(|| Signer::new(self.clone(), None, remote))

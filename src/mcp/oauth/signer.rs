@@ -172,7 +172,7 @@ impl Signer {
 
     /// Whether there is a sign-in, or was one: a 401 then says that it is over.
     pub fn has_signed(&self) -> bool {
-        self.0.memory().has_signed
+        self.0.has_signed()
     }
 
     /// Portolan signs in as itself, without a person.
@@ -261,6 +261,11 @@ impl Source {
 
     fn is_machine(&self) -> bool {
         self.client.as_ref().is_some_and(|client| client.grant_type == GrantType::ClientCredentials)
+    }
+
+    /// Whether there is a sign-in, or was one, as far as anybody here has looked.
+    pub fn has_signed(&self) -> bool {
+        self.memory().has_signed
     }
 
     pub fn is_for(&self, remote: &Remote) -> bool {
