@@ -48,8 +48,8 @@ LANES = {
     "long": (
         "soak-sqlite proxy-sqlite disk-sqlite clock-sqlite clock-postgres",
         "soak-postgres upstreams-sqlite upstreams-postgres",
-        "kills-sqlite kills-postgres replicas-postgres",
-        "postgres-postgres descriptors-sqlite descriptors-postgres",
+        "kills-sqlite kills-postgres",
+        "postgres-postgres replicas-postgres descriptors-sqlite descriptors-postgres",
     ),
 }
 
