@@ -132,7 +132,7 @@ def tell(asked, faults):
             then = min((other for _, other, _ in faults if other > begin), default=end + 15)
             back += [
                 (began + took - end, f" ({what}, asked {began - end:+.1f} s)")
-                for what, began, took, status in met if status == 503 and begin <= began < then
+                for what, began, took, status in met if status == 503 and begin <= began and began + took < then
             ]
         slowest = max((took for _, _, took, _ in met), default=0)
         told.append(
