@@ -10,6 +10,7 @@ use portolan::model::{By, Connector, Offered, Run, RunContent, RunOutcome, SignI
 use portolan::store::{KeySource, NewServer, RUNS_AT_ONCE, Step, Store, now, run_id};
 use serde_json::{Value, json};
 use sqlx::migrate::Migrator;
+use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, SqliteConnection};
 use tempfile::TempDir;
 
@@ -317,41 +318,117 @@ async fn ten_thousand_rows_of_every_earlier_version_are_taken_over() {
     upgrade(10_000).await;
 }
 
-/// Kills starts at random moments, so many at each of these schemas.
-async fn kill(rows: usize, kills: usize, schemas: impl Fn(i64) -> Vec<i64>) {
+/// A look from outside at whether somebody changes the schema, by the lock that is held meanwhile.
+enum Watch {
+    Postgres(PgConnection),
+    Sqlite(SqliteConnection),
+}
+
+impl Watch {
+    async fn new(place: &Place) -> Self {
+        match place.database.url() {
+            Some(url) => Self::Postgres(PgConnection::connect(&url).await.unwrap()),
+            None => {
+                let options = SqliteConnectOptions::new().filename(place.file()).busy_timeout(Duration::ZERO);
+                Self::Sqlite(SqliteConnection::connect_with(&options).await.unwrap())
+            }
+        }
+    }
+
+    async fn is_held(&mut self) -> bool {
+        match self {
+            // Portolan has no other one of this kind.
+            Self::Postgres(connection) => {
+                const HELD: &str = "SELECT EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND granted AND \
+                                    database = (SELECT oid FROM pg_database WHERE datname = current_database()))";
+                sqlx::query_scalar(HELD).fetch_one(connection).await.unwrap()
+            }
+            // Any write holds it; whether it was this one shows what is there afterwards.
+            Self::Sqlite(connection) => match connection.begin_with("BEGIN IMMEDIATE").await {
+                Ok(transaction) => {
+                    transaction.rollback().await.unwrap();
+                    false
+                }
+                Err(_) => true,
+            },
+        }
+    }
+
+    /// Waits until it is held, or not; gives up after `longest`.
+    async fn until(&mut self, held: bool, longest: Duration) {
+        let began = Instant::now();
+        while self.is_held().await != held && began.elapsed() < longest {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    /// How long a start takes, and how long of that the lock is held.
+    async fn time(&mut self, command: Command) -> (Duration, Duration) {
+        let began = Instant::now();
+        let start = tokio::task::spawn_blocking(move || Program::start(command));
+        let (mut since, mut time) = (None, Duration::ZERO);
+        while !start.is_finished() {
+            match (self.is_held().await, since) {
+                (true, None) => since = Some(Instant::now()),
+                (false, Some(since)) if time.is_zero() => time = since.elapsed(),
+                _ => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+        drop(start.await.unwrap());
+        (began.elapsed(), time)
+    }
+}
+
+/// Kills starts at random moments while they change the schema, so many at each of these schemas; how many of them were at it,
+/// for each.
+async fn kill(rows: usize, kills: usize, schemas: impl Fn(i64) -> Vec<i64>) -> Vec<(i64, usize)> {
     let full = Place::filled(rows).await;
+    let mut met = Vec::new();
     for schema in schemas(full.newest()) {
         let old = Place::earlier(&full, schema).await;
         let before = old.counts().await;
         let whole = old.copy().await;
-        let began = Instant::now();
-        drop(Program::start(whole.command()));
-        let time = began.elapsed();
+        let (start, change) = Watch::new(&whole).await.time(whole.command()).await;
         whole.database.remove().await;
+        let mut inside = 0;
         for _ in 0..kills {
             let place = old.copy().await;
+            let mut watch = Watch::new(&place).await;
             let mut started = place.command().stdout(Stdio::null()).spawn().unwrap();
-            let moment = uuid::Uuid::new_v4().as_u128() % time.as_millis().max(1);
-            tokio::time::sleep(Duration::from_millis(moment as u64)).await;
+            watch.until(true, start).await;
+            let moment = uuid::Uuid::new_v4().as_u128() % (change.as_micros() * 3 / 4).max(1);
+            tokio::time::sleep(Duration::from_micros(moment as u64)).await;
+            let is_held = watch.is_held().await;
             started.kill().unwrap();
             started.wait().unwrap();
+            // PostgreSQL notices in its own time.
+            watch.until(false, START).await;
+            drop(watch);
+            inside += usize::from(is_held && place.count("_sqlx_migrations").await == schema);
             place.check(rows, &before).await;
             place.database.remove().await;
         }
+        met.push((schema, inside));
         old.database.remove().await;
     }
     full.database.remove().await;
+    eprintln!("of {kills} kills at each schema were while it was changed: {met:?}");
+    met
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_start_that_is_killed_while_it_takes_over_leaves_nothing_half_done() {
-    kill(300, 4, |_| vec![1]).await;
+    let met = kill(300, 4, |_| vec![1]).await;
+    assert!(met[0].1 >= 1, "this has shown nothing: {met:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "long: 20 kills with 10,000 rows at each earlier schema"]
 async fn twenty_starts_that_are_killed_while_they_take_over_leave_nothing_half_done() {
-    kill(10_000, 20, |newest| (1..newest).collect()).await;
+    let met = kill(10_000, 20, |newest| (1..newest).collect()).await;
+    // Most of the later changes take no longer than a look at the lock.
+    assert!(met[0].1 >= 10, "{met:?}");
+    assert!(met.iter().map(|(_, inside)| inside).sum::<usize>() >= 20, "{met:?}");
 }
 
 /// Starts eight programs on the same database at once.

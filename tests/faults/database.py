@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import time
+import uuid
+from collections import Counter
 
 from ledger import Entry, Ledger
 from postgres import Cluster, Refused
@@ -10,11 +12,15 @@ from proxy import Proxy
 from world import SLACK, Failed, Portolan, Upstream, require, run_body
 
 ANSWERED_WITHIN = 5.0
+# A run with a key is written down before it and after it: 4 s for the one, 2 s for the other.
+KEYED_WITHIN = 6.0
 SERVED_WITHIN = 3.0
 SUCCESS = {
     "create": 200, "patch": 200, "delete": 204, "refresh": 200, "tools": 200, "run": 200, "retrieve": 200, "list": 200,
-    "ready": 200, "health": 200,
+    "ready": 200, "health": 200, "keyed": 200, "retry": 200,
 }
+# What a repetition is answered whose first try was not 200: 409 where nobody can know whether it was made.
+OF_AGAIN = (200, 409, 503)
 
 
 class Load:
@@ -24,6 +30,8 @@ class Load:
         self.world, self.portolan, self.ledger, self.damaged = world, portolan, ledger, damaged
         self.stop = asyncio.Event()
         self.tasks = []
+        # The arguments of runs that are one run, however often they are asked for.
+        self.once = set()
 
     async def begin(self):
         client, rng = self.portolan.client, self.world.rng
@@ -40,6 +48,8 @@ class Load:
                 self._repeat("ready", "GET", "/v1/ready"),
                 self._repeat("health", "GET", "/v1/health"),
                 *(self._repeat("run", "POST", run, True) for _ in range(3)),
+                self._repeat_once("keyed", run, lambda: {"idempotency_key": uuid.uuid4().hex}),
+                self._repeat_once("retry", run, lambda: {"x_stainless_retry_count": "1"}),
             )
         ]
 
@@ -47,10 +57,33 @@ class Load:
         while not self.stop.is_set():
             arguments = run_body()[1] if body else None
             answer = await self.ledger.ask(self.portolan.client, what, method, path, arguments)
-            if what == "run" and answer is not None and answer.status == 200 and answer.json()["status"] != "success":
-                if not self.damaged():
-                    self.ledger.wrong.append(f"a run failed, and its server is well: {answer}")
+            if what == "run":
+                self._judge(answer)
             await asyncio.sleep(0.02)
+
+    async def _repeat_once(self, what, path, naming):
+        """Runs that say which they are, each again as a client does that was not answered with success."""
+        while not self.stop.is_set():
+            call, body = run_body()
+            self.once.add(call)
+            headers = naming()
+            for turn in range(3):
+                said = what if turn == 0 else f"{what} again"
+                answer = await self.ledger.ask(self.portolan.client, said, "POST", path, body, **headers)
+                self._judge(answer)
+                if self.stop.is_set() or (answer is not None and answer.status == 200):
+                    break
+                await asyncio.sleep(1)
+            await asyncio.sleep(0.05)
+
+    def _judge(self, answer):
+        if answer is not None and answer.status == 200 and answer.json()["status"] != "success" and not self.damaged():
+            self.ledger.wrong.append(f"a run failed, and its server is well: {answer}")
+
+    def made_twice(self, calls):
+        """Which of the runs that are one run the upstream saw more than once, and how many it saw."""
+        seen = Counter(it["id"] for it in calls if it.get("id") in self.once)
+        return [call for call, times in seen.items() if times > 1], len(seen)
 
     async def end(self):
         self.stop.set()
@@ -72,8 +105,12 @@ def judge(asked, faults):
         at = "without a fault"
         if during:
             at = f"in {during[0]!r}, {began - during[1]:+.1f} s (it took {during[2] - during[1]:.1f} s)"
-        if took > ANSWERED_WITHIN + SLACK or status == "never":
+        within = KEYED_WITHIN if what.startswith("keyed") else ANSWERED_WITHIN
+        if took > within + SLACK or status == "never":
             wrong.append(f"{what} took {took:.1f} s ({status}) {at}")
+        elif what.endswith(" again"):
+            if status not in OF_AGAIN:
+                wrong.append(f"{what} was {status} after {took:.1f} s {at}")
         elif status != SUCCESS[what] and (during is None or status not in ALLOWED.get(during[0], (503,))):
             wrong.append(f"{what} was {status} after {took:.1f} s {at}")
     return wrong
@@ -90,13 +127,17 @@ def tell(asked, faults):
         ]
         refused = sum(status == 503 for *_, status in met)
         # Until the next one begins, which has refusals of its own.
-        back = [0.0]
+        back = [(0.0, "")]
         for _, begin, end in mine:
             then = min((other for _, other, _ in faults if other > begin), default=end + 15)
-            back += [began + took - end for _, began, took, status in met if status == 503 and begin <= began < then]
+            back += [
+                (began + took - end, f" ({what}, asked {began - end:+.1f} s)")
+                for what, began, took, status in met if status == 503 and begin <= began and began + took < then
+            ]
         slowest = max((took for _, _, took, _ in met), default=0)
         told.append(
-            f"{name} x{len(mine)}: {len(met)} asked, {refused} x 503, slowest {slowest:.1f} s, served after {max(back):.1f} s"
+            f"{name} x{len(mine)}: {len(met)} asked, {refused} x 503, slowest {slowest:.1f} s, "
+            f"the last 503 {max(back)[0]:.1f} s after{max(back)[1]}"
         )
     return "; ".join(told)
 
@@ -228,6 +269,9 @@ async def faults_of_postgres(world):
     told = f"{len(ledger.asked)} asked, {ledger.acknowledged} acknowledged writes, {ledger.unsure} unsure; "
     told += tell(ledger.asked, faults)
     wrong = judge(ledger.asked, faults)
+    twice, once = load.made_twice(upstream.calls())
+    told += f"; {once} runs with a key or of a second try, none made twice"
+    wrong += [f"the run {call} was made twice" for call in twice]
     # Whoever comes now comes by another way.
     portolan.env["DATABASE_URL"] = cluster.url()
     await portolan.stop()
@@ -239,5 +283,6 @@ async def faults_of_postgres(world):
         wrong.insert(0, str(failure))
     await portolan.stop()
     require(not wrong, f"{len(wrong)} wrong:", "; ".join(wrong[:40]), f"({told})")
+    require(once > 50, "hardly a run with a key: this has shown nothing")
     require(ledger.acknowledged > 50, "hardly a write: this has shown nothing")
     return told

@@ -22,14 +22,16 @@ async def few_descriptors(world):
         runs.append((await client.register(name, config))[1])
     told, files = [], []
     for turn in range(5 if world.long else 2):
-        answered, lost, statuses = 0, 0, {}
+        answered, lost, silent, statuses = 0, 0, 0, {}
         opened = []
 
         async def guest():
-            nonlocal answered, lost
+            nonlocal answered, lost, silent
+            is_in = False
             try:
                 async with asyncio.timeout(20):
                     reader, writer = await asyncio.open_connection("127.0.0.1", portolan.port)
+                    is_in = True
                     opened.append(writer)
                     writer.write(b"GET /v1/mcp-servers/ HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
                     line = await reader.readline()
@@ -39,6 +41,10 @@ async def few_descriptors(world):
                     answered += 1
                 else:
                     lost += 1
+            except TimeoutError:
+                # Connected, and neither answered nor told to go; or not even that.
+                silent += is_in
+                lost += not is_in
             except (OSError, ValueError, IndexError):
                 lost += 1
 
@@ -61,6 +67,7 @@ async def few_descriptors(world):
         most = portolan.files()
         require(set(statuses) <= {200, 503}, "1,000 connections were answered", statuses)
         require(answered >= 100, f"only {answered} of {CONNECTIONS} connections were answered")
+        require(not silent, f"{silent} connections were taken, and neither answered nor ended")
         for writer in opened:
             writer.transport.abort()
         client.close()
@@ -75,7 +82,7 @@ async def few_descriptors(world):
                 await asyncio.sleep(0.05)
         await client.register(f"new {turn}", world.stdio_config(2))
         told.append(
-            f"{answered} of {CONNECTIONS} connections answered in {took:.1f} s ({statuses}), {lost} not let in; "
+            f"{answered} of {CONNECTIONS} connections answered in {took:.1f} s ({statuses}), {lost} turned away, none left waiting; "
             f"{most} files at most; {served} runs made meanwhile, {refused} not; well {time.monotonic() - left:.2f} s after"
         )
         await asyncio.sleep(1)

@@ -126,25 +126,31 @@ class Proxy:
 
 
 class Frontend:
-    """Sees the messages that a client sends to PostgreSQL (protocol 3.0), and ends the connection of one that listens: simple
-    queries and prepared ones."""
+    """Sees the messages that a client sends to PostgreSQL (protocol 3.0), simple queries and prepared ones. A statement that
+    begins with `text`, in capitals, is exchanged for one that fails with 0A000, feature_not_supported, as a database answers
+    that has no such thing; all else passes as it is."""
 
     SSL_REQUEST, GSS_REQUEST, CANCEL = 80877103, 80877104, 80877102
+    REFUSAL = b"DO $$BEGIN RAISE feature_not_supported USING MESSAGE = 'there is no such thing here'; END$$"
 
-    def __init__(self, refused):
-        self.refused = refused
+    def __init__(self, refused, text):
+        self.refused, self.text = refused, text
         self._held = b""
         self._begun = False
 
     def __call__(self, data):
         self._held += data
+        passed = b""
         while message := self._next():
             kind, body = message
-            text = body if kind == b"Q" else body.partition(b"\0")[2] if kind == b"P" else b""
-            if text.lstrip().upper().startswith(b"LISTEN"):
+            # A prepared one has its name before the text, and the types of its parameters after it.
+            name, _, rest = body.partition(b"\0") if kind == b"P" else (b"", b"", body)
+            text, _, types = rest.partition(b"\0")
+            if kind in (b"Q", b"P") and text.lstrip().upper().startswith(self.text):
                 self.refused()
-                raise Cut
-        return data
+                body = (name + b"\0" if kind == b"P" else b"") + self.REFUSAL + b"\0" + types
+            passed += kind + struct.pack("!i", len(body) + 4) + body
+        return passed
 
     def _next(self):
         head = 1 if self._begun else 0

@@ -86,17 +86,23 @@ async def a_proxy_does_what_it_says(_world):
     await proxy.stop()
 
     seen = []
-    looking = await Proxy(port, random.Random(1), lambda: (Frontend(lambda: seen.append("refused")), None)).start()
+    refusing = lambda: (Frontend(lambda: seen.append("refused"), b"LISTEN "), None)
+    looking = await Proxy(port, random.Random(1), refusing).start()
     start = struct.pack("!ii", 8, 80877103) + struct.pack("!ii", 8, 196608)
     for text in (message(b"Q", b"SELECT 'LISTEN'\0"), message(b"P", b"name\0SELECT 1\0\0\0")):
         require(await there_and_back(looking.port, start + text) == start + text, "what does not listen is refused")
-    for text in (message(b"Q", b" listen x\0"), message(b"P", b"name\0LISTEN x\0\0\0")):
+    no, end = Frontend.REFUSAL + b"\0", message(b"S", b"")
+    for text, becomes in (
+        (message(b"Q", b" listen x\0"), message(b"Q", no)),
+        (message(b"P", b"name\0LISTEN x\0\0\1\0\0\0\2"), message(b"P", b"name\0" + no + b"\0\1\0\0\0\2")),
+    ):
         # Also when it comes in pieces.
         reader, writer = await asyncio.open_connection("127.0.0.1", looking.port)
-        for at in range(len(start + text)):
-            writer.write((start + text)[at : at + 1])
+        for at in range(len(start + text + end)):
+            writer.write((start + text + end)[at : at + 1])
             await asyncio.sleep(0.001)
-        require(await fails(reader.readexactly(len(start + text)), lost), "LISTEN passes")
+        passed = await asyncio.wait_for(reader.readexactly(len(start + becomes + end)), 5)
+        require(passed == start + becomes + end, "LISTEN passes, or what is beside it does not:", passed)
         writer.transport.abort()
     require(seen == ["refused"] * 2, seen)
     await looking.stop()

@@ -14,6 +14,8 @@ from world import PYTHON, Portolan, Upstream, below, percentile, read_proc, requ
 
 EVERY = 15.0
 STDIO, HTTP = 3, 4
+# How many runs succeed at least between two faults, also in the short form, where a third of the time is the fault.
+LEAST = 10
 
 
 class Load:
@@ -23,6 +25,8 @@ class Load:
         self.world, self.portolan, self.paths, self.ids = world, portolan, paths, ids
         self.stop = asyncio.Event()
         self.statuses, self.times, self.wrong = Counter(), [], []
+        # Runs whose tool has answered.
+        self.good = 0
 
     async def ask(self, what, *arguments, **more):
         try:
@@ -39,7 +43,9 @@ class Load:
 
     async def run(self):
         while not self.stop.is_set():
-            await self.ask("run", "POST", self.world.rng.choice(self.paths), run_body(self.world.rng.choice((0, 0, 20)))[1])
+            body = run_body(self.world.rng.choice((0, 0, 20)))[1]
+            answer = await self.ask("run", "POST", self.world.rng.choice(self.paths), body)
+            self.good += answer is not None and answer.status == 200 and answer.json()["status"] == "success"
             await asyncio.sleep(0.02)
 
     async def look(self):
@@ -181,6 +187,8 @@ async def soak(world):
     ]
     faults = Faults(world, portolan, upstream, way, cluster, to_database)
     order = []
+    # How many runs succeeded from each fault to the next.
+    few = []
     met = Counter()
 
     async def quiet():
@@ -211,10 +219,13 @@ async def soak(world):
             if not order:
                 order.extend(world.rng.sample(faults.all, len(faults.all)))
             fault = order.pop()
+            good = load.good
             await fault()
             met[fault.__name__.replace("_", " ")] += 1
             require(portolan.runs, f"Portolan has ended in {fault.__name__}:\n{portolan.said()}")
             await asyncio.sleep(max(following - time.monotonic(), 0))
+            few.append((load.good - good, fault.__name__.replace("_", " ")))
+            require(not any(it.done() for it in tasks), "a part of the load has ended:", tasks)
 
     began = time.monotonic()
     try:
@@ -224,14 +235,19 @@ async def soak(world):
         await disturb(began + length)
     finally:
         load.stop.set()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+    for it in done:
+        if isinstance(it, BaseException):
+            raise it
     # Sessions that were lost rest a while, and what ends has its time.
     await asyncio.sleep(3)
     end = await quiet()
     told = "; ".join(f"{name} {warm[name]:.0f} -> {end[name]:.0f}" for name in warm)
     asked = ", ".join(f"{count} x {what}" for what, count in sorted(load.statuses.items()))
     told = f"{sum(met.values())} faults, asked: {asked}, slowest {max(load.times):.1f} s; {told}"
+    told += f"; {load.good} runs succeeded, from one fault to the next {min(few)[0]} at least"
     wrong = list(load.wrong)
+    wrong += [f"only {good} runs succeeded from {fault!r} to the next fault" for good, fault in few if good < LEAST]
     if end["memory"] > warm["memory"] * 1.3 + 10:
         wrong.append("memory grows")
     if end["files"] > warm["files"] + 30:
