@@ -807,7 +807,7 @@ mod tests {
             assert_eq!(*text, error.to_string(), "{at}");
             codes.insert(code.to_owned());
         });
-        assert_eq!(codes.len(), 26, "{codes:?}");
+        assert_eq!(codes.len(), 27, "{codes:?}");
     }
 
     #[test]
