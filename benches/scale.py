@@ -211,7 +211,7 @@ def changes(bench):
 
 
 def replicas(bench):
-    say(f"\nRuns (streamable HTTP, {SERVERS} servers, 32 callers through nginx), with and without a log of them")
+    say(f"\nRuns (streamable HTTP, {SERVERS} servers, 32 callers through nginx)")
     say("  replicas  runs/s  p50 ms  p99 ms  memory of each, MB")
     for count in REPLICAS:
         with bench.database() as database, bench.upstream() as upstream:
@@ -241,7 +241,7 @@ def sticky(bench):
 
 
 def million(bench):
-    say("\nA start beside many servers (each by URL, with a tool; the second start of each, until the first line)")
+    say("\nA start beside many servers (each by URL, with one tool; the second start of each, until the first line)")
     say("  servers  ready after, ms  memory, MB  GET one server, p50 ms")
     for servers in (10, 1_000_000):
         with bench.database() as database, bench.upstream() as upstream:

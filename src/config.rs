@@ -44,7 +44,7 @@ impl Cli {
 
 /// Settings whose empty variable is taken as it stands, and refused: without them strangers come in, secrets are sealed with
 /// another key, servers are in another database, or commands and addresses are no longer kept in bounds.
-const NEVER_EMPTY: [&str; 15] = [
+const NEVER_EMPTY: [&str; 18] = [
     "token",
     "token_file",
     "tokens_file",
@@ -53,8 +53,11 @@ const NEVER_EMPTY: [&str; 15] = [
     "key_file",
     "database_url",
     "database_url_file",
+    "data_dir",
     "stdio",
+    "stdio_templates",
     "egress",
+    "egress_deny",
     "child_user",
     "child_wrapper",
     "child_landlock",

@@ -126,7 +126,7 @@ fn a_health_check_that_fails_is_one_clear_sentence() {
 }
 
 /// What must not be taken for unset when it is set and empty.
-const NEVER_EMPTY: [&str; 15] = [
+const NEVER_EMPTY: [&str; 18] = [
     "PORTOLAN_TOKEN",
     "PORTOLAN_TOKEN_FILE",
     "PORTOLAN_TOKENS_FILE",
@@ -135,8 +135,11 @@ const NEVER_EMPTY: [&str; 15] = [
     "PORTOLAN_KEY_FILE",
     "DATABASE_URL",
     "DATABASE_URL_FILE",
+    "PORTOLAN_DATA_DIR",
     "PORTOLAN_STDIO",
+    "PORTOLAN_STDIO_TEMPLATES",
     "PORTOLAN_EGRESS",
+    "PORTOLAN_EGRESS_DENY",
     "PORTOLAN_CHILD_USER",
     "PORTOLAN_CHILD_WRAPPER",
     "PORTOLAN_CHILD_LANDLOCK",

@@ -210,10 +210,23 @@ def kubernetes_starts_nothing_anew_for_want_of_a_database(root, _):
         # With --allowed-hosts, the address of a pod is none of its names.
         assert {"name": "Host", "value": "localhost"} in container[probe]["httpGet"]["httpHeaders"]
         assert container[probe]["httpGet"]["port"] in [port["name"] for port in container["ports"]]
+    start = container["startupProbe"]
+    assert start["periodSeconds"] * start["failureThreshold"] > 600, "longer than a wait for another's migration"
     ready = container["readinessProbe"]
     assert ready["periodSeconds"] * ready["failureThreshold"] >= 60, "longer than a restart of the database"
     # --acquire of a connection takes 5 s before it is given up.
     assert ready["timeoutSeconds"] > 5
+
+
+def as_many_replicas_as_there_may_be_find_room_in_postgresql(root, _):
+    """Each holds its connections and one that follows changes; PostgreSQL takes 100 by default, three of them for its superusers."""
+    services = yaml.safe_load((root / "compose.yaml").read_text())["services"]
+    [room] = re.findall(r"max_connections=(\d+)", " ".join(services["postgres"]["command"]))
+    [named] = re.findall(r"server-template replica (\d+) ", (root / "deploy/haproxy/haproxy.cfg").read_text())
+    assert "PORTOLAN_DATABASE_CONNECTIONS" not in services["portolan"]["environment"], "16 is the default"
+    assert int(named) * (16 + 1) <= int(room) - 3
+    connections = int(manifests(root)["ConfigMap"]["data"]["PORTOLAN_DATABASE_CONNECTIONS"])
+    assert manifests(root)["HorizontalPodAutoscaler"]["spec"]["maxReplicas"] * (connections + 1) <= 100 - 3
 
 
 def pods_are_restricted_and_get_their_secrets_as_files(root, _):
@@ -236,7 +249,7 @@ def pods_are_restricted_and_get_their_secrets_as_files(root, _):
     assert set(variables) == {"DATABASE_URL_FILE", "PORTOLAN_KEY_FILE", "PORTOLAN_TOKENS_FILE"}
     assert {value for value in variables.values()} == {f"{mount['mountPath']}/{key}" for key in example["stringData"]}
     settings = manifests(root)["ConfigMap"]["data"]
-    assert not any(re.search(r"TOKEN|KEY|PASSWORD|DATABASE", name) for name in settings)
+    assert not any(re.search(r"TOKEN|KEY|PASSWORD|DATABASE_URL", name) for name in settings)
     [data] = [one for one in container["volumeMounts"] if one["name"] == "data"]
     assert settings["PORTOLAN_DATA_DIR"].startswith(data["mountPath"])
 
@@ -288,6 +301,7 @@ TESTS = [
     the_stack_is_two_closed_replicas_behind_a_proxy,
     kubernetes_gives_a_stop_the_time_it_takes,
     kubernetes_starts_nothing_anew_for_want_of_a_database,
+    as_many_replicas_as_there_may_be_find_room_in_postgresql,
     pods_are_restricted_and_get_their_secrets_as_files,
     all_parts_mean_the_same_pods_ports_and_metric,
     settings_in_the_files_are_settings_of_the_program,

@@ -83,10 +83,13 @@ class Replica(http.server.ThreadingHTTPServer):
                 self.rfile.read(int(self.headers.get("content-length", 0)))
                 self.server.asked.append((self.command, self.path, dict(self.headers)))
                 if answers is None:
-                    self.close_connection = True
-                    self.connection.shutdown(socket.SHUT_RDWR)
+                    self.lost()
                 else:
                     answers(self)
+
+            def lost(self):
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
 
             def whole(self, status, headers=(), body=b"{}"):
                 self.send_response(status)
@@ -131,6 +134,28 @@ def a_request_that_was_sent_is_never_sent_again(root, folder):
             assert len(one.asked) + len(other.asked) == number, f"{method}: {one.asked} {other.asked}"
             # A letta-client repeats a 502 by itself, unless it is told not to; reading again does no harm.
             assert headers["x-should-retry"] == (None if method == "GET" else "false"), f"{method}: {headers}"
+
+
+def a_lost_answer_is_said_on_a_client_that_asked_before(root, folder):
+    """SDKs keep their connections. HAProxy says nothing of a lost answer to any but the first request of one, and they repeat that."""
+    answers = lambda handler: handler.whole(200) if handler.command == "GET" else handler.lost()
+    with Replica(answers) as one, Replica(answers) as other, Proxy(root, folder, [one.port, other.port]) as proxy:
+        # It opens another connection when the proxy says that it closes this one.
+        client = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=DEADLINE)
+        for _ in range(3):
+            for method in ("GET", "POST", "DELETE"):
+                client.request(method, "/v1/mcp-servers/x/tools/y/run", None if method == "GET" else "{}")
+                answer = client.getresponse()
+                body = json.loads(answer.read())
+                if method == "GET":
+                    assert answer.status == 200, (answer.status, body)
+                    continue
+                assert (answer.status, answer.headers["x-should-retry"]) == (502, "false"), (method, answer.status, body)
+                # The fields of Portolan's own errors, and an id that its log has.
+                assert set(body) == {"detail", "code", "request_id"} and body["code"] == "connection_lost", body
+                wait_for(lambda: body["request_id"] in proxy.log.read_text(), "the log does not have the id")
+        client.close()
+        assert len(one.asked) + len(other.asked) == 9, (one.asked, other.asked)
 
 
 def a_request_that_could_not_be_sent_goes_to_another_replica_once(root, folder):
@@ -190,6 +215,7 @@ def events_are_not_held_back(root, folder):
 TESTS = [
     haproxy_reads_its_configuration,
     a_request_that_was_sent_is_never_sent_again,
+    a_lost_answer_is_said_on_a_client_that_asked_before,
     a_request_that_could_not_be_sent_goes_to_another_replica_once,
     what_portolan_says_passes_as_it_is,
     events_are_not_held_back,
