@@ -349,6 +349,56 @@ async fn an_sdk_that_tries_again_elsewhere_gets_the_outcome_of_its_first_try() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn who_follows_a_run_waits_for_a_database_that_is_away() {
+    let one = Portolan::start().await;
+    let Some(other) = one.replica(|_| {}).await else { return one.stop().await };
+    let (server, script) = one.create_stdio("followed", &json!({})).await;
+    let tool = Tool::of(&one, &server, &script, "slow").await;
+    let mut database = PgConnection::connect(&one.database_url().unwrap()).await.unwrap();
+    tool.run_and_leave(&one, (TRIES, "0"), slow(9_000)).await;
+    let (again, ()) = tokio::join!(tool.run(&other, (TRIES, "1"), slow(9_000)), async {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        while contents(&one).await.is_empty() {
+            assert!(tokio::time::Instant::now() < deadline, "nobody has the run");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        database.execute("BEGIN").await.unwrap();
+        database.execute("LOCK TABLE shared_runs IN ACCESS EXCLUSIVE MODE").await.unwrap();
+        tokio::time::sleep(Duration::from_secs(7)).await;
+        database.execute("ROLLBACK").await.unwrap();
+    });
+    assert!(repeated(&again) && again.text.contains("done"), "{}", again.text);
+    assert_eq!(tool.calls(), 1);
+    database.close().await.unwrap();
+    other.stop().await;
+    one.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_under_way_is_left_to_its_replica_when_its_time_is_over() {
+    let one = Portolan::start().await;
+    let Some(other) = one.replica(|settings| settings.runs.key_window = Duration::from_millis(400)).await else {
+        return one.stop().await;
+    };
+    let (server, script) = one.create_stdio("over", &json!({})).await;
+    let tool = Tool::of(&one, &server, &script, "slow").await;
+    let mut database = PgConnection::connect(&one.database_url().unwrap()).await.unwrap();
+    let (first, second) = tokio::join!(tool.run(&one, (KEY, "k"), slow(WHILE)), async {
+        eventually("the tool is called", || tool.calls() == 1).await;
+        let over = "UPDATE shared_runs SET expires_at = CURRENT_TIMESTAMP - interval '1 day'";
+        database.execute(AssertSqlSafe(over.to_owned())).await.unwrap();
+        // The other one sweeps meanwhile.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        tool.run(&other, (KEY, "k"), slow(WHILE)).await
+    });
+    assert!(repeated(&second) && second.text == first.text, "{}", second.text);
+    assert_eq!(tool.calls(), 1);
+    database.close().await.unwrap();
+    other.stop().await;
+    one.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lost_run_elsewhere_is_meant_before_an_equal_one_that_was_answered_here() {
     let one = Portolan::start().await;
     let Some(other) = one.replica(|_| {}).await else { return one.stop().await };

@@ -10,13 +10,13 @@
 //!
 //! A replica lives as long as its beats come. What one that ended without a word had sent, nobody knows: it is not made again.
 
+use std::collections::{BTreeSet, HashSet};
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use chrono::{DateTime, TimeDelta, Utc};
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, join_all};
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -26,9 +26,7 @@ use uuid::Uuid;
 use crate::config::Runs as Settings;
 use crate::error::Error;
 use crate::mcp;
-use crate::store::{
-    self, Claim, Claimed, NewSharedRun, Question, Replica, SharedProgress as Progress, Store, Topic, now,
-};
+use crate::store::{self, Claim, Claimed, NewSharedRun, Question, Replica, SharedProgress as Progress, Store, Topic};
 
 use super::drip::Ended;
 use super::repeats::{Call, Digest, key_taken};
@@ -52,6 +50,10 @@ const LOOK_FOR_ANSWERS_EVERY: Duration = Duration::from_millis(100);
 const LOOK_AT_REPLICAS_EVERY: Duration = Duration::from_secs(2);
 /// Where the database has no NOTIFY, too, answers come in time.
 const QUESTIONS_EVERY: Duration = Duration::from_secs(2);
+/// After a beat that the database did not take.
+const BEAT_AGAIN: Duration = Duration::from_millis(500);
+/// How many questions are answered at once, of the connections to the database that all share.
+const ANSWERS_AT_ONCE: usize = 4;
 /// How many beats there are in the time after which a replica without any is lost.
 const BEATS: u32 = 6;
 /// How much longer than a run may take one waits for its end elsewhere.
@@ -64,16 +66,20 @@ const SWEEP_PAUSE: Duration = Duration::from_millis(20);
 /// What a replica says of a run without a key, out of its memory.
 pub enum Recall {
     Nothing,
-    /// It was not sent, and its client was told to try again, so long ago.
-    Refused(Duration),
+    /// It was not sent, and its client was told to try again, then.
+    Refused {
+        number: u64,
+        at: Instant,
+    },
     Known(Known),
     /// It asks for this run itself, and does not know yet whether before or after the question.
     Later,
 }
 
 pub struct Known {
-    /// How long ago it began.
-    pub age: Duration,
+    pub began: Instant,
+    /// Which of equal runs it is.
+    pub number: u64,
     /// Nobody has got its outcome, or waits for it.
     pub is_lost: bool,
     pub outcome: BoxFuture<'static, Ended>,
@@ -84,7 +90,7 @@ pub enum Verdict {
     /// It is made here.
     Made,
     /// It is the one that this replica knows.
-    Known(BoxFuture<'static, Ended>),
+    Known(Known),
     /// This came of it elsewhere.
     Ended(Bytes),
 }
@@ -113,6 +119,11 @@ impl Asking {
         self.0.store(question, Ordering::Release);
     }
 
+    /// It waits for another run that this replica knows, and will itself tell of.
+    fn wait_here(&self) {
+        self.number(i64::MAX);
+    }
+
     /// It asks no more: it is made here.
     fn end(&self) {
         self.number(0);
@@ -131,6 +142,10 @@ struct Shared {
     /// How long a run takes at most.
     longest: Duration,
     attempts: AtomicI64,
+    /// Those of them with a key whose rows may say `running`: under way, or with an outcome that is not written.
+    under_way: Mutex<HashSet<i64>>,
+    /// The last question that is answered, with all before it.
+    answered: AtomicI64,
     /// Bytes of outcomes that are not written yet.
     unwritten: AtomicUsize,
     /// Since when beats have come without a gap, and the last one.
@@ -151,6 +166,8 @@ impl Elsewhere {
             replica: Uuid::new_v4().simple().to_string(),
             longest,
             attempts: AtomicI64::new(0),
+            under_way: Mutex::default(),
+            answered: AtomicI64::new(0),
             unwritten: AtomicUsize::new(0),
             beats: Mutex::new(None),
             closing: CancellationToken::new(),
@@ -166,13 +183,18 @@ impl Elsewhere {
     }
 
     /// Says that this replica lives, before it serves, and goes on saying so. `recall` says what it knows of a run that
-    /// another one asks for.
-    pub async fn open(&self, recall: impl Fn(&Digest, i64) -> Recall + Send + Sync + 'static) {
+    /// another one asks for, and `taken` hears the number of what another one was told of.
+    pub async fn open(
+        &self,
+        recall: impl Fn(&Digest, i64) -> Recall + Send + Sync + 'static,
+        taken: impl Fn(&Digest, u64) + Send + Sync + 'static,
+    ) {
         let closing = &self.0.closing;
         self.0.tasks.spawn(closing.clone().run_until_cancelled_owned(self.clone().sweep()));
         if self.is_shared() {
-            self.beat(0).await;
-            self.0.tasks.spawn(closing.clone().run_until_cancelled_owned(self.clone().attend(recall)));
+            self.beat().await;
+            self.0.tasks.spawn(closing.clone().run_until_cancelled_owned(self.clone().pulse()));
+            self.0.tasks.spawn(closing.clone().run_until_cancelled_owned(self.clone().attend(recall, taken)));
         }
     }
 
@@ -195,7 +217,8 @@ impl Elsewhere {
     // --- Who lives ---------------------------------------------------------------------------------------------------
 
     /// `false` when the database did not take it.
-    async fn beat(&self, answered_up_to: i64) -> bool {
+    async fn beat(&self) -> bool {
+        let answered_up_to = self.0.answered.load(Ordering::Acquire);
         let done = timeout(RECORD_TIMEOUT, self.0.store.beat(&self.0.replica, answered_up_to)).await;
         let is_done = matches!(done, Ok(Ok(())));
         if is_done {
@@ -208,6 +231,16 @@ impl Elsewhere {
             *beats = Some((first, now));
         }
         is_done
+    }
+
+    /// Apart from the answers, however many there are to give: who is busy lives.
+    async fn pulse(self) {
+        let every = self.0.settings.replica_lost_after / BEATS;
+        loop {
+            // The first one came before this task, and may have failed.
+            let is_alive = self.beat().await;
+            sleep(if is_alive { every } else { every.min(BEAT_AGAIN) }).await;
+        }
     }
 
     fn beats(&self) -> std::sync::MutexGuard<'_, Option<(Instant, Instant)>> {
@@ -235,23 +268,31 @@ impl Elsewhere {
 
     /// The row of a run with a key. `is_repeated` will say whether another request, elsewhere or before this start, began it.
     pub fn record(&self, call: &Call, is_repeated: Arc<AtomicBool>) -> Record {
-        let run = self.row(hex(&call.identity), &call.server_id, call.arguments, now());
+        let attempt = self.0.attempts.fetch_add(1, Ordering::Relaxed);
+        let kept_for = self.0.settings.key_window + self.0.longest + GRACE;
+        let run = self.row(hex(&call.identity), attempt, &call.server_id, call.arguments, kept_for);
+        self.under_way().insert(attempt);
         Record { elsewhere: self.clone(), run: Arc::new(run), is_repeated }
     }
 
-    fn row(&self, id: String, server_id: &str, arguments: Digest, began_at: DateTime<Utc>) -> NewSharedRun {
+    fn row(&self, id: String, attempt: i64, server_id: &str, arguments: Digest, kept_for: Duration) -> NewSharedRun {
         NewSharedRun {
             id,
             replica: self.0.replica.clone(),
-            attempt: self.0.attempts.fetch_add(1, Ordering::Relaxed),
+            attempt,
             mcp_server_id: server_id.to_owned(),
             arguments,
-            began_at,
-            expires_at: after(self.0.settings.key_window + self.0.longest + GRACE),
+            age: Duration::ZERO,
+            kept_for,
         }
     }
 
-    /// What came of a run elsewhere, when its end is there.
+    fn under_way(&self) -> std::sync::MutexGuard<'_, HashSet<i64>> {
+        self.0.under_way.lock().expect("no code panics while it holds the attempts")
+    }
+
+    /// What came of a run elsewhere, when its end is there. It is known that there is one: a database that is away is waited
+    /// for, and nobody is told that nothing was done.
     ///
     /// # Errors
     /// [`Error::RunUnknown`] when it will never be known.
@@ -259,35 +300,59 @@ impl Elsewhere {
         let deadline = Instant::now() + self.0.longest + GRACE;
         let mut looked_at = None;
         loop {
-            let Some(run) = self.0.store.shared_run(id).await? else { return Ok(Followed::Gone) };
-            // Of one that cannot be opened nobody knows what it was, but that it was.
-            if let (Some(ours), Some(theirs)) = (arguments, &run.arguments)
-                && ours != theirs
-            {
-                return Err(key_taken());
-            }
-            match run.progress {
-                Progress::Ended(outcome) => return Ok(Followed::Ended(outcome.map_or_else(not_kept, Bytes::from))),
-                Progress::Unsent => return Ok(Followed::Gone),
-                Progress::Running => {}
-            }
-            if looked_at.is_none_or(|at: Instant| at.elapsed() >= LOOK_AT_REPLICAS_EVERY) {
-                looked_at = Some(Instant::now());
-                if !self.lives(&run.replica).await? {
-                    // It may have written the end between the two looks, and left.
-                    return match self.0.store.shared_run(id).await?.map(|run| run.progress) {
-                        None | Some(Progress::Unsent) => Ok(Followed::Gone),
-                        Some(Progress::Ended(outcome)) => {
-                            Ok(Followed::Ended(outcome.map_or_else(not_kept, Bytes::from)))
-                        }
-                        Some(Progress::Running) => Err(Error::RunUnknown { replied: true }),
-                    };
+            match self.look(id, arguments, &mut looked_at).await {
+                Ok(Some(followed)) => return Ok(followed),
+                Ok(None) | Err(Error::Unavailable(_) | Error::Overload { .. }) => {}
+                Err(error @ (Error::Invalid(_) | Error::RunUnknown { .. })) => return Err(error),
+                Err(error) => {
+                    tracing::error!(%error, "a run elsewhere cannot be followed");
+                    return Err(Error::RunUnknown { replied: false });
                 }
             }
             if Instant::now() >= deadline {
                 return Err(Error::RunUnknown { replied: true });
             }
             sleep(LOOK_EVERY).await;
+        }
+    }
+
+    /// `None` as long as it is under way.
+    async fn look(
+        &self,
+        id: &str,
+        arguments: Option<&Digest>,
+        looked_at: &mut Option<Instant>,
+    ) -> Result<Option<Followed>, Error> {
+        let ended = |outcome: Option<Vec<u8>>| Followed::Ended(outcome.map_or_else(not_kept, Bytes::from));
+        let Some(run) = self.0.store.shared_run(id).await? else { return Ok(Some(Followed::Gone)) };
+        // Of one that cannot be opened nobody knows what it was, but that it was.
+        if let (Some(ours), Some(theirs)) = (arguments, &run.arguments)
+            && ours != theirs
+        {
+            return Err(key_taken());
+        }
+        match run.progress {
+            Progress::Ended(outcome) => return Ok(Some(ended(outcome))),
+            Progress::Unsent => return Ok(Some(Followed::Gone)),
+            Progress::Running => {}
+        }
+        if run.replica == self.0.replica && arguments.is_some() && !self.under_way().contains(&run.attempt) {
+            // Given up before anything was sent, and written all the same.
+            self.0.store.free_attempt(id, &run.replica, run.attempt).await?;
+            return Ok(Some(Followed::Gone));
+        }
+        if looked_at.is_some_and(|at| at.elapsed() < LOOK_AT_REPLICAS_EVERY) {
+            return Ok(None);
+        }
+        if self.lives(&run.replica).await? {
+            *looked_at = Some(Instant::now());
+            return Ok(None);
+        }
+        // It may have written the end between the two looks, and left.
+        match self.0.store.shared_run(id).await?.map(|run| run.progress) {
+            None | Some(Progress::Unsent) => Ok(Some(Followed::Gone)),
+            Some(Progress::Ended(outcome)) => Ok(Some(ended(outcome))),
+            Some(Progress::Running) => Err(Error::RunUnknown { replied: true }),
         }
     }
 
@@ -318,7 +383,7 @@ impl Elsewhere {
         let _ = timeout(WRITE_FIRST, written).await;
     }
 
-    /// `false` when it will never be written.
+    /// `false` when it will never be written. Of a run whose outcome is not written the row stays that of one under way.
     async fn try_to_write(&self, run: &NewSharedRun, progress: Option<&Progress>, kept_for: Duration) -> bool {
         let deadline = Instant::now() + WRITE_FOR;
         let (mut pause, longest_pause) = RETRY;
@@ -326,12 +391,15 @@ impl Elsewhere {
             let store = &self.0.store;
             let written = async {
                 match progress {
-                    Some(progress) => store.end_shared_run(run, progress, after(kept_for)).await.map(|_| ()),
+                    Some(progress) => store.end_shared_run(run, progress, kept_for).await.map(|_| ()),
                     None => store.free_shared_run(run).await,
                 }
             };
             match timeout(WRITE_TIMEOUT, written).await {
-                Ok(Ok(())) => return true,
+                Ok(Ok(())) => {
+                    self.under_way().remove(&run.attempt);
+                    return true;
+                }
                 // Also a full disk may have room again.
                 Ok(Err(store::Error::Unavailable(_) | store::Error::Full(_))) | Err(_) if Instant::now() < deadline => {
                 }
@@ -371,16 +439,15 @@ impl Elsewhere {
             Ok(Ok(others)) => others,
             failed => match local {
                 // As good as it gets: it is one that this client, or another with an equal run, asked for.
-                Recall::Known(known) => return Ok(Verdict::Known(known.outcome)),
+                Recall::Known(_) => return Ok(decide(local, asking)),
                 _ => return Err(failed.map_or_else(|_| away(), |failed| failed.expect_err("it failed").into())),
             },
         };
         if others.is_empty() {
             return Ok(decide(local, asking));
         }
-        let expires_at = after(self.0.longest + GRACE);
         let identity = hex(&call.identity);
-        let asked = self.0.store.ask(&identity, &call.server_id, &self.0.replica, expires_at);
+        let asked = self.0.store.ask(&identity, &call.server_id, &self.0.replica, self.0.longest + GRACE);
         let question = timeout(RECORD_TIMEOUT, asked).await.map_err(|_| away())??;
         asking.number(question);
         self.0.store.announce(Topic::Runs);
@@ -398,18 +465,22 @@ impl Elsewhere {
         is_repeated: &AtomicBool,
     ) -> Result<Verdict, Error> {
         let deadline = Instant::now() + ANSWER_TIMEOUT;
+        let mut is_claimed = false;
         let claims = loop {
-            // First who has answered, then what: a replica writes them in the other order.
-            let now = self.0.store.others(&self.0.replica).await?;
-            let has_answered =
-                |other: &Replica| now.iter().any(|now| now.id == other.id && now.answered_up_to >= question);
-            let all_answered = others.iter().all(has_answered);
-            let claims = self.0.store.claims(question).await?;
-            if let Some(lost) = claims.iter().filter(|one| one.claim == Claim::Lost).max_by_key(|one| one.began_at) {
-                return self.followed(&lost.id, is_repeated).await;
-            }
-            if all_answered {
-                break claims;
+            match self.answers(question, others).await {
+                Ok((all_answered, claims)) => {
+                    is_claimed |= !claims.is_empty();
+                    let lost = claims.iter().filter(|one| one.claim == Claim::Lost);
+                    if let Some(lost) = lost.min_by_key(|one| one.age) {
+                        return self.followed(&lost.id, is_repeated).await;
+                    }
+                    if all_answered {
+                        break claims;
+                    }
+                }
+                Err(store::Error::Unavailable(_)) if Instant::now() < deadline => {}
+                Err(error) if !is_claimed => return Err(error.into()),
+                Err(_) => return Err(Error::RunUnknown { replied: false }),
             }
             if Instant::now() >= deadline {
                 return Err(Error::RunUnknown { replied: false });
@@ -418,12 +489,12 @@ impl Elsewhere {
             sleep(LOOK_FOR_ANSWERS_EVERY).await;
         };
         let ours = match &local {
-            Recall::Refused(age) | Recall::Known(Known { age, .. }) => Some(before(*age)),
+            Recall::Refused { at, .. } | Recall::Known(Known { began: at, .. }) => Some(at.elapsed()),
             _ => None,
         };
-        let newest = claims.iter().max_by_key(|one| one.began_at);
+        let newest = claims.iter().min_by_key(|one| one.age);
         match newest {
-            Some(Claimed { began_at, .. }) if ours.is_some_and(|ours| ours >= *began_at) => Ok(decide(local, asking)),
+            Some(Claimed { age, .. }) if ours.is_some_and(|ours| ours <= *age) => Ok(decide(local, asking)),
             Some(Claimed { claim: Claim::Refused, .. }) => {
                 asking.end();
                 Ok(Verdict::Made)
@@ -431,6 +502,14 @@ impl Elsewhere {
             Some(Claimed { id, .. }) => self.followed(id, is_repeated).await,
             None => Ok(decide(local, asking)),
         }
+    }
+
+    /// Whether all have answered by now, and what.
+    async fn answers(&self, question: i64, others: &[Replica]) -> Result<(bool, Vec<Claimed>), store::Error> {
+        // First who has answered, then what: a replica writes them in the other order.
+        let now = self.0.store.others(&self.0.replica).await?;
+        let has_answered = |other: &Replica| now.iter().any(|now| now.id == other.id && now.answered_up_to >= question);
+        Ok((others.iter().all(has_answered), self.0.store.claims(question).await?))
     }
 
     async fn followed(&self, id: &str, is_repeated: &AtomicBool) -> Result<Verdict, Error> {
@@ -456,60 +535,74 @@ impl Elsewhere {
         self.0.writes.spawn(abandoned.run_until_cancelled_owned(forgotten));
     }
 
-    /// Beats, and answers what others ask.
-    async fn attend(self, recall: impl Fn(&Digest, i64) -> Recall) {
+    /// Answers what others ask.
+    async fn attend(self, recall: impl Fn(&Digest, i64) -> Recall, taken: impl Fn(&Digest, u64)) {
         let every = self.0.settings.replica_lost_after / BEATS;
-        let (mut answered, mut beat_at, mut told) = (0, Instant::now(), false);
+        // Behind one that is not answered yet.
+        let (mut ahead, mut told) = (BTreeSet::new(), false);
         let mut heard = self.0.store.heard(Topic::Runs);
         loop {
+            let mut answered = self.0.answered.load(Ordering::Acquire);
             let questions = timeout(WRITE_TIMEOUT, self.0.store.questions_after(answered)).await;
-            let mut up_to = answered;
-            match questions {
-                Ok(Ok(questions)) => {
-                    for question in &questions {
-                        if !self.answer(question, &recall).await {
+            if let Ok(Ok(questions)) = &questions {
+                told = false;
+                for some in questions.chunks(ANSWERS_AT_ONCE) {
+                    let answers = some.iter().map(async |question| {
+                        (ahead.contains(&question.id) || self.answer(question, &recall, &taken).await, question.id)
+                    });
+                    let done = join_all(answers).await;
+                    ahead.extend(done.into_iter().filter(|(is_done, _)| *is_done).map(|(_, id)| id));
+                    let before = answered;
+                    for id in questions.iter().map(|question| question.id) {
+                        if id > answered && !ahead.contains(&id) {
                             break;
                         }
-                        up_to = question.id;
+                        answered = answered.max(id);
                     }
-                    told = false;
+                    ahead = ahead.split_off(&(answered + 1));
+                    self.0.answered.store(answered, Ordering::Release);
+                    if answered > before {
+                        // If it fails, the next one says so too.
+                        self.beat().await;
+                    }
                 }
-                _ if !told => {
-                    told = true;
-                    tracing::warn!("other replicas cannot be answered: the database is away; it is tried again");
-                }
-                _ => {}
-            }
-            if (up_to > answered || beat_at.elapsed() >= every) && self.beat(up_to).await {
-                (answered, beat_at) = (up_to, Instant::now());
+            } else if !told {
+                told = true;
+                tracing::warn!("other replicas cannot be answered: the database is away; it is tried again");
             }
             let _ = timeout(QUESTIONS_EVERY.min(every), heard.changed()).await;
         }
     }
 
     /// `false` when it is to be tried again.
-    async fn answer(&self, question: &Question, recall: &impl Fn(&Digest, i64) -> Recall) -> bool {
+    async fn answer(
+        &self,
+        question: &Question,
+        recall: &impl Fn(&Digest, i64) -> Recall,
+        taken: &impl Fn(&Digest, u64),
+    ) -> bool {
         if question.asked_by == self.0.replica {
             return true;
         }
         let Some(identity) = from_hex(&question.identity) else { return true };
-        let (claim, age, outcome) = match recall(&identity, question.id) {
+        let (claim, at, number, outcome) = match recall(&identity, question.id) {
             Recall::Nothing => return true,
             Recall::Later => return false,
-            Recall::Refused(age) => (Claim::Refused, age, None),
-            Recall::Known(Known { age, is_lost, outcome }) => {
-                (if is_lost { Claim::Lost } else { Claim::Known }, age, Some(outcome))
+            Recall::Refused { number, at } => (Claim::Refused, at, number, None),
+            Recall::Known(Known { began, number, is_lost, outcome }) => {
+                (if is_lost { Claim::Lost } else { Claim::Known }, began, number, Some(outcome))
             }
         };
         let id = format!("{}.{}", question.id, self.0.replica);
-        let run = NewSharedRun {
-            expires_at: after(self.0.longest + GRACE),
-            ..self.row(id, &question.mcp_server_id, Digest::default(), before(age))
-        };
+        // The same each time, and none of a run with a key.
+        let row = self.row(id, -question.id, &question.mcp_server_id, Digest::default(), self.0.longest + GRACE);
+        let run = NewSharedRun { age: at.elapsed(), ..row };
         let claimed = self.0.store.claim_run(&run, &Progress::Running, question.id, claim);
+        // One that an earlier attempt wrote after all is as good.
         if !matches!(timeout(WRITE_TIMEOUT, claimed).await, Ok(Ok(_))) {
             return false;
         }
+        taken(&identity, number);
         if let Some(outcome) = outcome {
             let this = self.clone();
             self.0.writes.spawn(async move {
@@ -582,15 +675,35 @@ impl Record {
             // Also when nobody knows whether it was ever written.
             let progress = ended.as_ref().ok().map(|json| Progress::Ended(Some(json.to_vec())));
             let kept_for = self.elsewhere.0.settings.key_window;
+            if progress.is_none() {
+                self.elsewhere.under_way().remove(&self.run.attempt);
+                self.free_later();
+            }
             self.elsewhere.write(self.run, progress, kept_for).await;
+        } else {
+            self.elsewhere.under_way().remove(&self.run.attempt);
         }
+    }
+}
+
+impl Record {
+    /// A statement that was given up may still be carried out, after the row was removed.
+    fn free_later(&self) {
+        let (this, run) = (self.elsewhere.clone(), self.run.clone());
+        let closing = this.0.closing.clone();
+        let freed = async move {
+            sleep(WRITE_TIMEOUT).await;
+            let _ = timeout(WRITE_TIMEOUT, this.0.store.free_shared_run(&run)).await;
+        };
+        self.elsewhere.0.tasks.spawn(closing.run_until_cancelled_owned(freed));
     }
 }
 
 /// What this replica makes of a try again when nobody else has a say.
 fn decide(local: Recall, asking: &Asking) -> Verdict {
     if let Recall::Known(known) = local {
-        return Verdict::Known(known.outcome);
+        asking.wait_here();
+        return Verdict::Known(known);
     }
     asking.end();
     Verdict::Made
@@ -604,14 +717,6 @@ pub fn not_kept() -> Bytes {
 
 fn away() -> Error {
     Error::Overload { source: mcp::Error::Store, retry_after: Duration::from_secs(1) }
-}
-
-fn after(time: Duration) -> DateTime<Utc> {
-    now() + TimeDelta::from_std(time).expect("the settings have a longest time")
-}
-
-fn before(age: Duration) -> DateTime<Utc> {
-    now() - TimeDelta::from_std(age).expect("it began after Portolan")
 }
 
 fn hex(digest: &Digest) -> String {

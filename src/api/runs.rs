@@ -98,7 +98,7 @@ impl Runs {
         W: Future<Output = Result<Bytes, Error>> + Send + 'static,
     {
         let sent = Sent::default();
-        self.guarded(sent.clone(), work(sent)).in_current_span().boxed()
+        self.guarded(sent.clone(), Arc::default(), work(sent)).in_current_span().boxed()
     }
 
     /// The one run that `call` means. Starts it with `work` if there is none.
@@ -122,11 +122,13 @@ impl Runs {
         let local = match found {
             // Who has lost its client is meant, whatever there is elsewhere.
             Recall::Known(known) if !asks || known.is_lost => {
+                shelf.take(&Place { identity: call.identity, number: known.number });
                 return Ok(Joined { outcome: known.outcome, is_repeated: Arc::new(AtomicBool::new(true)) });
             }
             local => local,
         };
-        let run = Arc::new(Run { asking: if asks { Asking::begun() } else { Asking::default() }, ..Run::default() });
+        let asking = if asks { Asking::begun() } else { Asking::default() };
+        let run = Arc::new(Run { asking, is_made: AtomicBool::new(!asks), ..Run::default() });
         let place = Place { identity: call.identity, number: shelf.begin(call, &run) };
         let outcome = run.wait();
         drop(book);
@@ -134,7 +136,7 @@ impl Runs {
         let work = match call.naming {
             Naming::Key => self.recorded(call, sent.clone(), is_repeated.clone(), work),
             Naming::Again if asks => self.asked(call.clone(), local, &run, sent.clone(), is_repeated.clone(), work),
-            _ => self.guarded(sent.clone(), work(sent.clone())).boxed(),
+            _ => self.guarded(sent.clone(), is_repeated.clone(), work(sent.clone())).boxed(),
         };
         let driven = self.clone().drive(call.naming, place, run, sent, work);
         self.tracker.spawn(driven.in_current_span());
@@ -153,9 +155,9 @@ impl Runs {
     where
         W: Future<Output = Result<Bytes, Error>> + Send + 'static,
     {
-        let record = self.elsewhere.record(call, is_repeated);
+        let record = self.elsewhere.record(call, is_repeated.clone());
         let (begun, is_sent) = (record.clone(), sent.clone());
-        let made = self.guarded(sent, async move {
+        let made = self.guarded(sent, is_repeated, async move {
             match begun.begin().await? {
                 Some(json) => Ok(json),
                 None => work(is_sent).await,
@@ -182,15 +184,28 @@ impl Runs {
     where
         W: Future<Output = Result<Bytes, Error>> + Send + 'static,
     {
-        let (elsewhere, run, is_sent) = (self.elsewhere.clone(), run.clone(), sent.clone());
+        let (runs, elsewhere) = (self.clone(), self.elsewhere.clone());
+        let (run, is_sent, is_known) = (run.clone(), sent.clone(), is_repeated.clone());
+        let refused = match &local {
+            Recall::Refused { number, .. } => Some(*number),
+            _ => None,
+        };
         let made = async move {
+            let take = |number| runs.book().unkeyed.take(&Place { identity: call.identity, number });
             match elsewhere.ask(&call, local, &run.asking, &is_repeated).await? {
-                Verdict::Made => work(is_sent).await.map_err(Arc::new),
-                Verdict::Known(outcome) => outcome.await,
+                Verdict::Made => {
+                    refused.into_iter().for_each(take);
+                    run.is_made.store(true, Ordering::Relaxed);
+                    work(is_sent).await.map_err(Arc::new)
+                }
+                Verdict::Known(known) => {
+                    take(known.number);
+                    known.outcome.await
+                }
                 Verdict::Ended(json) => Ok(json),
             }
         };
-        self.guarded(sent, made).boxed()
+        self.guarded(sent, is_known, made).boxed()
     }
 
     /// Tells other replicas that this one lives, before it serves, and answers what they ask.
@@ -201,7 +216,9 @@ impl Runs {
             book.unkeyed.expire();
             book.unkeyed.recall(identity, Some(question)).unwrap_or(Recall::Nothing)
         };
-        self.elsewhere.open(recall).await;
+        let runs = self.clone();
+        let taken = move |identity: &Digest, number| runs.book().unkeyed.take(&Place { identity: *identity, number });
+        self.elsewhere.open(recall, taken).await;
     }
 
     /// Writes down what is still to be written of runs, all of which have ended.
@@ -215,10 +232,12 @@ impl Runs {
     }
 
     /// `work` until its end or that of Portolan. What the tool did before that, or before a panic, nobody knows: that is an
-    /// outcome (CONTRACT row 13). What was not sent by then never is, and may be repeated (row 14).
+    /// outcome (CONTRACT row 13). What was not sent by then never is, and may be repeated (row 14); but of one that
+    /// `is_repeated`, the first may have been sent.
     fn guarded<E: Into<Arc<Error>> + 'static>(
         &self,
         sent: Sent,
+        is_repeated: Arc<AtomicBool>,
         work: impl Future<Output = Result<Bytes, E>> + Send + 'static,
     ) -> impl Future<Output = Ended> + Send + 'static {
         let (ending, started, work) = (self.ending.clone(), Instant::now(), AssertUnwindSafe(work).catch_unwind());
@@ -228,6 +247,7 @@ impl Runs {
                 biased;
                 () = ending.cancelled() => match sent.load(Ordering::Relaxed) {
                     true => failed("Portolan was stopped before the tool answered; the tool may have run."),
+                    false if is_repeated.load(Ordering::Relaxed) => Err(Arc::new(Error::RunUnknown { replied: false })),
                     false => Err(Arc::new(mcp::Error::Stopping.into())),
                 },
                 ended = work => match ended {
@@ -246,7 +266,10 @@ impl Runs {
         tokio::select! {
             ended = work => {
                 // Behind an early head an error is a result, which no SDK repeats; a key tells repetitions by itself.
-                let leads_to_more = naming != Naming::Key && started.elapsed() < self.settings.early_head_after;
+                // And who could not be asked has refused nothing: the first try may be under way.
+                let leads_to_more = naming != Naming::Key
+                    && run.is_made.load(Ordering::Relaxed)
+                    && started.elapsed() < self.settings.early_head_after;
                 let mut book = self.book();
                 match ended {
                     Ok(json) => book.shelf(naming).end(&place, &run, json, run.waiting() > 0),
@@ -290,6 +313,8 @@ struct Run {
     progress: watch::Sender<Progress>,
     /// Whether other replicas are being asked for it.
     asking: Asking,
+    /// It is the business of this replica, not the outcome of another one's, nor a question of whose it is.
+    is_made: AtomicBool,
 }
 
 #[derive(Default)]
@@ -300,7 +325,8 @@ struct Progress {
 
 impl Default for Run {
     fn default() -> Self {
-        Self { progress: watch::Sender::new(Progress::default()), asking: Asking::default() }
+        let progress = watch::Sender::new(Progress::default());
+        Self { progress, asking: Asking::default(), is_made: AtomicBool::new(true) }
     }
 }
 
@@ -403,8 +429,8 @@ impl Entry {
 /// What a repetition means.
 enum Choice {
     Nothing,
-    /// One that was not sent, and whose client was told to try again then.
-    Refused(Instant),
+    /// One that was not sent, and whose client was told to try again: the number of it, and when.
+    Refused(u64, Instant),
     /// The run with this index.
     Entry(usize),
     /// It will be known when the run that asks itself has its number.
@@ -431,7 +457,15 @@ impl Shelf {
         if call.naming == Naming::First {
             return Ok(None);
         }
-        let Choice::Entry(chosen) = self.choose(&call.identity, None) else { return Ok(None) };
+        let chosen = match self.choose(&call.identity, None) {
+            Choice::Entry(chosen) => chosen,
+            Choice::Refused(..) => {
+                // One try again for one refusal.
+                self.refused.remove(&call.identity);
+                return Ok(None);
+            }
+            Choice::Nothing | Choice::Later => return Ok(None),
+        };
         if self.entries[&call.identity][chosen].arguments != call.arguments {
             return Err(key_taken());
         }
@@ -445,13 +479,13 @@ impl Shelf {
         match self.choose(identity, question) {
             Choice::Nothing => Ok(Recall::Nothing),
             Choice::Later => Ok(Recall::Later),
-            Choice::Refused(at) => Ok(Recall::Refused(at.elapsed())),
-            Choice::Entry(chosen) => self.hand_out(identity, chosen, most).map(Recall::Known),
+            Choice::Refused(number, at) => Ok(Recall::Refused { number, at }),
+            Choice::Entry(chosen) => self.show(identity, chosen, most).map(Recall::Known),
         }
     }
 
     /// Which run a repetition means.
-    fn choose(&mut self, identity: &Digest, question: Option<i64>) -> Choice {
+    fn choose(&self, identity: &Digest, question: Option<i64>) -> Choice {
         let mut seen = Vec::new();
         let entries = self.entries.get(identity).map_or(&[][..], Vec::as_slice);
         for (index, entry) in entries.iter().enumerate() {
@@ -471,11 +505,11 @@ impl Shelf {
             return Choice::Entry(*orphan);
         }
         let newest = seen.last().copied();
-        match (self.refused.remove(identity), newest) {
+        match (self.refused.get(identity), newest) {
             (Some((number, at)), newest)
-                if newest.is_none_or(|newest| number > entries[newest].number) && at.elapsed() <= self.window =>
+                if newest.is_none_or(|newest| *number > entries[newest].number) && at.elapsed() <= self.window =>
             {
-                Choice::Refused(at)
+                Choice::Refused(*number, *at)
             }
             (_, Some(newest)) => Choice::Entry(newest),
             (_, None) => Choice::Nothing,
@@ -483,29 +517,40 @@ impl Shelf {
     }
 
     /// The outcome of this run, or the wait for it, unless `most` wait for it already.
-    fn hand_out(&mut self, identity: &Digest, chosen: usize, most: usize) -> Result<Known, Error> {
-        let entry = &mut self.entries.get_mut(identity).expect("it was chosen")[chosen];
-        let (age, is_lost) = (entry.began.elapsed(), entry.is_orphan());
-        let outcome = match &mut entry.state {
+    fn show(&self, identity: &Digest, chosen: usize, most: usize) -> Result<Known, Error> {
+        let entry = &self.entries[identity][chosen];
+        let is_lost = entry.is_orphan();
+        let outcome = match &entry.state {
             State::Running(run) if run.waiting() >= most => return Err(Error::Crowded),
             State::Running(run) => run.wait(),
-            State::Ended { end, outcome, taken } => {
-                self.clock += 1;
-                let before = std::mem::replace(end, self.clock);
-                let (_, place) = self.ended.remove(&before).expect("what has ended is in the order of ends");
-                self.ended.insert(*end, (Instant::now(), place));
-                if self.kept.remove(&before) {
-                    self.kept.insert(*end);
-                }
-                *taken = true;
-                let json = match outcome {
-                    Outcome::Kept(json) => json.clone(),
-                    Outcome::Dropped => not_kept(),
-                };
-                ready(Ok(json)).boxed()
-            }
+            State::Ended { outcome: Outcome::Kept(json), .. } => ready(Ok(json.clone())).boxed(),
+            State::Ended { outcome: Outcome::Dropped, .. } => ready(Ok(not_kept())).boxed(),
         };
-        Ok(Known { age, is_lost, outcome })
+        Ok(Known { began: entry.began, number: entry.number, is_lost, outcome })
+    }
+
+    /// As [`Self::show`], for somebody who gets it now.
+    fn hand_out(&mut self, identity: &Digest, chosen: usize, most: usize) -> Result<Known, Error> {
+        let known = self.show(identity, chosen, most)?;
+        self.take(&Place { identity: *identity, number: known.number });
+        Ok(known)
+    }
+
+    /// Somebody gets the outcome of this run, if it has ended, or tries again because it was refused.
+    fn take(&mut self, place: &Place) {
+        if self.refused.get(&place.identity).is_some_and(|(number, _)| *number == place.number) {
+            self.refused.remove(&place.identity);
+        }
+        let now = self.clock + 1;
+        let Some(Entry { state: State::Ended { end, taken, .. }, .. }) = self.entry(place) else { return };
+        *taken = true;
+        let before = std::mem::replace(end, now);
+        self.clock = now;
+        self.ended.remove(&before).expect("what has ended is in the order of ends");
+        self.ended.insert(now, (Instant::now(), *place));
+        if self.kept.remove(&before) {
+            self.kept.insert(now);
+        }
     }
 
     /// The number of a new run.
@@ -706,6 +751,29 @@ mod tests {
         refused(&mut shelf, 0, busy(), true, true);
         made(&mut shelf, "newer", true);
         assert_eq!(again(&mut shelf).unwrap(), "newer");
+    }
+
+    #[test]
+    fn what_others_are_told_is_used_up_only_when_they_have_heard_it() {
+        let mut shelf = shelf();
+        made(&mut shelf, "before", true);
+        refused(&mut shelf, 0, busy(), true, true);
+        let mut number = None;
+        for _ in 0..2 {
+            let Ok(Recall::Refused { number: refused, .. }) = shelf.recall(&[0; 32], Some(1)) else { panic!() };
+            number = Some(refused);
+        }
+        shelf.take(&Place { identity: [0; 32], number: number.unwrap() });
+        assert_eq!(again(&mut shelf).unwrap(), "before");
+        made(&mut shelf, "lost", false);
+        for is_lost in [true, true, false] {
+            let Ok(Recall::Known(known)) = shelf.recall(&[0; 32], Some(1)) else { panic!() };
+            assert_eq!(known.is_lost, is_lost);
+            // Heard after the second time.
+            if number.replace(known.number) == Some(known.number) {
+                shelf.take(&Place { identity: [0; 32], number: known.number });
+            }
+        }
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! The tables `replicas` and `run_questions`: which Portolans serve this database, and what they ask each other. Of use on
 //! PostgreSQL alone; how old a beat is the database says, whose clock is the same for all.
 
-use chrono::{DateTime, Utc};
+use std::time::Duration;
+
 use sqlx::FromRow;
 
-use super::{Error, Store, now, on_db};
+use super::{Database, Error, Store, on_db};
 
 /// How many questions one statement reads, and removes.
 const QUESTIONS_AT_ONCE: i64 = 200;
@@ -35,7 +36,8 @@ impl Store {
     /// Says that this replica lives, and which questions it has answered.
     pub async fn beat(&self, replica: &str, answered_up_to: i64) -> Result<(), Error> {
         const SQL: &str = "INSERT INTO replicas (id, beat_at, answered_up_to) VALUES ($1, CURRENT_TIMESTAMP, $2) \
-                           ON CONFLICT (id) DO UPDATE SET beat_at = CURRENT_TIMESTAMP, answered_up_to = $2";
+                           ON CONFLICT (id) DO UPDATE SET beat_at = CURRENT_TIMESTAMP, \
+                           answered_up_to = CASE WHEN replicas.answered_up_to > $2 THEN replicas.answered_up_to ELSE $2 END";
         on_db!(self, write pool => {
             sqlx::query(SQL).bind(replica).bind(answered_up_to).execute(pool).await.map(|_| ())
         })?;
@@ -74,14 +76,23 @@ impl Store {
         identity: &str,
         mcp_server_id: &str,
         asked_by: &str,
-        expires_at: DateTime<Utc>,
+        kept_for: Duration,
     ) -> Result<i64, Error> {
-        const SQL: &str = "INSERT INTO run_questions (identity, mcp_server_id, asked_by, expires_at) VALUES ($1, $2, $3, $4) RETURNING id";
-        Ok(on_db!(self, write pool => sqlx::query_scalar(SQL)
+        let sql = match self.database {
+            Database::Postgres(_) => {
+                "INSERT INTO run_questions (identity, mcp_server_id, asked_by, expires_at) \
+                 VALUES ($1, $2, $3, CURRENT_TIMESTAMP + make_interval(secs => $4)) RETURNING id"
+            }
+            Database::Sqlite { .. } => {
+                "INSERT INTO run_questions (identity, mcp_server_id, asked_by, expires_at) \
+                 VALUES ($1, $2, $3, strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now', $4 || ' seconds')) RETURNING id"
+            }
+        };
+        Ok(on_db!(self, write pool => sqlx::query_scalar(sql)
             .bind(identity)
             .bind(mcp_server_id)
             .bind(asked_by)
-            .bind(expires_at)
+            .bind(kept_for.as_secs_f64())
             .fetch_one(pool)
             .await)?)
     }
@@ -104,10 +115,18 @@ impl Store {
 
     /// Removes some of the questions whose time is over; how many, 0 when there are no more.
     pub async fn forget_questions(&self) -> Result<u64, Error> {
-        const SQL: &str = "DELETE FROM run_questions WHERE id IN \
-                           (SELECT id FROM run_questions WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)";
+        let sql = match self.database {
+            Database::Postgres(_) => {
+                "DELETE FROM run_questions WHERE id IN \
+                 (SELECT id FROM run_questions WHERE expires_at <= CURRENT_TIMESTAMP ORDER BY expires_at LIMIT $1)"
+            }
+            Database::Sqlite { .. } => {
+                "DELETE FROM run_questions WHERE id IN (SELECT id FROM run_questions \
+                 WHERE expires_at <= strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now') ORDER BY expires_at LIMIT $1)"
+            }
+        };
         Ok(on_db!(self, write pool => {
-            sqlx::query(SQL).bind(now()).bind(QUESTIONS_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
+            sqlx::query(sql).bind(QUESTIONS_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
         })?)
     }
 }

@@ -1,12 +1,13 @@
 //! The table `shared_runs`: runs that another replica, or a later start, may ask about. One with an `Idempotency-Key` has a row
 //! from before it begins; of another there is one only when a question of the table `run_questions` is about it.
 
-use chrono::{DateTime, Utc};
+use std::time::Duration;
+
 use secrecy::zeroize::Zeroizing;
 use sqlx::FromRow;
 
 use super::runs::SEALED_WITH;
-use super::{Database, Error, Place, Store, now, on_db};
+use super::{Database, Error, Place, Store, on_db};
 
 /// How many rows one statement of a sweep removes.
 const SWEPT_AT_ONCE: i64 = 500;
@@ -27,8 +28,10 @@ pub struct NewSharedRun {
     pub mcp_server_id: String,
     /// The digest of its arguments.
     pub arguments: [u8; DIGEST],
-    pub began_at: DateTime<Utc>,
-    pub expires_at: DateTime<Utc>,
+    /// How long ago it began.
+    pub age: Duration,
+    /// From when it is written; the clock of the database says when that is over, which is the same for all.
+    pub kept_for: Duration,
 }
 
 /// What the answer to a question says of a run that its replica knows.
@@ -80,6 +83,7 @@ impl Progress {
 #[derive(Clone, Debug)]
 pub struct SharedRun {
     pub replica: String,
+    pub attempt: i64,
     /// The digest of its arguments; `None` when it cannot be opened.
     pub arguments: Option<[u8; DIGEST]>,
     pub progress: Progress,
@@ -91,12 +95,14 @@ pub struct Claimed {
     /// Of its row.
     pub id: String,
     pub claim: Claim,
-    pub began_at: DateTime<Utc>,
+    /// How long ago it began, by the clock of the database.
+    pub age: Duration,
 }
 
 #[derive(FromRow)]
 struct Row {
     replica: String,
+    attempt: i64,
     state: String,
     content: String,
 }
@@ -124,13 +130,38 @@ impl Store {
         progress: &Progress,
         claim: Option<(i64, Claim)>,
     ) -> Result<bool, Error> {
-        const SQL: &str = "INSERT INTO shared_runs (id, replica, attempt, mcp_server_id, state, content, sealed_with, expires_at, \
-                           question, claim, began_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) \
-                           ON CONFLICT (id) DO UPDATE SET replica = $2, attempt = $3, mcp_server_id = $4, state = $5, content = $6, \
-                           sealed_with = $7, expires_at = $8, question = $9, claim = $10, began_at = $11 \
-                           WHERE shared_runs.expires_at <= $12";
+        // One that is under way at a replica that lives is left to it, whatever its time.
+        macro_rules! sql {
+            ($now:literal, $expires:literal, $began:literal) => {
+                concat!(
+                    "INSERT INTO shared_runs (id, replica, attempt, mcp_server_id, state, content, sealed_with, \
+                     question, claim, expires_at, began_at) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, ",
+                    $expires,
+                    ", ",
+                    $began,
+                    ") ON CONFLICT (id) DO UPDATE SET replica = $2, attempt = $3, mcp_server_id = $4, state = $5, \
+                     content = $6, sealed_with = $7, question = $8, claim = $9, expires_at = excluded.expires_at, \
+                     began_at = excluded.began_at WHERE shared_runs.expires_at <= ",
+                    $now,
+                    " AND NOT (shared_runs.state = 'running' \
+                     AND EXISTS (SELECT 1 FROM replicas WHERE replicas.id = shared_runs.replica))",
+                )
+            };
+        }
+        let sql = match self.database {
+            Database::Postgres(_) => sql!(
+                "CURRENT_TIMESTAMP",
+                "CURRENT_TIMESTAMP + make_interval(secs => $10)",
+                "CURRENT_TIMESTAMP - make_interval(secs => $11)"
+            ),
+            Database::Sqlite { .. } => sql!(
+                "strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now')",
+                "strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now', $10 || ' seconds')",
+                "strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now', -$11 || ' seconds')"
+            ),
+        };
         let content = self.sealed_outcome(run, progress);
-        let rows = on_db!(self, write pool => sqlx::query(SQL)
+        let rows = on_db!(self, write pool => sqlx::query(sql)
             .bind(&run.id)
             .bind(&run.replica)
             .bind(run.attempt)
@@ -138,11 +169,10 @@ impl Store {
             .bind(progress.as_str())
             .bind(&content)
             .bind(&content[..SEALED_WITH])
-            .bind(run.expires_at)
             .bind(claim.map(|(question, _)| question))
             .bind(claim.map(|(_, claim)| claim.as_str()))
-            .bind(run.began_at)
-            .bind(now())
+            .bind(run.kept_for.as_secs_f64())
+            .bind(run.age.as_secs_f64())
             .execute(pool)
             .await
             .map(|done| done.rows_affected()))?;
@@ -164,19 +194,29 @@ impl Store {
         &self,
         run: &NewSharedRun,
         progress: &Progress,
-        expires_at: DateTime<Utc>,
+        kept_for: Duration,
     ) -> Result<bool, Error> {
-        const SQL: &str = "UPDATE shared_runs SET state = $4, content = $5, sealed_with = $6, expires_at = $7 \
-                           WHERE id = $1 AND replica = $2 AND attempt = $3";
+        let sql = match self.database {
+            Database::Postgres(_) => {
+                "UPDATE shared_runs SET state = $4, content = $5, sealed_with = $6, \
+                 expires_at = CURRENT_TIMESTAMP + make_interval(secs => $7) \
+                 WHERE id = $1 AND replica = $2 AND attempt = $3"
+            }
+            Database::Sqlite { .. } => {
+                "UPDATE shared_runs SET state = $4, content = $5, sealed_with = $6, \
+                 expires_at = strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now', $7 || ' seconds') \
+                 WHERE id = $1 AND replica = $2 AND attempt = $3"
+            }
+        };
         let content = self.sealed_outcome(run, progress);
-        let rows = on_db!(self, write pool => sqlx::query(SQL)
+        let rows = on_db!(self, write pool => sqlx::query(sql)
             .bind(&run.id)
             .bind(&run.replica)
             .bind(run.attempt)
             .bind(progress.as_str())
             .bind(&content)
             .bind(&content[..SEALED_WITH])
-            .bind(expires_at)
+            .bind(kept_for.as_secs_f64())
             .execute(pool)
             .await
             .map(|done| done.rows_affected()))?;
@@ -185,11 +225,16 @@ impl Store {
 
     /// Forgets a run of this replica that never reached its tool: the next request may make it.
     pub async fn free_shared_run(&self, run: &NewSharedRun) -> Result<(), Error> {
+        self.free_attempt(&run.id, &run.replica, run.attempt).await
+    }
+
+    /// As [`Self::free_shared_run`], of a run that is known by its row alone.
+    pub async fn free_attempt(&self, id: &str, replica: &str, attempt: i64) -> Result<(), Error> {
         const SQL: &str = "DELETE FROM shared_runs WHERE id = $1 AND replica = $2 AND attempt = $3";
         on_db!(self, write pool => sqlx::query(SQL)
-            .bind(&run.id)
-            .bind(&run.replica)
-            .bind(run.attempt)
+            .bind(id)
+            .bind(replica)
+            .bind(attempt)
             .execute(pool)
             .await
             .map(|_| ()))?;
@@ -197,9 +242,9 @@ impl Store {
     }
 
     pub async fn shared_run(&self, id: &str) -> Result<Option<SharedRun>, Error> {
-        const SQL: &str = "SELECT replica, state, content FROM shared_runs WHERE id = $1";
+        const SQL: &str = "SELECT replica, attempt, state, content FROM shared_runs WHERE id = $1";
         let row: Option<Row> = on_db!(self, read pool => sqlx::query_as(SQL).bind(id).fetch_optional(pool).await)?;
-        Ok(row.map(|Row { replica, state, content }| {
+        Ok(row.map(|Row { replica, attempt, state, content }| {
             let content = self.open_sealed(outcome_of(id), &content).ok();
             let parts = content.as_ref().and_then(|content| content.split_first_chunk::<DIGEST>());
             let outcome = parts.map(|(_, outcome)| outcome.to_vec()).filter(|outcome| !outcome.is_empty());
@@ -208,16 +253,29 @@ impl Store {
                 "unsent" => Progress::Unsent,
                 _ => Progress::Ended(outcome),
             };
-            SharedRun { replica, arguments: parts.map(|(arguments, _)| *arguments), progress }
+            SharedRun { replica, attempt, arguments: parts.map(|(arguments, _)| *arguments), progress }
         }))
     }
 
     /// What replicas have said of the run that this question asks for.
     pub async fn claims(&self, question: i64) -> Result<Vec<Claimed>, Error> {
-        const SQL: &str = "SELECT id, claim, began_at FROM shared_runs WHERE question = $1";
-        let rows: Vec<(String, String, DateTime<Utc>)> =
-            on_db!(self, read pool => sqlx::query_as(SQL).bind(question).fetch_all(pool).await)?;
-        let claimed = |(id, claim, began_at): (_, String, _)| Claimed { id, claim: Claim::read(&claim), began_at };
+        let sql = match self.database {
+            Database::Postgres(_) => {
+                "SELECT id, claim, EXTRACT(EPOCH FROM CURRENT_TIMESTAMP - began_at)::float8 FROM shared_runs \
+                 WHERE question = $1"
+            }
+            Database::Sqlite { .. } => {
+                "SELECT id, claim, (julianday('now') - julianday(began_at)) * 86400.0 FROM shared_runs \
+                 WHERE question = $1"
+            }
+        };
+        let rows: Vec<(String, String, f64)> =
+            on_db!(self, read pool => sqlx::query_as(sql).bind(question).fetch_all(pool).await)?;
+        let claimed = |(id, claim, age): (_, String, f64)| Claimed {
+            id,
+            claim: Claim::read(&claim),
+            age: Duration::try_from_secs_f64(age).unwrap_or_default(),
+        };
         Ok(rows.into_iter().map(claimed).collect())
     }
 
@@ -234,16 +292,18 @@ impl Store {
         let sql = match self.database {
             // Several sweep at once: none waits for another.
             Database::Postgres(_) => {
-                "DELETE FROM shared_runs WHERE id IN (SELECT id FROM shared_runs WHERE expires_at <= $1 \
-                 ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED)"
+                "DELETE FROM shared_runs WHERE id IN (SELECT id FROM shared_runs \
+                 WHERE expires_at <= CURRENT_TIMESTAMP AND NOT (state = 'running' AND question IS NULL \
+                 AND EXISTS (SELECT 1 FROM replicas WHERE replicas.id = shared_runs.replica)) \
+                 ORDER BY expires_at LIMIT $1 FOR UPDATE OF shared_runs SKIP LOCKED)"
             }
             Database::Sqlite { .. } => {
-                "DELETE FROM shared_runs WHERE id IN \
-                 (SELECT id FROM shared_runs WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2)"
+                "DELETE FROM shared_runs WHERE id IN (SELECT id FROM shared_runs \
+                 WHERE expires_at <= strftime('%Y-%m-%dT%H:%M:%f+00:00', 'now') ORDER BY expires_at LIMIT $1)"
             }
         };
         Ok(on_db!(self, write pool => {
-            sqlx::query(sql).bind(now()).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
+            sqlx::query(sql).bind(SWEPT_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
         })?)
     }
 }
