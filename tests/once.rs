@@ -362,6 +362,8 @@ async fn who_follows_a_run_waits_for_a_database_that_is_away() {
             assert!(tokio::time::Instant::now() < deadline, "nobody has the run");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+        // The other one looks each 100 ms: by then it has seen it.
+        tokio::time::sleep(Duration::from_secs(2)).await;
         database.execute("BEGIN").await.unwrap();
         database.execute("LOCK TABLE shared_runs IN ACCESS EXCLUSIVE MODE").await.unwrap();
         tokio::time::sleep(Duration::from_secs(7)).await;
