@@ -2,7 +2,7 @@
 //! rotation of keys.
 
 use chrono::{DateTime, DurationRound, TimeDelta, Utc};
-use sqlx::FromRow;
+use sqlx::{Connection, FromRow};
 use uuid::{Builder, Uuid};
 
 use crate::model::{Run, RunContent, RunOutcome};
@@ -101,8 +101,11 @@ impl Store {
                     .push_bind(content.as_ref().map(|sealed| &sealed[..SEALED_WITH]));
             });
             insert.push(" ON CONFLICT (id) DO NOTHING");
-            // Of as many lengths as there are none is worth to be remembered in place of other statements.
-            insert.build().persistent(false).execute(pool).await.map(|_| ())
+            // Of as many lengths as there are none is worth to be remembered in place of other statements. Without a name it
+            // needs a transaction: a pooler may give each message between two to another connection.
+            let mut transaction = pool.begin().await?;
+            insert.build().persistent(false).execute(&mut *transaction).await?;
+            transaction.commit().await
         })?;
         Ok(())
     }

@@ -28,7 +28,8 @@ macro_rules! is_new {
     };
 }
 
-/// How many ids one statement asks for.
+/// How many ids one statement asks for. Those without a name are sent in a transaction: a pooler may give each message between
+/// two transactions to another connection.
 const IDS_AT_ONCE: usize = 500;
 
 /// Ends the sign-ins to a server that are under way.
@@ -161,7 +162,9 @@ impl Store {
                     values.push_bind(id);
                 }
                 query.push(")");
-                query.build_query_scalar().persistent(false).fetch_all(pool).await
+                let mut transaction = pool.begin().await?;
+                let found = query.build_query_scalar().persistent(false).fetch_all(&mut *transaction).await?;
+                transaction.commit().await.map(|()| found)
             })?;
             existing.extend(found);
         }
@@ -193,7 +196,9 @@ impl Store {
             // Nothing is in an empty list on SQLite, and PostgreSQL takes none.
             separated.push("NULL");
             query.push(")");
-            query.build_query_as().persistent(false).fetch_all(pool).await
+            let mut transaction = pool.begin().await?;
+            let found = query.build_query_as().persistent(false).fetch_all(&mut *transaction).await?;
+            transaction.commit().await.map(|()| found)
         })?;
         Ok(rows.into_iter().collect())
     }
