@@ -160,21 +160,17 @@ async fn jumbled_answers(callers: usize) {
         let upstream = Upstream::new(&portolan, kind, &json!({"jumble_ms": 300})).await;
         let (store, mcp) = (&portolan.app.store, &portolan.app.mcp);
         let tool_id = portolan.tool_id(&upstream.id, "echo").await;
-        let server = store.server(&upstream.id).await.unwrap().unwrap();
-        let tool = store.tool(&upstream.id, &tool_id).await.unwrap().unwrap().tool.clone();
-        let server = Arc::new(server);
-        let tool = Arc::new(tool);
+        let found = store.tool(&upstream.id, &tool_id).await.unwrap().unwrap();
         let calls = (0..callers).map(|caller| {
-            let (mcp, server, tool) = (mcp.clone(), server.clone(), tool.clone());
+            let (mcp, found) = (mcp.clone(), found.clone());
             tokio::spawn(async move {
                 let message = format!("caller {caller} {}", uuid::Uuid::new_v4());
                 let arguments = Map::from_iter([("message".to_owned(), json!(message))]);
-                let place = mcp.enter(&server).await.map_err(|error| error.to_string())?;
+                let place = mcp.enter(&found.server).await.map_err(|error| error.to_string())?;
                 let outcome = mcp
                     .run_tool(
                         &place,
-                        &server,
-                        &tool,
+                        &found,
                         arguments,
                         &Variables::default(),
                         &AtomicBool::default(),

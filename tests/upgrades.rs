@@ -412,7 +412,6 @@ async fn kill(rows: usize, kills: usize, schemas: impl Fn(i64) -> Vec<i64>) -> V
         old.database.remove().await;
     }
     full.database.remove().await;
-    eprintln!("of {kills} kills at each schema were while it was changed: {met:?}");
     met
 }
 

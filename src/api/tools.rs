@@ -85,8 +85,7 @@ pub(super) async fn answer(
                     found = find(&running, &ids).await?;
                     check_approved(&running, &found)?;
                 }
-                let ServerTool { server, tool } = &*found;
-                Ok(running.mcp.run_tool(&place, server, tool, arguments, &given, &sent, observed.span()).await?)
+                Ok(running.mcp.run_tool(&place, &found, arguments, &given, &sent, observed.span()).await?)
             };
             let outcome = outcome.await;
             observed.end(&outcome);

@@ -58,7 +58,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::config::Upstream;
-use crate::model::{By, Connector, Era, Flagged, Offered, Server, Skipped, Tool, ToolChanges};
+use crate::model::{By, Connector, Era, Flagged, Offered, Server, ServerTool, Skipped, Tool, ToolChanges};
 use crate::secrets::scrub;
 use crate::store::{self, Listing, Over, Store};
 use crate::telemetry::Span;
@@ -430,10 +430,10 @@ impl Mcp {
         self.pool.enter(&server.id, self.settings.run_timeout).await
     }
 
-    /// Runs a tool of a server with `arguments`, on the live session, at its `place` and within the time of that. `request_heartbeat`, which
-    /// Letta adds to every schema, is taken out unless the tool itself declares it (CONTRACT row 13). `sent` is set before
-    /// the call may reach the server: whoever drops this future knows by it whether the tool may have run. What is done for
-    /// it becomes a part of `span`.
+    /// Runs a tool of a server with `arguments`, on the live session, at its `place` and within the time of that.
+    /// `request_heartbeat`, which Letta adds to every schema, is taken out unless the tool itself declares it (CONTRACT row
+    /// 13). `sent` is set before the call may reach the server: whoever drops this future knows by it whether the tool may
+    /// have run. What is done for it becomes a part of `span`.
     ///
     /// # Errors
     /// When no session can be had, or the server did not take the call, and so nothing was run. All that can happen
@@ -441,8 +441,7 @@ impl Mcp {
     pub async fn run_tool(
         &self,
         place: &Place,
-        server: &Server,
-        tool: &Tool,
+        ServerTool { server, tool }: &ServerTool,
         mut arguments: Map<String, Value>,
         given: &Variables,
         sent: &AtomicBool,
