@@ -102,7 +102,9 @@ async fn register(
         done = app.mcp.first_sync(server.clone(), given, patience, by).await;
     }
     let mut server = match app.store.server(&server.id).await {
-        Ok(current) => current.ok_or(Error::NoServer)?,
+        Ok(Some(current)) => current,
+        // It was registered, and somebody else has deleted it since.
+        Ok(None) => server,
         // It is registered: an error here would make clients register it again.
         Err(error) => {
             tracing::error!(server.id, %error, "cannot read a server that was just registered");
