@@ -70,7 +70,7 @@ impl Import {
         file: Vec<u8>,
         by: &By,
         check: impl Fn(&Connector) -> Result<(), mcp::Error>,
-        mut progress: impl FnMut(usize, usize),
+        mut progress: impl FnMut(usize, usize) + Send,
     ) -> Result<Imported, Error> {
         // A file can be large and hostile: no other request waits while it is read.
         let reading = spawn_blocking(move || self.read(&file));

@@ -9,6 +9,7 @@ use std::collections::HashSet;
 use std::hash::{BuildHasher, RandomState};
 use std::time::Duration;
 
+use futures_util::future::ready;
 use futures_util::{StreamExt, stream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -176,7 +177,7 @@ impl Mcp {
                     is_left.then_some(id)
                 };
                 let stayed = stream::iter(ids).map(sync).buffer_unordered(AT_A_TIME);
-                left.extend(stayed.filter_map(async |id| id).collect::<Vec<_>>().await);
+                left.extend(stayed.filter_map(ready).collect::<Vec<_>>().await);
             }
             mcp.first.send_if_modified(|first| first.leave(all.saturating_sub(taken)));
         };

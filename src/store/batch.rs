@@ -57,7 +57,12 @@ impl Store {
     /// # Errors
     /// [`Error::NameTaken`] when another server has one of the names or ids, [`Error::Overtaken`] when a server is not at the
     /// revision given: then nothing was done.
-    pub async fn change_servers(&self, steps: &[Step], by: &By, mut progress: impl FnMut(usize)) -> Result<(), Error> {
+    pub async fn change_servers(
+        &self,
+        steps: &[Step],
+        by: &By,
+        mut progress: impl FnMut(usize) + Send,
+    ) -> Result<(), Error> {
         const ADD: &str = "INSERT INTO servers (id, server_name, type, config, revision, state, created_at, updated_at) \
                            VALUES ($1, $2, $3, $4, 1, $5, $6, $7)";
         const ADD_TOOL: &str = "INSERT INTO tools (id, server_id, name, name_digest, position, definition, definition_hash) \

@@ -29,6 +29,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, SubsecRound, Utc};
+use futures_util::future::BoxFuture;
 use sqlx::postgres::{PgConnectOptions, PgPool};
 use sqlx::sqlite::{
     SqliteConnectOptions, SqliteError, SqliteJournalMode, SqlitePool, SqlitePoolOptions, SqliteSynchronous,
@@ -113,7 +114,7 @@ macro_rules! on_db {
         $crate::store::on_db!(@ $store, Write, write, Long, $pool => $body)
     };
     (@ $store:expr, $kind:ident, $side:ident, $patience:ident, $pool:ident => $body:expr) => {{
-        let operation = async {
+        let operation = ::std::boxed::Box::pin(async {
             match &$store.database {
                 $crate::store::Database::Postgres(pool) => {
                     let mut lease = $store.lease(pool).await?;
@@ -122,7 +123,7 @@ macro_rules! on_db {
                 }
                 $crate::store::Database::Sqlite { $side: $pool, .. } => $body,
             }
-        };
+        });
         let (kind, patience) =
             ($crate::telemetry::metrics::Operation::$kind, $crate::store::presence::Patience::$patience);
         $store.counted(kind, patience, operation).await
@@ -273,11 +274,12 @@ impl Store {
         Self { operations, ..self }
     }
 
-    async fn counted<T, E: Blame + From<sqlx::Error>>(
+    /// In a box, operations of one type share this code: otherwise each brings a copy into the program.
+    async fn counted<T: Send, E: Blame + From<sqlx::Error> + Send>(
         &self,
         kind: Operation,
         patience: Patience,
-        operation: impl Future<Output = Result<T, E>>,
+        operation: BoxFuture<'_, Result<T, E>>,
     ) -> Result<T, E> {
         let began = Instant::now();
         let done = match &self.presence {

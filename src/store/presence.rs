@@ -9,11 +9,11 @@
 //! comes back to the pool that does not answer in time ([`Lease`]).
 
 use std::ops::{Deref, DerefMut};
-use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{Connection, Executor, PgConnection, Postgres};
@@ -92,16 +92,15 @@ impl Presence {
     }
 
     /// Waits for an operation, as long as the database is there and `patience` lasts.
-    pub(super) async fn during<T, E: From<sqlx::Error>>(
+    pub(super) async fn during<T: Send, E: From<sqlx::Error> + Send>(
         &self,
         patience: Patience,
-        operation: impl Future<Output = Result<T, E>>,
+        mut operation: BoxFuture<'_, Result<T, E>>,
     ) -> Result<T, E> {
         if *self.0.away.borrow() {
             return Err(unanswered().into());
         }
         let began = Instant::now();
-        let mut operation = pin!(operation);
         let done = match timeout(SUSPICION, &mut operation).await {
             Ok(done) => done,
             Err(_) => {

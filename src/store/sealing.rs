@@ -8,6 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, RwLock};
 
+use futures_util::future::BoxFuture;
 use secrecy::zeroize::Zeroizing;
 use sqlx::postgres::PgPool;
 use sqlx::{Connection, FromRow};
@@ -243,11 +244,11 @@ impl Unlocked<'_> {
     }
 
     /// Within its time, as `on_db!` wants it; counted nowhere.
-    async fn counted<T, E: From<sqlx::Error>>(
+    async fn counted<T: Send, E: From<sqlx::Error> + Send>(
         &self,
         _kind: Operation,
         patience: Patience,
-        operation: impl Future<Output = Result<T, E>>,
+        operation: BoxFuture<'_, Result<T, E>>,
     ) -> Result<T, E> {
         match self.presence {
             Some(presence) => presence.during(patience, operation).await,

@@ -213,11 +213,11 @@ impl Store {
 
     /// Changes a server as `change` says of its present row, in one transaction that holds the row, so that of two
     /// changes at once neither is lost. `None` when there is no such server; an error of `change` leaves it as it was.
-    pub async fn update_server<E: From<Error>>(
+    pub async fn update_server<E: From<Error> + Send>(
         &self,
         id: &str,
         by: &By,
-        change: impl FnOnce(&Server) -> Result<ServerUpdate, E>,
+        change: impl FnOnce(&Server) -> Result<ServerUpdate, E> + Send,
     ) -> Result<Option<Server>, E> {
         // An UPDATE that changes nothing takes the row lock on PostgreSQL and the write lock on SQLite.
         const LOCK: &str = concat!("UPDATE servers SET revision = revision WHERE id = $1 RETURNING ", columns!());

@@ -90,7 +90,7 @@ impl Plan {
         opener: &Opener,
         here: &Here,
         choice: &Choice<'_>,
-        mut progress: impl FnMut(usize, usize),
+        mut progress: impl FnMut(usize, usize) + Send,
     ) -> Self {
         let mut plan = Self { lines: vec![], remarks: vec![], servers: vec![], to_refresh: vec![], closed: 0 };
         let owners = Owners::new(rows);
