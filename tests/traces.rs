@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 use crate::fake::script::MODERN;
 use crate::fake::tcp::{Manner, listen};
 use crate::fake::{self, Fake, Script};
-use crate::harness::{Answer, Database, PATIENCE, Portolan, settings};
+use crate::harness::{Answer, Database, PATIENCE, Portolan, eventually, settings};
 
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 const CALLER: &str = "00f067aa0ba902b7";
@@ -488,6 +488,7 @@ async fn failures_have_their_kind() {
     let path = portolan.remote().path(&server_id, "slow").await;
     let request = portolan.request("POST", &path).json(&json!({"args": {"ms": 60_000}}));
     assert!(request.timeout(Duration::from_millis(500)).send().await.is_err());
+    eventually("the run is given up", || portolan.app.readings().calls == 0).await;
     // Nobody listens there any more.
     http.stop().await;
     portolan.app.mcp.forget(&server_id);
@@ -601,7 +602,7 @@ async fn what_a_collector_has_no_time_for_is_sent_again() {
     let portolan = Portolan::start_with(tracing_to(&collector.url())).await;
     let traces = portolan.app.traces.clone();
     traces.start(&HeaderMap::new(), || "patient".to_owned()).begin().end();
-    crate::harness::eventually("it is taken", || collector.requests().len() >= 3).await;
+    eventually("it is taken", || collector.requests().len() >= 3).await;
     portolan.stop().await;
     assert_eq!(traces.lost(), 0);
     let exports = collector.exports();
