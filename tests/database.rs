@@ -264,6 +264,37 @@ async fn a_read_that_is_under_way_when_the_database_falls_silent_is_given_up() {
     portolan.stop().await;
 }
 
+/// The server is not blamed for what Portolan cannot look up: Letta's 404 of a refresh is never repeated by an SDK.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refresh_that_cannot_ask_which_configuration_is_the_present_one_is_503() {
+    let Some(proxy) = Proxy::start().await else { return };
+    let portolan = Portolan::start_with(|settings| {
+        proxy.stand_before(settings);
+        settings.upstream.handshake_timeout = Duration::from_secs(2);
+    })
+    .await;
+    let fake = fake::http::serve(Fake::new(Script::default()));
+    let server = portolan.create("slow", json!({ "server_url": fake.url })).await;
+    let id = server["id"].as_str().unwrap();
+    let path = format!("/v1/mcp-servers/{id}");
+    // The next session is of a new configuration, and is not had before that one is replaced as well.
+    fake.set_script(serde_json::from_value(json!({ "silent_at": "initialize" })).unwrap());
+    let config =
+        |version: &str| json!({ "config": { "server_url": fake.url, "custom_headers": { "x-version": version } } });
+    let asked_with = |version: &str| fake.requests().iter().any(|seen| seen.header("x-version") == Some(version));
+    portolan.patch(&path, &config("1")).await.expect(200);
+    let (refreshed, ()) = tokio::join!(portolan.refresh(id), async {
+        while !asked_with("1") {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        portolan.patch(&path, &config("2")).await.expect(200);
+        proxy.set(Link::Gone);
+    });
+    assert_eq!((refreshed.status, refreshed.header("retry-after")), (503, Some("1")), "{}", refreshed.text);
+    proxy.set(Link::Through);
+    portolan.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn connections_that_are_ended_and_a_server_that_takes_no_more_harm_no_request_for_long() {
     let Some(proxy) = Proxy::start().await else { return };

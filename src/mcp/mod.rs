@@ -380,7 +380,7 @@ impl Mcp {
         loop {
             let (session, new) = match self.session(server, given, now).await {
                 // Somebody has signed in, maybe at another replica, or a sign-in has ended: nothing was configured.
-                Err(Error::Reconfigured) if attempts > 0 && self.is_current(server).await => {
+                Err(Error::Reconfigured) if attempts > 0 && self.is_current(server).await? => {
                     attempts -= 1;
                     continue;
                 }
@@ -405,9 +405,9 @@ impl Mcp {
     }
 
     /// Whether this is the configuration of the server still.
-    async fn is_current(&self, server: &Server) -> bool {
-        let current = self.store.server(&server.id).await;
-        current.is_ok_and(|current| current.is_some_and(|current| current.revision == server.revision))
+    async fn is_current(&self, server: &Server) -> Result<bool, Error> {
+        let current = self.store.server(&server.id).await.map_err(|_| Error::Store)?;
+        Ok(current.is_some_and(|current| current.revision == server.revision))
     }
 
     /// The live session of a server, and whether it was opened just now. An opening goes on when the caller leaves.

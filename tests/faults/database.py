@@ -97,14 +97,17 @@ class Load:
 ALLOWED = {"corrupt": (503, 500, 409, 404)}
 
 
-def judge(asked, faults):
-    """What of the answers was not as promised. `faults` are (name, beginning, end); between them all must be well."""
+def judge(asked, faults, odd):
+    """What of the answers was not as promised. `faults` are (name, beginning, end); between them all must be well. `odd` are
+    answers by their beginnings."""
     wrong = []
     for what, began, took, status in asked:
         during = next((it for it in faults if it[1] <= began + took and began < it[2] + SERVED_WITHIN), None)
         at = "without a fault"
         if during:
             at = f"in {during[0]!r}, {began - during[1]:+.1f} s (it took {during[2] - during[1]:.1f} s)"
+        if began in odd:
+            at += f": {odd[began]}"
         within = KEYED_WITHIN if what.startswith("keyed") else ANSWERED_WITHIN
         if took > within + SLACK or status == "never":
             wrong.append(f"{what} took {took:.1f} s ({status}) {at}")
@@ -268,7 +271,7 @@ async def faults_of_postgres(world):
         await load.end()
     told = f"{len(ledger.asked)} asked, {ledger.acknowledged} acknowledged writes, {ledger.unsure} unsure; "
     told += tell(ledger.asked, faults)
-    wrong = judge(ledger.asked, faults)
+    wrong = judge(ledger.asked, faults, ledger.odd)
     twice, once = load.made_twice(upstream.calls())
     told += f"; {once} runs with a key or of a second try, none made twice"
     wrong += [f"the run {call} was made twice" for call in twice]

@@ -40,6 +40,8 @@ class Ledger:
         self.acknowledged = self.unsure = self.keys = 0
         # (what, when it began, how long it took, status or why there is none)
         self.asked = []
+        # By the beginning: answers that are neither a success nor a refusal.
+        self.odd = {}
         self.wrong = []
         # Whether a status that is no success is wrong at once; or else whoever reads `asked` judges it.
         self.strict = True
@@ -61,6 +63,8 @@ class Ledger:
             self.asked.append((what, began, time.monotonic() - began, "cut"))
             return None
         self.asked.append((what, began, answer.seconds, answer.status))
+        if answer.status not in (200, 204, *UNSURE):
+            self.odd[began] = answer
         return answer
 
     def _outcome(self, what, answer, success):
