@@ -61,7 +61,12 @@ const _: fn() = || {
 
 /// SHA-256 of a text, in hexadecimal.
 pub fn sha256_hex(text: &str) -> String {
-    Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
+    hex(&Sha256::digest(text))
+}
+
+/// Bytes in hexadecimal, in lower case.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// What a caller may do; each scope includes those before it (CONTRACT row 21).

@@ -199,6 +199,7 @@ impl Runs {
                     work(is_sent).await.map_err(Arc::new)
                 }
                 Verdict::Known(known) => {
+                    is_repeated.store(true, Ordering::Relaxed);
                     take(known.number);
                     known.outcome.await
                 }

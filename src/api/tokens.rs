@@ -13,7 +13,7 @@ use sha2::{Digest as _, Sha256};
 use subtle::{Choice, ConditionallySelectable, ConstantTimeEq};
 
 use crate::config;
-use crate::model::{Scope, Secret};
+use crate::model::{Scope, Secret, hex};
 
 pub type Digest = [u8; 32];
 
@@ -259,8 +259,7 @@ impl Token {
 
     /// Its line in a tokens file, without the line's end.
     pub fn line(&self) -> String {
-        let digest: String = self.digest.iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("{}:{}:{digest}", self.name, self.scope.as_str())
+        format!("{}:{}:{}", self.name, self.scope.as_str(), hex(&self.digest))
     }
 }
 
@@ -276,7 +275,8 @@ fn checked(name: &str) -> Result<&str, &'static str> {
     Ok(name)
 }
 
-fn from_hex(text: &str) -> Option<Digest> {
+/// What [`hex`] made of a digest.
+pub(super) fn from_hex(text: &str) -> Option<Digest> {
     let mut digest = Digest::default();
     if text.len() != 2 * digest.len() || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
         return None;

@@ -244,7 +244,7 @@ impl Mcp {
         let began = Instant::now();
         // The row may have changed while others had their turn.
         let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
-        let synced = self.sync(&server, agent, given, true, by).await;
+        let synced = self.sync(&server, agent, given, true, by).await.map(|(_, changes)| changes);
         let result = match &synced {
             Ok(changes) => Some(Ok(changes.clone())),
             Err(SyncError::Server(error)) => Some(Err(error.clone())),
@@ -289,21 +289,10 @@ impl Mcp {
         }
     }
 
-    /// `now`: somebody asked for it, and wants no answer of before.
+    /// Lists the tools of a server, and makes the stored ones equal to them. `now`: somebody asked for it, and wants no answer
+    /// of before. Where another Portolan stores a list meanwhile, the server is asked again: an older list never lands on a
+    /// newer one, whoever got it.
     async fn sync(
-        &self,
-        server: &Server,
-        agent: Option<&AgentId>,
-        given: &Variables,
-        now: bool,
-        by: &By,
-    ) -> Result<ToolChanges, SyncError> {
-        Ok(self.list_and_keep(server, agent, given, now, by).await?.1)
-    }
-
-    /// As [`Mcp::sync`], with the list. Where another Portolan stores a list meanwhile, the server is asked again: an older
-    /// list never lands on a newer one, whoever got it.
-    async fn list_and_keep(
         &self,
         server: &Server,
         agent: Option<&AgentId>,

@@ -14,6 +14,8 @@ use chacha20poly1305::{XChaCha20Poly1305, XNonce};
 use secrecy::zeroize::Zeroizing;
 use sha2::{Digest, Sha256};
 
+use crate::model::hex;
+
 /// How envelopes of this version begin.
 pub const VERSION: &str = "v1";
 pub const KEY_BYTES: usize = 32;
@@ -30,7 +32,7 @@ pub struct Key {
 impl Key {
     pub fn new(bytes: &[u8; KEY_BYTES]) -> Self {
         let digest = Sha256::digest(bytes);
-        let id = digest[..KEY_ID_CHARS / 2].iter().map(|byte| format!("{byte:02x}")).collect();
+        let id = hex(&digest[..KEY_ID_CHARS / 2]);
         Self { id, cipher: XChaCha20Poly1305::new(bytes.into()) }
     }
 

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use serde_json::Value;
 
+use crate::model::hex;
+
 pub const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 pub const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 
@@ -69,10 +71,6 @@ impl TraceContext {
     fn parent(&self) -> String {
         format!("00-{}-{}-{:02x}", hex(&self.trace), hex(&self.span), self.flags)
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Ids and flags of a `traceparent` (level 1, section 3.2). Of a version to come the parts are read that are known now.

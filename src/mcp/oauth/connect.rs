@@ -385,7 +385,7 @@ impl Mcp {
         let turn = self.turn(&server.id);
         let _turn = turn.lock().await;
         let server = self.store.server(&server.id).await?.ok_or(SyncError::Gone)?;
-        Ok(self.list_and_keep(&server, None, given, true, by).await?.0.tools)
+        Ok(self.sync(&server, None, given, true, by).await?.0.tools)
     }
 }
 
