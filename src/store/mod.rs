@@ -399,6 +399,9 @@ impl Database {
             .foreign_keys(true)
             // What was secret does not stay in pages that are free.
             .pragma("secure_delete", "ON")
+            // Pages of 4 KiB, and bytes: on a disk that has little room, the log takes 1 MiB of it and not four.
+            .pragma("wal_autocheckpoint", "256")
+            .pragma("journal_size_limit", "1048576")
             .busy_timeout(BUSY_TIMEOUT)
             .disable_statement_logging();
         let deadline = Instant::now() + CONNECT_TIMEOUT;
