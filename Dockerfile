@@ -1,3 +1,4 @@
+# syntax=docker/dockerfile:1
 # Two images of one program; docs/containers.md says which is for whom.
 #
 #   docker build -t portolan:0.1.0 .                        slim: the program, and no shell. For servers by URL

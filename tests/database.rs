@@ -28,7 +28,7 @@ const IN_TIME: Duration = Duration::from_secs(10);
 
 /// What becomes of connections to PostgreSQL.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Link {
+pub(crate) enum Link {
     Through,
     /// New ones are taken, and nothing goes through any of them.
     Silent,
@@ -39,7 +39,7 @@ enum Link {
 }
 
 /// Stands between Portolan and PostgreSQL.
-struct Proxy {
+pub(crate) struct Proxy {
     address: SocketAddr,
     link: watch::Sender<Link>,
     task: JoinHandle<()>,
@@ -47,7 +47,7 @@ struct Proxy {
 
 impl Proxy {
     /// `None` where the tests have no PostgreSQL.
-    async fn start() -> Option<Self> {
+    pub(crate) async fn start() -> Option<Self> {
         let server = reqwest::Url::parse(&std::env::var("PORTOLAN_TEST_POSTGRES_URL").ok()?).unwrap();
         let target = format!("{}:{}", server.host_str().unwrap(), server.port().unwrap_or(5432));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -57,7 +57,7 @@ impl Proxy {
     }
 
     /// Has Portolan use it.
-    fn stand_before(&self, settings: &mut Settings) {
+    pub(crate) fn stand_before(&self, settings: &mut Settings) {
         let url = settings.storage.database_url.as_ref().unwrap().expose().to_owned();
         let mut url = reqwest::Url::parse(&url).unwrap();
         url.set_host(Some("127.0.0.1")).unwrap();
@@ -65,7 +65,7 @@ impl Proxy {
         settings.storage.database_url = Some(String::from(url).into());
     }
 
-    fn set(&self, link: Link) {
+    pub(crate) fn set(&self, link: Link) {
         self.link.send_replace(link);
     }
 }
@@ -292,6 +292,35 @@ async fn a_refresh_that_cannot_ask_which_configuration_is_the_present_one_is_503
     });
     assert_eq!((refreshed.status, refreshed.header("retry-after")), (503, Some("1")), "{}", refreshed.text);
     proxy.set(Link::Through);
+    portolan.stop().await;
+}
+
+/// Nobody asks for them again, as somebody does who registers one server.
+#[tokio::test(flavor = "multi_thread")]
+async fn servers_that_came_together_are_connected_to_when_the_database_is_back() {
+    let Some(proxy) = Proxy::start().await else { return };
+    let portolan = Portolan::start_with(|settings| proxy.stand_before(settings)).await;
+    let slow = Script { list_delay_ms: 300, ..Script::default() };
+    let fake = fake::http::serve(Fake::new(slow));
+    let servers: serde_json::Map<_, _> =
+        (0..24).map(|number| (format!("s{number}"), json!({ "url": format!("{}?{number}", fake.url) }))).collect();
+    portolan.post("/v1/portolan/import", &json!({ "mcpServers": servers })).await.expect(200);
+    while fake.requests().is_empty() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    proxy.set(Link::Gone);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    proxy.set(Link::Through);
+    let deadline = Instant::now() + 4 * PATIENCE;
+    loop {
+        let listed = patiently(async || portolan.get("/v1/mcp-servers/").await).await.expect(200);
+        let ready = listed.as_array().unwrap().iter().filter(|server| server["status"]["state"] == "ready").count();
+        if ready == 24 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{ready} of 24 are ready");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
     portolan.stop().await;
 }
 

@@ -9,6 +9,7 @@ use crate::store;
 
 use super::address::Forbidden;
 use super::budget::Oversize;
+use super::oauth::Problem;
 use super::remote::HttpError;
 
 /// How long a server is left alone whose address may not be connected to.
@@ -39,7 +40,7 @@ pub enum Error {
     #[error("The command ended ({status}){}.", last_words(.stderr.as_deref()))]
     Exited { status: std::process::ExitStatus, stderr: Option<String> },
     #[error("{}", http_reason(.0))]
-    Http(#[from] HttpError),
+    Http(HttpError),
     #[error("The server_url is not one that can be used; set it again with PATCH.")]
     Url,
     #[error(
@@ -184,6 +185,17 @@ impl Error {
         match self {
             Self::Http(HttpError::SignIn(_)) => State::AuthRequired,
             _ => State::Unreachable,
+        }
+    }
+}
+
+impl From<HttpError> for Error {
+    fn from(error: HttpError) -> Self {
+        match error {
+            // The server has no part in it.
+            HttpError::NoToken(problem) if matches!(*problem, Problem::Store) => Self::Store,
+            HttpError::NoToken(problem) if matches!(*problem, Problem::Stopping) => Self::Stopping,
+            error => Self::Http(error),
         }
     }
 }

@@ -13,13 +13,14 @@ use futures_util::future::ready;
 use futures_util::{StreamExt, stream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 
 use crate::model::{By, Server, State};
-use crate::store::now;
+use crate::store::{self, now};
 
-use super::{Mcp, SyncError, Variables};
+use super::pool::jitter;
+use super::{Error, Mcp, SyncError, Variables};
 
 /// How many servers that came together are connected to at a time.
 const AT_A_TIME: usize = 4;
@@ -29,6 +30,9 @@ const PORTION: usize = 32;
 const MAX_LEFT: usize = 1_000;
 /// How long one of them keeps the next one waiting, at most.
 const PATIENCE: Duration = Duration::from_secs(120);
+/// How often one is tried while the database is away, and the pauses between, the first and the longest: a quarter of an hour.
+const TRIES: u32 = 60;
+const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(16));
 
 /// How far the first syncs are of servers that came together. One that takes long is not done before it has ended.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,20 +70,39 @@ impl FirstSyncs {
     }
 }
 
+/// Asks again when it was the database that was away: what is connected to in the background is asked for by nobody later.
+async fn until_it_is_back<T, F>(tries: u32, ask: impl Fn() -> F) -> Result<T, SyncError>
+where
+    F: Future<Output = Result<T, SyncError>>,
+{
+    let mut pause = PAUSE.0;
+    for _ in 1..tries {
+        match ask().await {
+            Err(SyncError::Store(store::Error::Unavailable(_)) | SyncError::Server(Error::Store)) => {}
+            done => return done,
+        }
+        sleep(jitter(pause)).await;
+        pause = (pause * 2).min(PAUSE.1);
+    }
+    ask().await
+}
+
 impl Mcp {
     /// Lists the tools of a new server for the first time, in the background: the sync goes on when the caller leaves.
     /// Waits at most `patience`; `false` when it is still going on. What came of it is in the server's status. `given` are
     /// the values that the request brings, and `by` is who asked for it, here and below.
     pub async fn first_sync(&self, server: Server, given: &Variables, patience: Duration, by: &By) -> bool {
-        timeout(patience, self.begin_first_sync(server, given, by, |_| {})).await.is_ok()
+        timeout(patience, self.begin_first_sync(server, given, by, 1, |_| {})).await.is_ok()
     }
 
-    /// `ended` hears whether it worked, if it is not cut off by a stop.
+    /// `tries` as long as the database is away: who waits for it hears of that at once. `ended` hears whether it worked, if it is
+    /// not cut off by a stop.
     fn begin_first_sync(
         &self,
         server: Server,
         given: &Variables,
         by: &By,
+        tries: u32,
         ended: impl FnOnce(bool) + Send + 'static,
     ) -> JoinHandle<Option<()>> {
         let (mcp, given, by) = (self.clone(), given.clone(), by.clone());
@@ -87,13 +110,16 @@ impl Mcp {
             let turn = mcp.turn(&server.id);
             let _turn = turn.lock().await;
             // A repeated create may have waited for the turn of the first, and has nothing left to do.
-            let result = match mcp.store.server(&server.id).await {
-                Ok(Some(current)) if current.state == State::NeverConnected => {
-                    mcp.sync(&current, None, &given, true, &by).await.map(|_| ())
+            let (this, id, given, by) = (&mcp, &server.id, &given, &by);
+            let result = until_it_is_back(tries, || async move {
+                match this.store.server(id).await? {
+                    Some(current) if current.state == State::NeverConnected => {
+                        this.sync(&current, None, given, true, by).await.map(|_| ())
+                    }
+                    _ => Ok(()),
                 }
-                Ok(_) => Ok(()),
-                Err(error) => Err(error.into()),
-            };
+            })
+            .await;
             ended(result.is_ok());
             if let Err(SyncError::Store(error)) = result {
                 tracing::error!(server.id, %error, "the first sync of a server cannot be stored");
@@ -126,9 +152,9 @@ impl Mcp {
     async fn first_sync_of_many(&self, id: &str, by: &By, are_many: bool) {
         let first = self.first.clone();
         let ended = move |has_worked| first.send_modify(|first| first.end_one(has_worked));
-        match self.store.server(id).await {
+        match until_it_is_back(TRIES, || async { Ok(self.store.server(id).await?) }).await {
             Ok(Some(server)) => {
-                let sync = self.begin_first_sync(server, &Variables::default(), by, ended);
+                let sync = self.begin_first_sync(server, &Variables::default(), by, TRIES, ended);
                 let _ = timeout(PATIENCE, sync).await;
                 if are_many {
                     self.pool.rest(id);
@@ -149,7 +175,9 @@ impl Mcp {
         let catching_up = async move {
             let began = now();
             // What the database has to say is said where it is asked for an answer.
-            let Ok(all) = mcp.store.count_new_servers().await else { return };
+            let Ok(all) = until_it_is_back(TRIES, || async { Ok(mcp.store.count_new_servers().await?) }).await else {
+                return;
+            };
             let all = usize::try_from(all).unwrap_or_default();
             if all == 0 {
                 return;
@@ -160,7 +188,9 @@ impl Mcp {
             let mut left = HashSet::new();
             while left.len() <= MAX_LEFT {
                 let place = format!("mcp_server-{}", Uuid::new_v4());
-                let Ok(mut ids) = mcp.store.new_servers(&place, began, PORTION + left.len()).await else { break };
+                let (place, wanted) = (&place, PORTION + left.len());
+                let new = || async { Ok(mcp.store.new_servers(place, began, wanted).await?) };
+                let Ok(mut ids) = until_it_is_back(TRIES, new).await else { break };
                 ids.retain(|id| !left.contains(id));
                 ids.truncate(PORTION);
                 if ids.is_empty() {

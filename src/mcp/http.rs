@@ -23,7 +23,7 @@ use super::events::{Event, Events};
 use super::exchange::Answer;
 use super::message::{self, Inbound, RpcError};
 use super::mirror::encode;
-use super::oauth::Signer;
+use super::oauth::{Problem, Signer};
 use super::remote::{
     EVENT_STREAM, HttpError, JSON, NOTICE_TIMEOUT, Replies, X_AGENT_ID, is_media_type, read_over, send, unsigned_fields,
 };
@@ -121,7 +121,8 @@ impl HttpWire {
                 answer
             }
             Err(_) if pending.sent => Err(CallError::TimedOut),
-            Err(_) => Err(CallError::NotSent(HttpError::TimedOut.into())),
+            // Before it is sent a request waits for its token alone.
+            Err(_) => Err(CallError::NotSent(HttpError::from(Problem::TimedOut).into())),
         }
     }
 
@@ -329,7 +330,8 @@ impl HttpWire {
             return end.cancel();
         }
         // A server that does not take the goodbye forgets the session by itself.
-        if self.session().is_some() {
+        // Nor does one hear of it that may have another address or token by now.
+        if self.session().is_some() && self.0.store.epoch().is_some() {
             let _ = timeout(NOTICE_TIMEOUT, self.send(self.request_for(Method::DELETE), |_| {})).await;
         }
     }

@@ -43,7 +43,7 @@ pub use keys::{KeyError, KeySource, new_key};
 pub use letta::{
     LettaDatabase, LettaError, LettaMapping, LettaOrganization, LettaRows, LettaServer, LettaSignIn, LettaTool,
 };
-pub use replicas::{LONG_DEAD, Question, Replica};
+pub use replicas::{LONG_DEAD, QUESTIONS_AT_ONCE, Question, Replica};
 pub use runs::{ROWS_AT_ONCE as RUNS_AT_ONCE, RunsWanted, run_id, run_id_of};
 pub use seal::{Place, Unopened};
 pub use sealing::{Rotated, SealError};

@@ -8,7 +8,7 @@ use sqlx::FromRow;
 use super::{Database, Error, Store, on_db};
 
 /// How many questions one statement reads, and removes.
-const QUESTIONS_AT_ONCE: i64 = 200;
+pub const QUESTIONS_AT_ONCE: usize = 200;
 /// How old the beat of a replica becomes before nobody cares any more whether it lives, in seconds.
 pub const LONG_DEAD: f64 = 600.0;
 
@@ -102,7 +102,7 @@ impl Store {
         const SQL: &str =
             "SELECT id, identity, mcp_server_id, asked_by FROM run_questions WHERE id > $1 ORDER BY id LIMIT $2";
         Ok(on_db!(self, read pool => {
-            sqlx::query_as(SQL).bind(answered_up_to).bind(QUESTIONS_AT_ONCE).fetch_all(pool).await
+            sqlx::query_as(SQL).bind(answered_up_to).bind(QUESTIONS_AT_ONCE as i64).fetch_all(pool).await
         })?)
     }
 
@@ -126,7 +126,7 @@ impl Store {
             }
         };
         Ok(on_db!(self, write pool => {
-            sqlx::query(sql).bind(QUESTIONS_AT_ONCE).execute(pool).await.map(|done| done.rows_affected())
+            sqlx::query(sql).bind(QUESTIONS_AT_ONCE as i64).execute(pool).await.map(|done| done.rows_affected())
         })?)
     }
 }

@@ -118,7 +118,7 @@ impl Store {
     }
 
     /// Writes a new sign-in over whatever there is, and returns its version; that of an authorization only while that is
-    /// not given up. `None` when there is no such server, or the authorization was. `action` says how it came.
+    /// not given up. One that is adopted takes the place of its authorization. `None` when there is no such server, or the authorization was. `action` says how it came.
     pub async fn put_sign_in(
         &self,
         server_id: &str,
@@ -129,6 +129,8 @@ impl Store {
     ) -> Result<Option<i64>, Error> {
         // Who gives it up waits until this is written, and comes after it.
         const HOLD: &str = "UPDATE authorizations SET status = status WHERE id = $1";
+        const TAKE: &str = "DELETE FROM authorizations WHERE id = $1";
+        let hold = if matches!(action, Action::SignInAdopted) { TAKE } else { HOLD };
         // Of a server that is gone nothing is selected, and nothing written.
         const SQL: &str = "INSERT INTO sign_ins (server_id, material, version, updated_at) \
                            SELECT id, $2, $4, $3 FROM servers WHERE id = $1 \
@@ -149,7 +151,7 @@ impl Store {
             let mut transaction = pool.begin().await?;
             sqlx::query(lock).bind(server_id).execute(&mut *transaction).await?;
             if let Some(id) = authorization
-                && sqlx::query(HOLD).bind(id).execute(&mut *transaction).await?.rows_affected() == 0
+                && sqlx::query(hold).bind(id).execute(&mut *transaction).await?.rows_affected() == 0
             {
                 return Ok(None);
             }

@@ -6,6 +6,7 @@ use futures_util::future::join_all;
 use serde_json::{Value, json};
 use tokio::time::{Duration, Instant, sleep};
 
+use crate::database::{Link, Proxy};
 use crate::fake::oauth::{Refresh, Registration, Rules, Said, TOKEN};
 use crate::fake::{self, Fake, Script};
 use crate::harness::{PATIENCE, Portolan, eventually};
@@ -217,6 +218,42 @@ async fn a_replica_that_died_over_new_tokens_holds_nobody_up_for_long() {
     echo(one, &id).await;
     assert_eq!((upstream.authority.tried("refresh_token"), upstream.authority.reused()), (2, 0));
     stop(all).await;
+}
+
+/// Who used the refresh token of before a second time would end the whole sign-in.
+#[tokio::test(flavor = "multi_thread")]
+async fn new_tokens_that_cannot_be_stored_when_they_come_are_stored_when_the_database_is_back() {
+    let Some(proxy) = Proxy::start().await else { return };
+    let upstream = Upstream::start(Kind::Http, Rules::default());
+    let one = Portolan::start_with(|settings| {
+        allow([&upstream.authority])(settings);
+        proxy.stand_before(settings);
+    })
+    .await;
+    let two = one.replica(allow([&upstream.authority])).await.unwrap();
+    let id = register(&one, "notes", upstream.config()).await;
+    sign_in(&one, &id).await;
+    echo(&one, &id).await;
+    let version = async || two.app.store.sign_in(&id).await.unwrap().unwrap().version;
+    let before = version().await;
+    let hold = upstream.authority.hold(TOKEN);
+    upstream.authority.expire();
+    let (told, ()) = tokio::join!(one.try_run(&id, "echo", json!({"message": "m"})), async {
+        eventually("it wants new tokens", || upstream.authority.tried("refresh_token") == 1).await;
+        proxy.set(Link::Gone);
+        drop(hold);
+    });
+    assert!([200, 503].contains(&told.status), "{}", told.text);
+    assert_eq!(version().await, before, "there is no way to store them");
+    proxy.set(Link::Through);
+    until("they are stored", async || version().await > before).await;
+    for portolan in [&two, &one] {
+        until("it runs", async || portolan.try_run(&id, "echo", json!({"message": "m"})).await.status == 200).await;
+        echo(portolan, &id).await;
+    }
+    assert_eq!((upstream.authority.tried("refresh_token"), upstream.authority.reused()), (1, 0));
+    two.stop().await;
+    one.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

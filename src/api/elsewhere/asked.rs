@@ -12,9 +12,12 @@ use tokio::time::{Instant, sleep, timeout};
 use crate::api::drip::Ended;
 use crate::api::repeats::{Call, Digest};
 use crate::api::tokens::from_hex;
+use crate::api::wire::ToolExecutionResult;
 use crate::error::Error;
 use crate::model::hex;
-use crate::store::{self, Claim, Claimed, NewSharedRun, Question, Replica, SharedProgress as Progress, Topic};
+use crate::store::{
+    self, Claim, Claimed, NewSharedRun, QUESTIONS_AT_ONCE, Question, Replica, SharedProgress as Progress, Topic,
+};
 
 use super::{BEATS, Elsewhere, Followed, GRACE, RECORD_TIMEOUT, WRITE_TIMEOUT, away};
 
@@ -212,7 +215,8 @@ impl Elsewhere {
         let (mut ahead, mut told) = (BTreeSet::new(), false);
         let mut heard = self.0.store.heard(Topic::Runs);
         loop {
-            let mut answered = self.0.answered.load(Ordering::Acquire);
+            let first = self.0.answered.load(Ordering::Acquire);
+            let mut answered = first;
             let questions = timeout(WRITE_TIMEOUT, self.0.store.questions_after(answered)).await;
             if let Ok(Ok(questions)) = &questions {
                 told = false;
@@ -240,7 +244,10 @@ impl Elsewhere {
                 told = true;
                 tracing::warn!("other replicas cannot be answered: the database is away; it is tried again");
             }
-            let _ = timeout(QUESTIONS_EVERY.min(every), heard.changed()).await;
+            // There are no more than were read at once, or one of them waits for something.
+            if !matches!(questions, Ok(Ok(questions)) if questions.len() >= QUESTIONS_AT_ONCE && answered > first) {
+                let _ = timeout(QUESTIONS_EVERY.min(every), heard.changed()).await;
+            }
         }
     }
 
@@ -276,7 +283,15 @@ impl Elsewhere {
         if let Some(outcome) = outcome {
             let this = self.clone();
             self.0.writes.spawn(async move {
-                let progress = outcome.await.map_or(Progress::Unsent, |json| Progress::Ended(Some(json.into())));
+                let progress = match outcome.await {
+                    Ok(json) => Progress::Ended(Some(json.into())),
+                    // It was waited for here, too, and somebody may have made it.
+                    Err(unknown) if matches!(*unknown, Error::RunUnknown { .. }) => {
+                        let told = ToolExecutionResult::failed(unknown.to_string(), Duration::ZERO).json();
+                        Progress::Ended(Some(told.into()))
+                    }
+                    Err(_) => Progress::Unsent,
+                };
                 this.write(Arc::new(run), Some(progress), GRACE).await;
             });
         }

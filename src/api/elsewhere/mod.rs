@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::oneshot;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -45,6 +45,8 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(10);
 const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// How many bytes of outcomes wait for the database; beyond that rows say only that a run has ended.
 const MAX_UNWRITTEN: usize = 64 * 1024 * 1024;
+/// How many rows are removed later of which nobody knows whether they were written.
+const MAX_DOUBTS: usize = 1_000;
 /// Between two looks at a run elsewhere, and at whether its replica lives.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 const LOOK_AT_REPLICAS_EVERY: Duration = Duration::from_secs(2);
@@ -77,6 +79,8 @@ struct Shared {
     answered: AtomicI64,
     /// Bytes of outcomes that are not written yet.
     unwritten: AtomicUsize,
+    /// Room for rows of which nobody knows whether they were written.
+    doubts: Arc<Semaphore>,
     /// Since when beats have come without a gap, and the last one.
     beats: Mutex<Option<(Instant, Instant)>>,
     closing: CancellationToken,
@@ -98,6 +102,7 @@ impl Elsewhere {
             under_way: Mutex::default(),
             answered: AtomicI64::new(0),
             unwritten: AtomicUsize::new(0),
+            doubts: Arc::new(Semaphore::new(MAX_DOUBTS)),
             beats: Mutex::new(None),
             closing: CancellationToken::new(),
             abandoned: CancellationToken::new(),
@@ -240,7 +245,12 @@ impl Elsewhere {
         looked_at: &mut Option<Instant>,
     ) -> Result<Option<Followed>, Error> {
         let ended = |outcome: Option<Vec<u8>>| Followed::Ended(outcome.map_or_else(not_kept, Bytes::from));
-        let Some(run) = self.0.store.shared_run(id).await? else { return Ok(Some(Followed::Gone)) };
+        // The row of a key goes when nothing was sent, that of an answer when its time is over.
+        let gone = || match arguments {
+            Some(_) => Ok(Some(Followed::Gone)),
+            None => Err(Error::RunUnknown { replied: false }),
+        };
+        let Some(run) = self.0.store.shared_run(id).await? else { return gone() };
         // Of one that cannot be opened nobody knows what it was, but that it was.
         if let (Some(ours), Some(theirs)) = (arguments, &run.arguments)
             && ours != theirs
@@ -266,7 +276,8 @@ impl Elsewhere {
         }
         // It may have written the end between the two looks, and left.
         match self.0.store.shared_run(id).await?.map(|run| run.progress) {
-            None | Some(Progress::Unsent) => Ok(Some(Followed::Gone)),
+            None => gone(),
+            Some(Progress::Unsent) => Ok(Some(Followed::Gone)),
             Some(Progress::Ended(outcome)) => Ok(Some(ended(outcome))),
             Some(Progress::Running) => Err(Error::RunUnknown { replied: true }),
         }

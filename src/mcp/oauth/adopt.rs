@@ -16,8 +16,12 @@ impl Mcp {
             let Some(Ok(Ended::Well(Some(sign_in)))) = made.material.map(|made| serde_json::from_slice(&made)) else {
                 continue;
             };
-            if sign_in.server_url == remote.server_url && self.store.forget_authorization(&made.id).await? {
-                self.store.put_sign_in(&server.id, &sign_in, None, Action::SignInAdopted, by).await?;
+            if sign_in.server_url != remote.server_url {
+                continue;
+            }
+            let (made, action) = (Some(made.id.as_str()), Action::SignInAdopted);
+            // Another new server may have been quicker.
+            if self.store.put_sign_in(&server.id, &sign_in, made, action, by).await?.is_some() {
                 tracing::info!(server.id, caller.name = by.name(), "a new server takes a sign-in over");
                 break;
             }

@@ -19,7 +19,7 @@ use url::Url;
 
 use crate::model::{Action, By, Connector, GrantType, OauthClient, Remote, SignIn};
 use crate::secrets::{is_secret_name, is_secret_value};
-use crate::store::{Store, StoredSignIn, now};
+use crate::store::{self, Store, StoredSignIn, now};
 use crate::telemetry::metrics::RefreshResult;
 
 use super::super::remote::{HttpError, read_over};
@@ -42,8 +42,10 @@ const REST: Duration = Duration::from_secs(5);
 /// How many other tokens a request gets that is refused: what another Portolan has fetched meanwhile, which may be as old as
 /// the first one, and a new one.
 const OTHERS: u32 = 2;
-/// How often new tokens are tried to be stored.
+/// How often new tokens are tried to be stored while a request waits for them, how often after that, and for how long.
 const WRITES: u32 = 5;
+const WRITE_AGAIN: Duration = Duration::from_millis(500);
+const WRITE_TIMEOUT: Duration = Duration::from_secs(10 * 60);
 
 /// The sign-in of one server. Clones share everything.
 #[derive(Clone)]
@@ -69,6 +71,16 @@ struct Memory {
     looks: u64,
     /// When the last look into the database began.
     look: Look,
+    /// What came and is not stored yet.
+    unwritten: Option<Arc<Unwritten>>,
+}
+
+/// New tokens whose refresh token has taken the place of that of the stored `version`: that one may not be used again, which
+/// looks like a theft and can end the whole sign-in (RFC 9700, 4.14.2).
+struct Unwritten {
+    version: i64,
+    sign_in: SignIn,
+    token: Arc<Token>,
 }
 
 /// A time among those who said so, and among the times in which the feed of changes was not interrupted.
@@ -138,7 +150,8 @@ fn place(url: &str) -> Option<(Url, Vec<(String, String)>)> {
 impl Signer {
     pub(super) fn new(ins: SignIns, server_id: Option<String>, remote: &Remote) -> Self {
         let known = if server_id.is_some() { Known::Unread } else { Known::None };
-        let memory = Memory { known, rest_until: None, has_signed: false, looks: 0, look: Look::default() };
+        let memory =
+            Memory { known, rest_until: None, has_signed: false, looks: 0, look: Look::default(), unwritten: None };
         Self(Arc::new(Source {
             ins,
             server_id,
@@ -309,7 +322,7 @@ impl Source {
     }
 
     /// The token to use: one that is neither due nor of the refused version or one before it.
-    async fn settle(&self, refused: Option<i64>) -> Result<Option<Arc<Token>>, Problem> {
+    async fn settle(self: &Arc<Self>, refused: Option<i64>) -> Result<Option<Arc<Token>>, Problem> {
         let turn = timeout(WAIT, self.turn.lock()).await;
         let _turn = turn.map_err(|_| Problem::TimedOut)?;
         let is_wanted = |token: &Token| !token.is_due() && refused.is_none_or(|refused| token.version > refused);
@@ -329,6 +342,13 @@ impl Source {
             let Some((sign_in, version, token)) = self.usable(server_id, stored).await else {
                 return if self.is_machine() { self.fetch_first(server_id).await } else { Ok(self.know(None)) };
             };
+            if let Some(unwritten) = self.unwritten(version) {
+                match self.write_down(server_id, &unwritten).await {
+                    Ok(()) => continue,
+                    Err(_) if is_wanted(&unwritten.token) => return Ok(self.know(Some(unwritten.token.clone()))),
+                    Err(_) => return Err(Problem::Store),
+                }
+            }
             let token = Arc::new(token);
             let is_refused = refused.is_some_and(|refused| version <= refused);
             if is_wanted(&token) {
@@ -353,7 +373,7 @@ impl Source {
             }
             let fetched = self.fetch_in_time(Some(&sign_in)).await;
             match fetched {
-                Ok(new) => match self.write(server_id, version, &new).await {
+                Ok(new) => match self.write(server_id, version, new).await {
                     Some(token) => return Ok(self.know(Some(token))),
                     None => continue,
                 },
@@ -425,19 +445,55 @@ impl Source {
     }
 
     /// Stores what was fetched over `version`; `None` when somebody has signed in anew meanwhile. What cannot be stored is
-    /// used all the same: it is the only one that is good.
-    async fn write(&self, server_id: &str, version: i64, new: &SignIn) -> Option<Arc<Token>> {
+    /// used all the same, because it is the only one that is good, and stored later.
+    async fn write(self: &Arc<Self>, server_id: &str, version: i64, new: SignIn) -> Option<Arc<Token>> {
+        let token = Token::fetched(&new, version + 1)?;
         for attempt in 1..=WRITES {
-            match self.store().renew_sign_in(server_id, version, new).await {
-                Ok(true) => break,
+            match self.store().renew_sign_in(server_id, version, &new).await {
+                Ok(true) => return Some(token),
                 Ok(false) => return None,
                 Err(error) if attempt == WRITES => {
-                    tracing::error!(server.id = server_id, %error, "new tokens cannot be stored");
+                    tracing::error!(server.id = server_id, %error, "new tokens cannot be stored yet");
                 }
                 Err(_) => sleep(LOOK * attempt).await,
             }
         }
-        Token::fetched(new, version + 1)
+        self.memory().unwritten = Some(Arc::new(Unwritten { version, sign_in: new, token: token.clone() }));
+        let (source, server_id) = (self.clone(), server_id.to_owned());
+        self.ins.tracker().spawn(async move { source.write_later(&server_id, version).await });
+        Some(token)
+    }
+
+    /// Goes on to store what came over `version`, until that is done or its time is over; once more at a stop.
+    async fn write_later(&self, server_id: &str, version: i64) {
+        let deadline = Instant::now() + WRITE_TIMEOUT;
+        loop {
+            let is_last = self.ins.unless_stopped(sleep(WRITE_AGAIN)).await.is_none() || Instant::now() >= deadline;
+            let Some(unwritten) = self.unwritten(version) else { return };
+            match self.write_down(server_id, &unwritten).await {
+                Ok(()) => return tracing::info!(server.id = server_id, "new tokens are stored after all"),
+                Err(error) if is_last => {
+                    return tracing::error!(server.id = server_id, %error, "new tokens are lost: they cannot be stored");
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// What is not stored yet, if it belongs over this version.
+    fn unwritten(&self, version: i64) -> Option<Arc<Unwritten>> {
+        self.memory().unwritten.clone().filter(|unwritten| unwritten.version == version)
+    }
+
+    /// Stores it, unless somebody has signed in anew: then it is of no use.
+    async fn write_down(
+        &self,
+        server_id: &str,
+        Unwritten { version, sign_in, .. }: &Unwritten,
+    ) -> Result<(), store::Error> {
+        self.store().renew_sign_in(server_id, *version, sign_in).await?;
+        self.memory().unwritten.take_if(|unwritten| unwritten.version == *version);
+        Ok(())
     }
 
     /// The first token of a client that signs in as itself.
