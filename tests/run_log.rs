@@ -326,7 +326,9 @@ async fn a_full_queue_costs_rows_and_no_run() {
     assert!((MOST..MOST + 1_000).contains(&depth), "{depth} and what is being written");
     // The runs themselves go on, and so does the page of runs.
     assert_eq!(portolan.run(&id, "echo", json!({"message": "on"})).await["func_return"], "on");
-    assert_eq!(log.dropped() as usize, dropped + 1);
+    // The writer may have made room for one more.
+    let now_dropped = log.dropped() as usize;
+    assert!((dropped..=dropped + 1).contains(&now_dropped), "{now_dropped} after {dropped}");
     assert_eq!(runs(&portolan.remote(), "").await, [] as [Value; 0]);
     drop(held);
     let deadline = tokio::time::Instant::now() + LONG;
@@ -335,7 +337,7 @@ async fn a_full_queue_costs_rows_and_no_run() {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     let found = all(&portolan.remote(), "limit=500", async || ()).await;
-    assert_eq!(found.len(), depth, "what was not dropped is there, once");
+    assert_eq!(found.len(), MOST * 2 + 1 - now_dropped, "what was not dropped is there, once");
     portolan.stop().await;
 }
 

@@ -138,7 +138,11 @@ class Container:
         found, next_ones = [], [self.pid]
         while next_ones:
             parent = next_ones.pop()
-            for thread in pathlib.Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                threads = list(pathlib.Path(f"/proc/{parent}/task").glob("*/children"))
+            except OSError:
+                continue  # It has ended since it was found.
+            for thread in threads:
                 try:
                     children = [int(pid) for pid in thread.read_text().split()]
                 except OSError:
