@@ -263,16 +263,21 @@ async fn growth(report: &mut Report, scale: Scale, kind: Growth, database: &Data
         let (portolan, _) = Portolan::start(&data, url.as_deref()).await;
         let registered = portolan.register("live", upstream.config()).await;
         let mut all = vec![registered.clone()];
-        let (more, pattern) = match kind {
+        match kind {
             Growth::Servers => {
                 // Port 9 is nobody's.
                 let dead = json!({ "mcp_server_type": "streamable_http", "server_url": "http://127.0.0.1:9/mcp" });
-                (servers - 2, portolan.create("pattern", dead).await)
+                let (more, pattern) = (servers - 2, portolan.create("pattern", dead).await);
+                database.fill(url.as_deref(), &data, more, &pattern, &registered.server).await;
+                all.extend((0..more).map(database::filler));
             }
-            Growth::Sessions => (servers - 1, registered.server.clone()),
-        };
-        database.fill(url.as_deref(), &data, more, &pattern, &registered.server).await;
-        all.extend((0..more).map(database::filler));
+            // What is sealed opens for its own server alone, so rows cannot be copied.
+            Growth::Sessions => {
+                for number in 1..servers {
+                    all.push(portolan.register(&format!("server {number}"), upstream.config()).await);
+                }
+            }
+        }
         assert_eq!(portolan.count().await, servers, "all servers are registered");
         let live = if kind == Growth::Sessions { all.clone() } else { vec![registered.clone()] };
         let mut each = Caller::runs(portolan.connect().await, &live);
