@@ -255,8 +255,7 @@ async fn growth(report: &mut Report, scale: Scale, kind: Growth, database: &Data
     let ([few, many], unit) = (kind.sizes(), kind.unit());
     report.section(&format!("Growth from {few} to {many} {unit}: {}", database.name()));
     let upstream = Upstream::start(if kind == Growth::Servers { Kind::Stdio } else { Kind::Http }).await;
-    let mut houses = Vec::new();
-    let mut callers = Vec::new();
+    let (mut houses, mut asked) = (Vec::new(), Vec::new());
     for servers in [few, many] {
         let data = folder.path().join(format!("growth-{unit}-{}-{servers}", database.name()));
         let (url, owned) = database.make().await;
@@ -285,10 +284,15 @@ async fn growth(report: &mut Report, scale: Scale, kind: Growth, database: &Data
             each.call().await;
         }
         report.value(&format!("resident, {servers} {unit}"), portolan.resident(), "MB", Bar::None);
+        houses.push((portolan, owned));
+        asked.push((registered, all, live));
+    }
+    // Not before: a connection that nobody uses while many servers are registered is closed.
+    let mut callers = Vec::new();
+    for ((portolan, _), (registered, all, live)) in houses.iter().zip(asked) {
         callers.push(Caller::retrieve(portolan.connect().await, all));
         callers.push(Caller::run(portolan.connect().await, &registered));
-        callers.push(each);
-        houses.push((portolan, owned));
+        callers.push(Caller::runs(portolan.connect().await, &live));
     }
     let [get_few, run_few, each_few, get_many, run_many, each_many] = take_turns(callers, scale.turns, CALLS).await;
     let bar = Bar::AtMost(1.2);
