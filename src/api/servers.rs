@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use crate::app::App;
 use crate::error::Error;
-use crate::mcp::{self, AgentId, SyncError, Variables};
+use crate::mcp::{AgentId, SyncError, Variables};
 use crate::model::{By, Connector, Server, ServerType, State as ServerState};
 use crate::store::{self, ServerUpdate};
 
@@ -276,8 +276,7 @@ pub(super) async fn resync(
     match app.mcp.sync_tools(&server, agent.as_ref(), given, by).await {
         Ok(changes) => Ok(Json(changes).into_response()),
         Err(SyncError::Gone) => Err(Error::NoServer),
-        // Nobody has asked the server: the same request may find its answer here in a moment, or at another Portolan.
-        Err(SyncError::Server(ours @ (mcp::Error::Store | mcp::Error::Stopping))) => Err(ours.into()),
+        Err(SyncError::Server(error)) if error.is_unasked() => Err(error.into()),
         Err(SyncError::Server(source)) => Err(Error::Refresh { server_name: server.server_name, source }),
         Err(SyncError::Store(error)) => Err(error.into()),
     }

@@ -135,6 +135,11 @@ impl Error {
             )
     }
 
+    /// Nobody has asked the server: the same request may find its answer in a moment, or at another Portolan.
+    pub fn is_unasked(&self) -> bool {
+        matches!(self, Self::Store | Self::Stopping)
+    }
+
     /// It is about the values of variables.
     pub fn is_about_values(&self) -> bool {
         matches!(self, Self::NoValue { .. } | Self::BadValue { .. })
@@ -243,5 +248,20 @@ impl From<Error> for SyncError {
             Error::Deleted => Self::Gone,
             error => Self::Server(error),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_that_portolan_itself_cannot_look_up_is_no_fault_of_the_server() {
+        for problem in [Problem::Store, Problem::Stopping] {
+            let error = Error::from(HttpError::from(problem));
+            assert!(error.is_unasked() && error.is_ours() && error.retry_after().is_some(), "{error}");
+        }
+        let error = Error::from(HttpError::from(Problem::TimedOut));
+        assert!(!error.is_unasked() && error.retry_after().is_some(), "{error}");
     }
 }

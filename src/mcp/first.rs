@@ -30,7 +30,8 @@ const PORTION: usize = 32;
 const MAX_LEFT: usize = 1_000;
 /// How long one of them keeps the next one waiting, at most.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// How often one is tried while the database is away, and the pauses between, the first and the longest: a quarter of an hour.
+/// How often one is tried while the database is away, and the longest pauses, first and last: a quarter of an
+/// hour at most.
 const TRIES: u32 = 60;
 const PAUSE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(16));
 
@@ -107,11 +108,11 @@ impl Mcp {
     ) -> JoinHandle<Option<()>> {
         let (mcp, given, by) = (self.clone(), given.clone(), by.clone());
         let sync = async move {
-            let turn = mcp.turn(&server.id);
-            let _turn = turn.lock().await;
-            // A repeated create may have waited for the turn of the first, and has nothing left to do.
             let (this, id, given, by) = (&mcp, &server.id, &given, &by);
             let result = until_it_is_back(tries, || async move {
+                let turn = this.turn(id);
+                let _turn = turn.lock().await;
+                // A repeated create may have waited for the turn of the first, and has nothing left to do.
                 match this.store.server(id).await? {
                     Some(current) if current.state == State::NeverConnected => {
                         this.sync(&current, None, given, true, by).await.map(|_| ())

@@ -384,8 +384,7 @@ impl Mcp {
                     self.pool.drop_session(&server.id, &session);
                     second = true;
                 }
-                // The server was not asked.
-                Err(ours @ (Error::Store | Error::Stopping)) => return Err(ours),
+                Err(error) if error.is_unasked() => return Err(error),
                 Err(error) => {
                     // A session that cannot even list is not worth keeping.
                     self.pool.discard(server, &session, &error).await;
@@ -516,11 +515,9 @@ impl Mcp {
             Ok(answer) => Ok((answer, calling)),
             Err(error) => {
                 traced::failed(calling, &error);
-                let is_ours = matches!(error, CallError::NotSent(Error::Store | Error::Stopping));
-                let again = !new && !is_ours && matches!(error, CallError::NotSent(_));
+                let again = !new && matches!(&error, CallError::NotSent(error) if !error.is_unasked());
                 match &error {
-                    // The server was not asked.
-                    CallError::NotSent(_) if is_ours => {}
+                    CallError::NotSent(error) if error.is_unasked() => {}
                     // A new session says more of the server than this one.
                     CallError::NotSent(_) if again => self.pool.drop_session(&server.id, &session),
                     CallError::Lost(error) | CallError::Refused(error) if error.is_about_one_call() => {

@@ -118,7 +118,8 @@ impl Store {
     }
 
     /// Writes a new sign-in over whatever there is, and returns its version; that of an authorization only while that is
-    /// not given up. One that is adopted takes the place of its authorization. `None` when there is no such server, or the authorization was. `action` says how it came.
+    /// not given up. One that is adopted takes the place of its authorization. `None` when there is no such server, or the
+    /// authorization was given up. `action` says how it came.
     pub async fn put_sign_in(
         &self,
         server_id: &str,

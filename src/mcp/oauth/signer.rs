@@ -447,10 +447,10 @@ impl Source {
     /// Stores what was fetched over `version`; `None` when somebody has signed in anew meanwhile. What cannot be stored is
     /// used all the same, because it is the only one that is good, and stored later.
     async fn write(self: &Arc<Self>, server_id: &str, version: i64, new: SignIn) -> Option<Arc<Token>> {
-        let token = Token::fetched(&new, version + 1)?;
+        let token = Token::fetched(&new, version + 1);
         for attempt in 1..=WRITES {
             match self.store().renew_sign_in(server_id, version, &new).await {
-                Ok(true) => return Some(token),
+                Ok(true) => return token,
                 Ok(false) => return None,
                 Err(error) if attempt == WRITES => {
                     tracing::error!(server.id = server_id, %error, "new tokens cannot be stored yet");
@@ -458,6 +458,7 @@ impl Source {
                 Err(_) => sleep(LOOK * attempt).await,
             }
         }
+        let token = token?;
         self.memory().unwritten = Some(Arc::new(Unwritten { version, sign_in: new, token: token.clone() }));
         let (source, server_id) = (self.clone(), server_id.to_owned());
         self.ins.tracker().spawn(async move { source.write_later(&server_id, version).await });
@@ -473,7 +474,7 @@ impl Source {
             match self.write_down(server_id, &unwritten).await {
                 Ok(()) => return tracing::info!(server.id = server_id, "new tokens are stored after all"),
                 Err(error) if is_last => {
-                    return tracing::error!(server.id = server_id, %error, "new tokens are lost: they cannot be stored");
+                    return tracing::error!(server.id = server_id, %error, "new tokens cannot be stored, and end with this process");
                 }
                 Err(_) => {}
             }
